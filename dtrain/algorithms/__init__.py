@@ -1,0 +1,1 @@
+"""One method, one small file, its equations on top."""

@@ -1,0 +1,73 @@
+"""Local training with an outer optimizer on the islands' mean progress.
+
+DiLoCo (Douillard et al. 2023, arXiv 2311.08105): every H steps
+    delta_i = theta - x_i;   delta = mean_i delta_i;   theta <- Outer(theta, delta);   x_i <- theta.
+With a delay the round flies while training goes on, and what the island did meanwhile must not be lost. Two landings:
+    keep:   x_i <- theta' + (x_i - x_i,sent): the new anchor, and the progress made in flight on top.
+    eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
+            g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
+Without delay, keep is DiLoCo to the bit; with one island, eager is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dtrain import payload
+from dtrain.algorithm import Algorithm, Method
+from dtrain.bucket import Bucket, Layout
+from dtrain.codec import State
+from dtrain.link import Link, Peers
+from dtrain.outer import Outer
+from dtrain.reduce import Reduce
+
+
+def diloco_keep(reduce: Reduce, outer: Outer) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        path = reduce(layout, peers)
+
+        def init(b: Bucket) -> State:
+            anchor = b.x.to(torch.float32).clone()
+            state = {"anchor": anchor, "sent": torch.zeros_like(anchor), "delta": torch.zeros_like(anchor)}
+            return state | outer.init(anchor) | path.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            state["sent"].copy_(b.x)
+            payload.pseudo_gradients(b, state, state["delta"])
+            yield from path.run(state["delta"], state["delta"], state, link)
+
+        def land(b: Bucket, state: State) -> None:
+            outer.update(state["anchor"], state["delta"], state)
+            # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
+            b.x.sub_(state["sent"]).add_(state["anchor"])
+
+        return Algorithm(init=init, send=send, land=land)
+
+    return bind
+
+
+def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        path = reduce(layout, peers)
+        share = 1 / peers.num_nodes
+
+        def init(b: Bucket) -> State:
+            anchor = b.x.to(torch.float32).clone()
+            zeros = {name: torch.zeros_like(anchor) for name in ("own", "delta", "late")}
+            return {"anchor": anchor} | zeros | outer.init(anchor) | path.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            own = state["own"]
+            payload.pseudo_gradients(b, state, own)
+            outer.update(state["anchor"], state["late"].add_(own, alpha=share), state)
+            b.x.copy_(state["anchor"])
+            yield from path.run(own, state["delta"], state, link)
+
+        def land(b: Bucket, state: State) -> None:
+            torch.sub(state["delta"], state["own"], alpha=share, out=state["late"])
+
+        return Algorithm(init=init, send=send, land=land)
+
+    return bind

@@ -1,0 +1,80 @@
+"""Which code does a recipe name? Literal tables from its words to the functions of each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtrain import codec as codecs
+from dtrain import outer as outers
+from dtrain import reduce as reduces
+from dtrain import schedule, topology
+from dtrain.algorithm import Method
+from dtrain.algorithms.allreduce import allreduce
+from dtrain.algorithms.choco import choco
+from dtrain.algorithms.diloco import diloco_eager, diloco_keep
+from dtrain.algorithms.dpsgd import dpsgd
+from dtrain.algorithms.local import local
+from dtrain.outer import Outer
+from dtrain.recipes import Recipe
+from dtrain.reduce import Reduce
+from dtrain.schedule import Control, When
+from dtrain.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe as code, before it meets a model."""
+
+    recipe: Recipe
+    method: Method
+    topology: Topology
+    when: When
+    control: Control
+    delay_steps: int
+    rewrites_gradients: bool
+    sends: bool
+    """Whether the method has rounds that land (all but local and all-reduce)."""
+
+
+def assemble(recipe: Recipe, seed: int) -> Plan:
+    return Plan(
+        recipe=recipe,
+        method=_method(recipe),
+        topology=topology.by_name(recipe.topology, seed),
+        when=schedule.every if recipe.fragments == 1 else schedule.staggered(recipe.fragments),
+        control=Control(every=recipe.every),
+        delay_steps=recipe.delay_steps,
+        rewrites_gradients=recipe.algorithm == "allreduce",
+        sends=recipe.algorithm not in ("local", "allreduce"),
+    )
+
+
+def _method(r: Recipe) -> Method:
+    match r.algorithm:
+        case "local":
+            return local()
+        case "allreduce":
+            return allreduce(_reduce(r))
+        case "dpsgd":
+            return dpsgd(_reduce(r))
+        case "choco":
+            return choco(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gamma)
+        case "diloco":
+            make = diloco_eager if r.landing == "eager" else diloco_keep
+            return make(_reduce(r), _outer(r))
+
+
+def _reduce(r: Recipe) -> Reduce:
+    codec = codecs.by_name(r.codec, error_feedback=r.error_feedback)
+    table = {"neighbours": reduces.neighbours, "gather": reduces.gather, "all_to_all": reduces.all_to_all}
+    return table[r.reduce](codec)
+
+
+def _outer(r: Recipe) -> Outer:
+    match r.outer:
+        case "copy":
+            return outers.copy()
+        case "sgd":
+            return outers.sgd(r.outer_lr)
+        case "nesterov":
+            return outers.nesterov(r.outer_lr, r.outer_momentum)

@@ -1,0 +1,193 @@
+"""How do a model's parameters become flat buckets?
+
+All parameters of one dtype are moved into one flat storage, in the model's order, and stay views of it. The storage is cut
+into buckets in global coordinates, never by rank, so that wires do not depend on how an island is sharded. Cuts
+inside a parameter fall on multiples of GRAIN elements from its start, so that no codec block is ever cut in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+GRAIN = 4096
+"""Elements; every codec's block divides it."""
+
+MAX_BUCKETS = 4096
+"""A tag has 12 bits for the bucket."""
+
+MAX_BUCKET_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One parameter's part of a bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    global_offset: int
+    start: int
+    stop: int
+    """start:stop are element positions within the bucket."""
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What lies where in a bucket: spans in order, without gaps."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.spans[-1].stop if self.spans else 0
+
+    def part(self, start: int, stop: int) -> Layout:
+        """The layout of elements start:stop, positions counted from start."""
+        spans = []
+        for s in self.spans:
+            a, b = max(s.start, start), min(s.stop, stop)
+            if a < b:
+                spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
+        return Layout(tuple(spans))
+
+    def cuts(self, num_parts: int, grain: int) -> tuple[int, ...]:
+        """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a span."""
+        return cut_evenly([s.numel for s in self.spans], num_parts, grain)
+
+
+def whole(name: str, x: Tensor) -> Layout:
+    """The layout of a single flat tensor."""
+    return Layout((Span(name, tuple(x.shape), 0, 0, x.numel()),))
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a method sends them)."""
+
+    index: int
+    fragment: int
+    layout: Layout
+    x: Tensor
+    g: Tensor | None
+    owner: int
+    """The rank of the island that carries this bucket over the link."""
+
+
+def cut_evenly(numels: Sequence[int], num_parts: int, grain: int) -> tuple[int, ...]:
+    """Split sum(numels) into num_parts near-equal parts; cuts lie on multiples of grain from an item's start, or on its start."""
+    total = sum(numels)
+    positions = [0]
+    start = 0
+    items = iter(numels)
+    size = next(items, 0)
+    for k in range(1, num_parts):
+        ideal = total * k // num_parts
+        while start + size <= ideal and start + size < total:
+            start += size
+            size = next(items)
+        inside = (ideal - start + grain // 2) // grain * grain
+        positions.append(max(positions[-1], start + min(inside, size)))
+    return (*positions, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """The flat storages of a model and the parameters that view them."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    storages: tuple[Tensor, ...]
+    order: tuple[tuple[int, ...], ...]
+    """Per storage, the positions of its parameters."""
+
+    @property
+    def numel(self) -> int:
+        return sum(s.numel() for s in self.storages)
+
+
+def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
+    """Move parameters (tied ones once) into one flat storage per dtype and device and make them views of it."""
+    names: list[str] = []
+    parameters: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for name, p in named:
+        if p.requires_grad and id(p) not in seen:
+            seen.add(id(p))
+            names.append(name)
+            parameters.append(p)
+    if not parameters:
+        raise ValueError("the model has no parameters that require a gradient; nothing to synchronise")
+    for name, p in zip(names, parameters, strict=True):
+        if not p.dtype.is_floating_point:
+            raise ValueError(f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised")
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, p in enumerate(parameters):
+        kinds.setdefault((p.dtype, p.device), []).append(i)
+    storages = []
+    with torch.no_grad():
+        for (dtype, device), members in kinds.items():
+            flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=dtype, device=device)
+            offset = 0
+            for i in members:
+                p = parameters[i]
+                view = flat[offset : offset + p.numel()].view(p.shape)
+                view.copy_(p)
+                p.data = view
+                offset += p.numel()
+            storages.append(flat)
+    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()))
+
+
+def make_buckets(flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool) -> list[Bucket]:
+    """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
+
+    The cut depends on the model alone (an eighth of it a bucket unless bucket_bytes says otherwise), never on num_ranks.
+    """
+    largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(GRAIN, flat.numel * 4 // 8))
+    pieces: list[tuple[int, Layout, Tensor]] = []
+    global_base = 0
+    for storage, members in zip(flat.storages, flat.order, strict=True):
+        layout = _layout(flat, members, global_base)
+        global_base += storage.numel()
+        fragments = layout.cuts(num_fragments, GRAIN)
+        for f in range(num_fragments):
+            inside = layout.part(fragments[f], fragments[f + 1])
+            cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN)
+            for a, b in zip(cuts, cuts[1:], strict=False):
+                if a < b:
+                    pieces.append((f, inside.part(a, b), storage[fragments[f] + a : fragments[f] + b]))
+    if len(pieces) > MAX_BUCKETS:
+        raise ValueError(f"bucket_bytes = {largest} cuts the model into {len(pieces)} buckets; at most {MAX_BUCKETS}: raise it")
+    owners = _owners([p[1].numel for p in pieces], num_ranks)
+    return [
+        Bucket(i, fragment, layout, x, torch.zeros(x.numel(), device=x.device) if with_grad else None, owners[i])
+        for i, (fragment, layout, x) in enumerate(pieces)
+    ]
+
+
+def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
+    spans = []
+    offset = 0
+    for i in members:
+        n = flat.parameters[i].numel()
+        spans.append(Span(flat.names[i], tuple(flat.parameters[i].shape), global_base + offset, offset, offset + n))
+        offset += n
+    return Layout(tuple(spans))
+
+
+def _owners(numels: Sequence[int], num_ranks: int) -> list[int]:
+    """Rank of each bucket: neighbours together, near-equal elements a rank (by the bucket's middle)."""
+    total = sum(numels)
+    owners = []
+    done = 0
+    for n in numels:
+        owners.append(min(num_ranks - 1, int((done + n / 2) * num_ranks / total)))
+        done += n
+    return owners

@@ -1,0 +1,252 @@
+"""What can a job file say, and what does each key mean?
+
+A job is a TOML file of seven sections. Every key is documented here, where it is defined; an unknown key or a
+wrong type is one clear line. Pure: no torch, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dtrain import units
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class JobSection(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder's name under dir")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds weights, data order and stochastic codecs")
+    dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
+
+
+class Islands(Section):
+    count: int = Field(2, ge=1, le=1024, description="number of islands")
+    ranks: int = Field(1, ge=1, le=1024, description="processes (GPUs) on each island")
+    engine: Literal["ddp"] = Field("ddp", description="what runs inside an island")
+    shard: Literal["iid", "by_file"] = Field(
+        "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
+    max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
+
+
+class ModelSection(Section):
+    name: Literal["gpt"] = Field("gpt", description="the model")
+    layers: int = Field(4, ge=1)
+    width: int = Field(96, ge=8, description="features of the residual stream; a multiple of 2 * heads")
+    heads: int = Field(4, ge=1)
+    context: int = Field(128, ge=2, description="tokens a sequence")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSection:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"model.width = {self.width} does not divide into {self.heads} heads of an even size; "
+                f"use a multiple of {2 * self.heads}"
+            )
+        return self
+
+
+class Data(Section):
+    source: str = Field(
+        "stdlib",
+        min_length=1,
+        description='"stdlib" (the Python library\'s own source), or a text file, a folder of text, or a token file '
+        "(.bin, uint16, or uint32 when named *.u32.bin)",
+    )
+
+
+class Train(Section):
+    steps: int = Field(1500, ge=1, description="optimizer steps")
+    batch: int = Field(8, ge=1, description="sequences an island an optimizer step, over all its ranks")
+    accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
+    precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
+    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
+    eval_every: int = Field(250, ge=0, description="steps between evaluations of each island's own model; 0: at the end")
+    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0 writes none")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class Sync(Section):
+    """The eight answers. A key that is left out takes its recipe's answer."""
+
+    recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
+    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"] | None = Field(None)
+    topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] | None = Field(
+        None, description="who talks to whom (gossip methods)"
+    )
+    every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
+    fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
+    codec: str | None = Field(None, description='"identity", "bf16", "int8", "int4"; block size after a colon: "int4:64"')
+    error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
+    reduce: Literal["neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
+    outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
+    outer_lr: float | None = Field(None, gt=0)
+    outer_momentum: float | None = Field(None, ge=0, lt=1)
+    gamma: float | None = Field(None, gt=0, le=1, description="CHOCO's consensus step size")
+    delay: int | Literal["round"] | None = Field(
+        None, description='optimizer steps a round may fly before it lands; "round" means every'
+    )
+    landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
+    bucket_bytes: int | None = Field(None, ge=4096, description="largest bucket; left out: an eighth of the model, 64 MiB at most")
+
+    @field_validator("delay")
+    @classmethod
+    def _delay_is_not_negative(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f'delay = {value} is negative; use 0, a number of steps, or "round"')
+        return value
+
+
+class LinkSection(Section):
+    transport: Literal["c10d", "nccl"] = Field("c10d", description="c10d: gloo over TCP; nccl: near, static GPU links")
+    rate: str = Field("none", description='an island\'s uplink, shared by its ranks: "10mbit", "1gbit", or "none"')
+    rtt: str = Field("0ms", description='round-trip time added to the link, "40ms"')
+    timeout_s: float = Field(300.0, gt=0, description="how long a missing island is waited for")
+    port: int = Field(0, ge=0, lt=65536, description="port of the meeting point; 0 takes a free one")
+    interface: str = Field("", description="network interface that carries the link; empty: loopback")
+    advertise: str = Field("", description="host name or address of the meeting point as other islands see it; empty: 127.0.0.1")
+
+    @field_validator("rate")
+    @classmethod
+    def _rate_parses(cls, value: str) -> str:
+        units.bits_per_s(value)
+        return value
+
+    @field_validator("rtt")
+    @classmethod
+    def _rtt_parses(cls, value: str) -> str:
+        units.seconds(value)
+        return value
+
+
+class Job(Section):
+    job: JobSection = JobSection()  # pyright: ignore[reportCallIssue]
+    islands: Islands = Islands()  # pyright: ignore[reportCallIssue]
+    model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
+    data: Data = Data()  # pyright: ignore[reportCallIssue]
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
+    sync: Sync = Sync()  # pyright: ignore[reportCallIssue]
+    link: LinkSection = LinkSection()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Job:
+        parts = self.islands.ranks * self.train.accumulate
+        if self.train.batch % parts:
+            raise ValueError(
+                f"train.batch = {self.train.batch} does not divide by islands.ranks x train.accumulate = {parts}; "
+                f"use a multiple of {parts}"
+            )
+        return self
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file and apply ``section.key=value`` overrides; raises ValueError with one line that says what to do."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no job file at {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; name the job file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid TOML: {e}") from None
+    return parse_job(raw, overrides, where=str(path))
+
+
+def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "the job") -> Job:
+    """Build a Job from nested dicts; the recipe on the command line drops the file's other recipe axes."""
+    tree = {name: dict(section) if isinstance(section, dict) else section for name, section in raw.items()}
+    changes = [_split_override(text) for text in overrides]
+    if any(section == "sync" and key == "recipe" for section, key, _ in changes):
+        tree["sync"] = {}
+    for section, key, value in changes:
+        branch = tree.setdefault(section, {})
+        if isinstance(branch, dict):
+            branch[key] = value
+    _refuse_unknown(tree, where)
+    try:
+        return Job.model_validate(_ints_to_floats(tree))
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['round']"))
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and "=" in message:
+            raise ValueError(f"{where}: {message}") from None
+        raise ValueError(f"{where}: {name} = {first['input']!r} is not allowed: {message}") from None
+
+
+def dump_job(job: Job) -> str:
+    """The job as TOML, every key written out but those that the recipe answers."""
+    lines: list[str] = []
+    for name in Job.model_fields:
+        section: Section = getattr(job, name)
+        lines.append(f"[{name}]")
+        for key, value in section.model_dump(exclude_none=True).items():
+            lines.append(f"{key} = {_toml(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _split_override(text: str) -> tuple[str, str, object]:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and section and key):
+        raise ValueError(f"{text!r} is not an override; write section.key=value, as in sync.every=50")
+    try:
+        return section, key, tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value
+
+
+def _refuse_unknown(tree: dict[str, Any], where: str) -> None:
+    for section, content in tree.items():
+        if section not in Job.model_fields:
+            raise ValueError(f"{where}: unknown section [{section}]{_did_you_mean(section, list(Job.model_fields))}")
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: {section} = {content!r} is not a section; write [{section}] and its keys below")
+        model = type(getattr(Job(), section))
+        for key in content:
+            if key not in model.model_fields:
+                hint = _did_you_mean(key, list(model.model_fields))
+                raise ValueError(f"{where}: unknown key {section}.{key}{hint}")
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(known)}"
+
+
+def _ints_to_floats(tree: dict[str, Any]) -> dict[str, Any]:
+    """TOML writes 1 for 1.0; strict validation would refuse it."""
+    floats = {
+        (name, key)
+        for name, field in Job.model_fields.items()
+        for key, inner in field.default.__class__.model_fields.items()
+        if inner.annotation in (float, float | None)
+    }
+    return {
+        name: {k: float(v) if (name, k) in floats and type(v) is int else v for k, v in section.items()}
+        for name, section in tree.items()
+    }

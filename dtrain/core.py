@@ -1,0 +1,136 @@
+"""Which rounds start, fly and land at which step? The heart without thread, clock or socket.
+
+A live driver (traffic.py) and a simulator carry its flights; both get the same steps, so both get the same bits. For a round that starts
+after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t + d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dtrain.algorithm import Algorithm
+from dtrain.assemble import Plan
+from dtrain.bucket import Bucket
+from dtrain.codec import State
+from dtrain.link import Link, Peers
+from dtrain.transport.base import ROUND, Tag
+
+
+class Flight:
+    """A generator whose wires are under way: one round of one bucket, or an exchange of the start or the merge."""
+
+    def __init__(self, generator: Iterator[None], link: Link, *, kind: int, index: int, bucket: int, step: int) -> None:
+        self.link = link
+        self.kind = kind
+        self.index = index
+        self.bucket = bucket
+        self.step = step
+        self.phase = -1
+        self.done = False
+        self.dropped = False
+        self.error: Exception | None = None
+        self._generator = generator
+
+    def tag(self) -> Tag:
+        return Tag(self.kind, self.index, self.bucket, self.phase)
+
+    def advance(self) -> None:
+        """Run to the next yield; afterwards link.outbox is to be posted and link.expected to be waited for, or it is done."""
+        self.link.new_phase()
+        self.phase += 1
+        try:
+            next(self._generator)
+        except StopIteration:
+            self.done = True
+
+    def drop(self) -> None:
+        """Give the round up: a peer that it needs has left."""
+        self.done = self.dropped = True
+
+
+class Lane:
+    """One bucket with its algorithm, state, and the round that flies."""
+
+    def __init__(self, bucket: Bucket, algorithm: Algorithm) -> None:
+        self.bucket = bucket
+        self.algorithm = algorithm
+        self.state: State = algorithm.init(bucket)
+        self.round = 0
+        self.land_step = -1
+        self.flight: Flight | None = None
+
+
+class Core:
+    """All lanes that this rank carries, and the step count."""
+
+    def __init__(self, plan: Plan, buckets: Sequence[Bucket], peers: Peers) -> None:
+        self.plan = plan
+        self.peers = peers
+        self.step = 0
+        self.lanes = [Lane(b, plan.method(b.layout, peers)) for b in buckets]
+
+    def start_gradients(self) -> list[Flight]:
+        """The exchange that rewrites the gradients of step + 1; one flight a bucket, finished before the update."""
+        flights = []
+        for lane in self.lanes:
+            if lane.algorithm.grad is not None:
+                link = self._link(lane)
+                generator = lane.algorithm.grad(lane.bucket, lane.state, link)
+                flights.append(Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step + 1))
+                lane.round += 1
+        return flights
+
+    def start_rounds(self) -> list[Flight]:
+        """The rounds that start now, after step ``self.step``."""
+        flights = []
+        for lane in self.lanes:
+            if lane.algorithm.send is None or not self.plan.when(self.step, lane.bucket.fragment, self.plan.control):
+                continue
+            assert lane.land_step < 0, "a round must land before the next of its bucket starts"
+            link = self._link(lane)
+            generator = lane.algorithm.send(lane.bucket, lane.state, link)
+            lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step)
+            lane.land_step = self.step + self.plan.delay_steps
+            lane.round += 1
+            flights.append(lane.flight)
+        return flights
+
+    def due(self, step: int) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.land_step == step]
+
+    def in_flight(self) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.land_step >= 0]
+
+    def land(self, lane: Lane) -> None:
+        """Apply a round whose bytes are here; one that was dropped changes nothing."""
+        dropped = lane.flight is not None and lane.flight.dropped
+        if lane.algorithm.land is not None and not dropped:
+            lane.algorithm.land(lane.bucket, lane.state)
+        lane.flight, lane.land_step = None, -1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each step."""
+        out: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for lane in self.lanes:
+            name = f"bucket{lane.bucket.index}"
+            out[f"{name}.round"] = torch.tensor(lane.round)
+            out[f"{name}.land_step"] = torch.tensor(lane.land_step)
+            out |= {f"{name}.{key}": value for key, value in lane.state.items()}
+        return out
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        self.step = int(saved["step"])
+        for lane in self.lanes:
+            name = f"bucket{lane.bucket.index}"
+            lane.round = int(saved[f"{name}.round"])
+            lane.land_step = int(saved[f"{name}.land_step"])
+            lane.flight = None
+            for key, value in lane.state.items():
+                value.copy_(saved[f"{name}.{key}"])
+
+    def _link(self, lane: Lane) -> Link:
+        row = self.plan.topology(lane.round, self.peers.node, self.peers.num_nodes)
+        return Link(self.peers.node, self.peers.num_nodes, row)

@@ -1,0 +1,286 @@
+"""What does a run write down while it trains, and how is it read again?
+
+``metrics.jsonl`` is one line a step and island, appended by all islands to one file. Each island's log folder
+holds ``status.json`` (now), ``error.json`` (why it stopped) and ``part.json`` (its share of the summary).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+State = Literal["starting", "training", "waiting", "evaluating", "merging", "done"]
+ErrorKind = Literal["user", "resumable", "bug"]
+
+
+class MetricsWriter:
+    """Appends an island's lines to the file that all islands share; each line is one write, so lines stay whole."""
+
+    def __init__(self, path: Path, island: int) -> None:
+        self._path = path
+        self._island = island
+        self._descriptor = _open_append(path)
+
+    def line(
+        self,
+        *,
+        step: int,
+        loss: float,
+        tokens: int,
+        tokens_per_s: float,
+        wire_bytes_sent: int,
+        wire_bytes_received: int,
+        wait_s: float,
+        lr: float,
+        time_s: float,
+        eval_loss: float | None = None,
+        consensus_distance: float | None = None,
+    ) -> None:
+        """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left out."""
+        content: dict[str, Any] = {
+            "step": step,
+            "island": self._island,
+            "loss": loss,
+            "tokens": tokens,
+            "tokens_per_s": tokens_per_s,
+            "wire_bytes_sent": wire_bytes_sent,
+            "wire_bytes_received": wire_bytes_received,
+            "wait_s": wait_s,
+            "lr": lr,
+            "time_s": time_s,
+        }
+        if eval_loss is not None:
+            content["eval_loss"] = eval_loss
+        if consensus_distance is not None:
+            content["consensus_distance"] = consensus_distance
+        self._follow()
+        _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _follow(self) -> None:
+        """cut_back renames a new file into place while survivors of a lost island hold the old one open."""
+        if self._path.exists() and os.path.samestat(os.fstat(self._descriptor), self._path.stat()):
+            return
+        os.close(self._descriptor)
+        self._descriptor = _open_append(self._path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines, in the order of writing; ValueError names a broken line, a half-written last one is left out."""
+    return [content for _, content in _whole_lines(path)]
+
+
+def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines by step and island; where an island went back to an earlier step, what it wrote last counts."""
+    kept: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        before = kept.setdefault(line["island"], [])
+        while before and before[-1]["step"] >= line["step"]:
+            before.pop()
+        before.append(line)
+    return sorted((line for of_island in kept.values() for line in of_island), key=lambda at: (at["step"], at["island"]))
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop every line after ``step``, so that a run resumed from it writes each step once."""
+    if not path.exists():
+        return
+    _replace(path, b"".join(raw + b"\n" for raw, content in _whole_lines(path) if content["step"] <= step))
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an island does now."""
+
+    state: State
+    step: int
+    steps: int
+    waiting_for: tuple[int, ...]
+    waited_s: float
+    timeout_s: float
+
+
+class StatusFile:
+    """Keeps ``status.json`` up to date; a reader always finds a whole one."""
+
+    def __init__(self, path: Path, steps: int, timeout_s: float) -> None:
+        self._path = path
+        self._steps = steps
+        self._timeout_s = timeout_s
+
+    def update(self, state: State, step: int, *, waiting_for: Sequence[int] = (), waited_s: float = 0.0) -> None:
+        status = Status(state, step, self._steps, tuple(waiting_for), waited_s, self._timeout_s)
+        # Not synced to disk: it is rewritten every second and means nothing after a crash.
+        _replace(self._path, _to_json(asdict(status)).encode() + b"\n", durable=False)
+
+
+def read_status(path: Path) -> Status | None:
+    """The island's last word; None before its first."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    return Status(**{**_only_fields(Status, content, path), "waiting_for": tuple(content["waiting_for"])})
+
+
+@dataclass(frozen=True)
+class ErrorNote:
+    """Why a worker stopped; torchrun does not pass exit codes on."""
+
+    kind: ErrorKind
+    message: str
+
+
+def write_error(folder: Path, kind: ErrorKind, message: str) -> None:
+    """Leave the reason in ``error.json``. The first rank's reason stays: what follows on other ranks is its echo."""
+    path = folder / "error.json"
+    if not path.exists():
+        write_json(path, {"kind": kind, "message": " ".join(message.split())})
+
+
+def read_error(folder: Path) -> ErrorNote | None:
+    path = folder / "error.json"
+    if not path.exists():
+        return None
+    content = _only_fields(ErrorNote, read_json(path), path)
+    if content["kind"] not in get_args(ErrorKind):
+        raise ValueError(f"{path}: kind = {content['kind']!r}; it is one of {', '.join(get_args(ErrorKind))}")
+    return ErrorNote(**content)
+
+
+def clear_error(folder: Path) -> None:
+    """Call before an island is started (again), or the reason of its last stop is taken for the next one's."""
+    (folder / "error.json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One island's share of the summary. A loss is None where it was not a finite number."""
+
+    island: int
+    parameters: int
+    steps: int
+    tokens: int
+    wall_s: float
+    compute_s: float
+    wait_s: float
+    wire_bytes_sent: int
+    wire_bytes_received: int
+    wire_bytes_start: int
+    wire_bytes_merge: int
+    eval_loss: float | None
+    eval_loss_island: float | None
+    eval_tokens: int
+    bytes_per_token: float
+    consensus_distance: float | None
+    corpus_hash: str
+    recipe: str
+    islands: int
+    ranks: int
+
+
+def write_part(folder: Path, part: Part) -> None:
+    write_json(folder / "part.json", asdict(part))
+
+
+def read_part(folder: Path) -> Part:
+    path = folder / "part.json"
+    if not path.exists():
+        raise ValueError(f"no {path}: this island has not finished")
+    return Part(**_only_fields(Part, read_json(path), path))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run, read again."""
+
+    path: Path
+    name: str
+    summary: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, on disk before it is seen. NaN and infinity, which JSON does not know, become null."""
+    _replace(path, (_to_json(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _only_fields(kind: type[Any], content: dict[str, Any], path: Path) -> dict[str, Any]:
+    names = [field.name for field in fields(kind)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return {name: content[name] for name in names}
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    *whole, last = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(whole, start=1):
+        content = _metrics_line(raw)
+        if content is None:
+            raise ValueError(f"{path}: line {number} is broken: {raw[:60]!r}; delete that line")
+        yield raw, content
+    # An object cut short never parses; one that only lacks its newline does, and counts.
+    content = _metrics_line(last)
+    if content is not None:
+        yield last, content
+
+
+def _metrics_line(raw: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        return None
+    if isinstance(content, dict) and type(content.get("step")) is int and type(content.get("island")) is int:
+        return content
+    return None
+
+
+def _to_json(content: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_finite(content), allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _open_append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _append(descriptor: int, line: bytes, path: Path) -> None:
+    written = os.write(descriptor, line)
+    if written != len(line):
+        raise OSError(f"{path}: only {written} of {len(line)} bytes of a line were written; is the disk full?")
+
+
+def _replace(path: Path, content: bytes, durable: bool = True) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,45 @@
+"""How is a combined pseudo-gradient applied to the anchor? The outer optimizers; in place, bit for bit as torch.optim.SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrain.codec import State
+
+
+class Outer(NamedTuple):
+    init: Callable[[Tensor], State]
+    update: Callable[[Tensor, Tensor, State], None]
+    """(anchor, pseudo-gradient, state): the anchor moves against the pseudo-gradient."""
+
+
+def copy() -> Outer:
+    """The islands' mean becomes the anchor: theta <- theta - delta (FedAvg, arXiv 1602.05629)."""
+    return sgd(1.0)
+
+
+def sgd(lr: float) -> Outer:
+    """theta <- theta - lr delta."""
+
+    def update(anchor: Tensor, delta: Tensor, state: State) -> None:
+        anchor.add_(delta, alpha=-lr)
+
+    return Outer(lambda anchor: {}, update)
+
+
+def nesterov(lr: float, momentum: float) -> Outer:
+    """u <- mu u + delta;  theta <- theta - lr (delta + mu u)      (DiLoCo, arXiv 2311.08105)."""
+
+    def init(anchor: Tensor) -> State:
+        return {"momentum": torch.zeros_like(anchor)}
+
+    def update(anchor: Tensor, delta: Tensor, state: State) -> None:
+        u = state["momentum"]
+        u.mul_(momentum).add_(delta)
+        anchor.add_(delta.add(u, alpha=momentum), alpha=-lr)
+
+    return Outer(init, update)

@@ -1,0 +1,126 @@
+"""By what path are the islands' payloads brought together?
+
+An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly. Bytes an island
+sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n; neighbours (its degree) w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrain.bucket import Layout
+from dtrain.codec import BoundCodec, Codec, State
+from dtrain.combine import mean
+from dtrain.link import Link, Peers
+
+
+class BoundReduce(NamedTuple):
+    init: Callable[[torch.device], State]
+    """Residuals of the codecs."""
+    run: Callable[[Tensor, Tensor, State, Link], Iterator[None]]
+    """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out itself."""
+
+
+Reduce = Callable[[Layout, Peers], BoundReduce]
+
+
+def gather(codec: Codec) -> Reduce:
+    """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included."""
+
+    def bind(layout: Layout, peers: Peers) -> BoundReduce:
+        bound = codec.bind(layout)
+        combine = mean(peers.num_nodes)
+
+        def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
+            own = _encode(bound, x, state)
+            for peer in _others(link):
+                link.post(peer, own)
+                link.expect(peer, bound.wire_bytes)
+            yield
+            combine(out, [own if j == link.node else link.received(j) for j in range(link.num_nodes)], bound)
+
+        return BoundReduce(bound.init, run)
+
+    return bind
+
+
+def all_to_all(codec: Codec) -> Reduce:
+    """Reduce-scatter, then all-gather: part j of every payload goes to node j, which combines it and sends the result to all.
+
+    The owner encodes the combined part again (with a residual of its own where the codec keeps one) and uses its own decoded
+    bytes like everyone else, so that all islands end with the same bits.
+    """
+
+    def bind(layout: Layout, peers: Peers) -> BoundReduce:
+        cuts = layout.cuts(peers.num_nodes, codec.grain)
+        parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        bound = [codec.bind(layout.part(p.start, p.stop)) for p in parts]
+        combine = mean(peers.num_nodes)
+        mine = bound[peers.node]
+
+        def init(device: torch.device) -> State:
+            state = {f"to{j}.{k}": v for j, b in enumerate(bound) for k, v in b.init(device).items()}
+            return state | {f"owner.{k}": v for k, v in mine.init(device).items()}
+
+        def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
+            wires = [_encode(b, x[p], _under(state, f"to{j}.")) for j, (b, p) in enumerate(zip(bound, parts, strict=True))]
+            for peer in _others(link):
+                link.post(peer, wires[peer])
+                link.expect(peer, mine.wire_bytes)
+            yield
+            part = torch.empty(parts[link.node].stop - parts[link.node].start, device=out.device)
+            combine(part, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
+            result = _encode(mine, part, _under(state, "owner."))
+            for peer in _others(link):
+                link.post(peer, result)
+                link.expect(peer, bound[peer].wire_bytes)
+            yield
+            out.zero_()
+            for j, (b, p) in enumerate(zip(bound, parts, strict=True)):
+                b.decode_add(result if j == link.node else link.received(j), out[p], weight=1.0)
+
+        return BoundReduce(init, run)
+
+    return bind
+
+
+def neighbours(codec: Codec) -> Reduce:
+    """One gossip step: out = x + sum_j W_ij (decode(wire_j) - decode(wire_i)), which keeps the mean whatever the codec loses."""
+
+    def bind(layout: Layout, peers: Peers) -> BoundReduce:
+        bound = codec.bind(layout)
+
+        def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
+            own = _encode(bound, x, state)
+            out.copy_(x)
+            for peer in link.row.sends:
+                link.post(peer, own)
+            for peer, _ in link.row.recvs:
+                link.expect(peer, bound.wire_bytes)
+            yield
+            bound.decode_add(own, out, weight=-sum(w for _, w in link.row.recvs))
+            for peer, weight in link.row.recvs:
+                bound.decode_add(link.received(peer), out, weight=weight)
+
+        return BoundReduce(bound.init, run)
+
+    return bind
+
+
+def _encode(codec: BoundCodec, x: Tensor, state: State) -> Tensor:
+    wire = torch.empty(codec.wire_bytes, dtype=torch.uint8, device=x.device)
+    codec.encode(x, wire, state)
+    return wire
+
+
+def _others(link: Link) -> list[int]:
+    """Peers in an order that starts behind oneself, so that not everyone sends to island 0 first."""
+    return [(link.node + k) % link.num_nodes for k in range(1, link.num_nodes)]
+
+
+def _under(state: State, prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,229 @@
+"""What did a run cost, what did it save, and how does it compare with other runs?
+
+The islands' parts become ``summary.json`` and ``loss.png``; a summary becomes rows of words for people.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain import metrics, units
+from dtrain.metrics import Part, RunRecord
+
+Summary = dict[str, Any]
+
+# On these a part must agree with island 0's: one that does not was left by another run.
+_COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "corpus_hash", "bytes_per_token")
+
+
+def write_summary(run: Path, num_islands: int) -> Summary:
+    """Build ``summary.json`` and ``loss.png`` from what every island left behind; returns the summary."""
+    # matplotlib takes 0.9 s to import, which every other use of this module is spared.
+    from dtrain import plots
+
+    summary = summarize([metrics.read_part(run / "logs" / f"island{i}") for i in range(num_islands)])
+    metrics.write_json(run / "summary.json", summary)
+    plots.plot_run(metrics.newest(metrics.read(run / "metrics.jsonl")), summary, run / "loss.png")
+    return summary
+
+
+def summarize(parts: Sequence[Part]) -> Summary:
+    """The whole run's numbers; bytes and waiting are an island's mean."""
+    first = parts[0]
+    for part in parts[1:]:
+        for name in _COMMON:
+            if getattr(part, name) != getattr(first, name):
+                raise ValueError(
+                    f"{name} is {getattr(first, name)!r} on island {first.island} but {getattr(part, name)!r} on island "
+                    f"{part.island}; their part.json are of different runs"
+                )
+    sent = statistics.mean(part.wire_bytes_sent for part in parts)
+    allreduce = allreduce_wire_bytes(first.steps, first.parameters, first.islands)
+    tokens = sum(part.tokens for part in parts)
+    wall_s = max(part.wall_s for part in parts)
+    eval_losses = [part.eval_loss for part in parts]
+    eval_loss = None if None in eval_losses else _mean(eval_losses)
+    return {
+        "recipe": first.recipe,
+        "islands": first.islands,
+        "ranks": first.ranks,
+        "parameters": first.parameters,
+        "steps": first.steps,
+        "tokens": tokens,
+        "tokens_per_s": tokens / wall_s if wall_s > 0 else None,
+        "wall_s": wall_s,
+        "compute_s": statistics.mean(part.compute_s for part in parts),
+        "wait_s": statistics.mean(part.wait_s for part in parts),
+        "wire_bytes_sent": sent,
+        "wire_bytes_start": statistics.mean(part.wire_bytes_start for part in parts),
+        "wire_bytes_merge": statistics.mean(part.wire_bytes_merge for part in parts),
+        "allreduce_wire_bytes": allreduce,
+        "wire_reduction": allreduce / sent if sent > 0 else None,
+        "eval_loss": eval_loss,
+        "eval_bits_per_byte": bits_per_byte(eval_loss, first.bytes_per_token),
+        "eval_bits_per_byte_islands": [bits_per_byte(part.eval_loss_island, part.bytes_per_token) for part in parts],
+        "consensus_distance": _mean(part.consensus_distance for part in parts),
+        "corpus_hash": first.corpus_hash,
+    }
+
+
+def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
+    """What one island sends when fp32 gradients go around a ring each step: 2 (N-1)/N of 4 bytes a parameter."""
+    return steps * 8 * parameters * (islands - 1) / islands
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
+    """From nats a token; comparable over tokenizers."""
+    return None if loss is None else loss / math.log(2) / bytes_per_token
+
+
+def load_run(path: Path) -> RunRecord:
+    """Read a finished run; ValueError says why there is nothing to report."""
+    known = ("job.toml", "metrics.jsonl", "summary.json")
+    if not any((path / name).is_file() for name in known):
+        raise ValueError(f"{path} is no run folder (it holds none of {', '.join(known)}); name one, as in runs/quickstart")
+    if not (path / "summary.json").is_file():
+        raise ValueError(
+            f"no summary.json in {path}: still running, or stopped; resume with: dtrain run {path / 'job.toml'} --resume"
+        )
+    if not (path / "metrics.jsonl").is_file():
+        raise ValueError(f"no metrics.jsonl in {path}: its steps cannot be shown; was it copied without it?")
+    return RunRecord(
+        path=path,
+        name=path.resolve().name,
+        summary=metrics.read_json(path / "summary.json"),
+        lines=metrics.newest(metrics.read(path / "metrics.jsonl")),
+    )
+
+
+def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """What a newcomer sees at the end: the thing, its value, what it means."""
+    return [
+        ("Loss", _merged(summary), "the islands' models merged into one, on text it never saw; lower is better"),
+        ("Each island alone", _alone(summary), "its own model just before the merge"),
+        ("Bytes an island sent", _bytes(summary), "against averaging all gradients in fp32 each step (all-reduce)"),
+        ("Sent once besides", _once(summary), "to start from equal weights, and to merge at the end"),
+        ("Waited for the link", _wait(summary), "time an island could not compute because bytes were still on their way"),
+        ("Speed", _speed(summary), f"all {_count(summary['islands'], 'island')} together"),
+        ("Time", units.show_seconds(summary["wall_s"]), f"for {_count(summary['steps'], 'step')}, evaluation included"),
+    ]
+
+
+def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """A column a run; ValueError where two runs did not read the same text."""
+    refuse_different_corpora(runs)
+    names = [run.name for run in runs]
+    unique = len(set(names)) == len(names)
+    losses = [run.summary["eval_bits_per_byte"] for run in runs]
+    best = min((loss for loss in losses if loss is not None), default=None)
+    cells: list[tuple[str, Callable[[Summary], str]]] = [
+        ("recipe", lambda s: s["recipe"]),
+        ("islands x ranks", lambda s: f"{s['islands']} x {s['ranks']}"),
+        ("parameters", lambda s: f"{s['parameters']:,}"),
+        ("steps", lambda s: f"{s['steps']:,}"),
+        ("tokens", lambda s: f"{s['tokens']:,}"),
+        ("loss, nats a token", lambda s: _number(s["eval_loss"], 4)),
+        ("bits per byte", lambda s: _number(s["eval_bits_per_byte"], 4)),
+        ("above the best", lambda s: _above(s["eval_bits_per_byte"], best)),
+        ("each island alone", _alone),
+        ("bytes an island sent", lambda s: units.show_bytes(s["wire_bytes_sent"])),
+        ("all-reduce would send", lambda s: units.show_bytes(s["allreduce_wire_bytes"])),
+        ("fewer bytes", lambda s: _times(s["wire_reduction"]) if s["wire_reduction"] else "sent nothing"),
+        ("waited for the link", lambda s: f"{_seconds(s['wait_s'])}, {_share(s['wait_s'], s['wall_s'])}"),
+        ("tokens/s", lambda s: _number(s["tokens_per_s"], 0)),
+        ("time", lambda s: units.show_seconds(s["wall_s"])),
+    ]
+    header = ["", *(names if unique else [str(run.path) for run in runs])]
+    return header, [[label, *(show(run.summary) for run in runs)] for label, show in cells]
+
+
+def refuse_different_corpora(runs: Sequence[RunRecord]) -> None:
+    if not runs:
+        raise ValueError("no run to report; name a run folder, as in runs/quickstart")
+    first = runs[0]
+    for run in runs[1:]:
+        ours, theirs = first.summary["corpus_hash"], run.summary["corpus_hash"]
+        if ours != theirs:
+            raise ValueError(
+                f"{first.path} and {run.path} read different corpora ({ours} and {theirs}), so their losses do not compare; "
+                f"report runs of one corpus"
+            )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return statistics.mean(measured) if measured else None
+
+
+def _merged(summary: Summary) -> str:
+    if summary["eval_loss"] is None:
+        return "not a finite number: training diverged"
+    return f"{summary['eval_loss']:.4f} nats a token = {summary['eval_bits_per_byte']:.4f} bits per byte"
+
+
+def _alone(summary: Summary) -> str:
+    losses = summary["eval_bits_per_byte_islands"]
+    finite = [loss for loss in losses if loss is not None]
+    if len(losses) <= 3 or len(finite) < len(losses):
+        return ", ".join(_number(loss, 4) for loss in losses)
+    return f"{min(finite):.4f} to {max(finite):.4f}"
+
+
+def _bytes(summary: Summary) -> str:
+    sent, allreduce, ratio = summary["wire_bytes_sent"], summary["allreduce_wire_bytes"], summary["wire_reduction"]
+    if summary["islands"] == 1:
+        return "nothing: there is one island"
+    if not sent:
+        return f"nothing instead of {units.show_bytes(allreduce)}"
+    if 0.95 <= ratio < 1.05:
+        return f"{units.show_bytes(sent)}, as much as all-reduce"
+    words = f"{_times(ratio)} fewer" if ratio > 1 else f"{_times(1 / ratio)} more"
+    return f"{units.show_bytes(sent)} instead of {units.show_bytes(allreduce)}: {words}"
+
+
+def _once(summary: Summary) -> str:
+    return f"{units.show_bytes(summary['wire_bytes_start'])} first, {units.show_bytes(summary['wire_bytes_merge'])} last"
+
+
+def _wait(summary: Summary) -> str:
+    wait_s, wall_s = summary["wait_s"], summary["wall_s"]
+    return f"{_seconds(wait_s)} of {units.show_seconds(wall_s)}, {_share(wait_s, wall_s)}"
+
+
+def _speed(summary: Summary) -> str:
+    return f"{_number(summary['tokens_per_s'], 0)} tokens/s"
+
+
+def _seconds(value: float) -> str:
+    """Milliseconds are fine enough; 1.2e-05 s reads badly."""
+    return units.show_seconds(round(value, 3))
+
+
+def _share(part_s: float, whole_s: float) -> str:
+    return f"{100 * part_s / whole_s:.1f} %" if whole_s > 0 else "0.0 %"
+
+
+def _times(ratio: float) -> str:
+    """Two digits are all that a reader takes away: 1,200x, 33x, 1.9x."""
+    if ratio < 10:
+        return f"{ratio:.1f}x"
+    digits = 2 - len(str(int(ratio)))
+    return f"{round(ratio, digits):,.0f}x"
+
+
+def _above(loss: float | None, best: float | None) -> str:
+    if loss is None or best is None:
+        return "-"
+    return "best" if loss == best else f"+{100 * (loss / best - 1):.2f} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:,.{digits}f}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,109 @@
+"""Who moves the flights while the model trains? One thread that resumes each flight as soon as its wires are here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dtrain.core import Flight
+from dtrain.errors import NonFinite, WireError
+from dtrain.transport.base import MERGE, ROUND, START, Transport
+
+
+@dataclass(slots=True)
+class ByteCount:
+    """Payload bytes of this rank by kind of exchange."""
+
+    sent: dict[int, int]
+    received: dict[int, int]
+
+
+class Traffic:
+    """Launches flights over a transport, resumes them in the background, counts their bytes."""
+
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self.bytes = ByteCount(dict.fromkeys((START, ROUND, MERGE), 0), dict.fromkeys((START, ROUND, MERGE), 0))
+        self._transport = transport
+        self._inbox = transport.inbox
+        self._device = device
+        self._active: list[Flight] = []
+        self._open = True
+        self._thread = threading.Thread(target=self._run, name="dtrain-traffic", daemon=True)
+        self._thread.start()
+
+    def launch(self, flights: Sequence[Flight]) -> None:
+        """Run each flight to its first yield here, on the caller's thread, and post its wires."""
+        for flight in flights:
+            self._advance(flight)
+        with self._inbox.changed:
+            self._active += [f for f in flights if not f.done]
+            self._inbox.changed.notify_all()
+
+    def wait(self, flights: Sequence[Flight], timeout_s: float) -> bool:
+        """Wait until all flights are done; False when timeout_s passed first."""
+        with self._inbox.changed:
+            return self._inbox.changed.wait_for(lambda: all(f.done for f in flights), timeout=timeout_s)
+
+    def missing(self, flights: Sequence[Flight]) -> tuple[int, ...]:
+        """Peers whose wires the flights still wait for."""
+        with self._inbox.changed:
+            return tuple(
+                sorted({p for f in flights if not f.done for p in f.link.expected if not self._inbox.has(p, f.tag())})
+            )
+
+    def lost(self) -> dict[int, str]:
+        return self._inbox.lost()
+
+    def drop(self, flights: Sequence[Flight]) -> None:
+        with self._inbox.changed:
+            for flight in flights:
+                flight.drop()
+            self._active = [f for f in self._active if not f.done]
+            self._inbox.changed.notify_all()
+
+    def close(self, *, drain_s: float) -> None:
+        with self._inbox.changed:
+            self._open = False
+            self._inbox.changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=drain_s)
+        self._transport.close(drain_s=drain_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._inbox.changed:
+                self._inbox.changed.wait_for(lambda: not self._open or any(self._ready(f) for f in self._active))
+                if not self._open:
+                    return
+                ready = [f for f in self._active if self._ready(f)]
+            for flight in ready:
+                self._advance(flight)
+            with self._inbox.changed:
+                self._active = [f for f in self._active if not f.done]
+                self._inbox.changed.notify_all()
+
+    def _ready(self, flight: Flight) -> bool:
+        return not flight.done and all(self._inbox.has(peer, flight.tag()) for peer in flight.link.expected)
+
+    @torch.no_grad()
+    def _advance(self, flight: Flight) -> None:
+        """Hand over what arrived, resume, post what comes out. Runs until wires are awaited or the flight is done."""
+        link = flight.link
+        try:
+            while not flight.done:
+                link.inbox = {peer: self._inbox.pop(peer, flight.tag()).to(self._device) for peer in link.expected}
+                self.bytes.received[flight.kind] += sum(w.numel() for w in link.inbox.values())
+                flight.advance()
+                for peer, wire in link.outbox:
+                    self._transport.post(peer, flight.tag(), wire)
+                    self.bytes.sent[flight.kind] += wire.numel()
+                for peer, wire_bytes in link.expected.items():
+                    self._transport.expect(peer, flight.tag(), wire_bytes)
+                if link.expected:
+                    return
+        except (NonFinite, WireError) as e:
+            flight.error = e
+            flight.done = True

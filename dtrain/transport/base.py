@@ -1,0 +1,66 @@
+"""What must a transport do? Carry named bytes between islands; one peer's trouble is never another's."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+START, ROUND, MERGE = 0, 1, 2
+"""Kinds of exchange, counted apart."""
+
+
+class Tag(NamedTuple):
+    """The name of one wire between two islands; at most one with a name is ever under way."""
+
+    kind: int
+    round: int
+    bucket: int
+    phase: int
+
+
+class Inbox:
+    """Wires that have arrived and peers that are gone; filled by a transport's threads, emptied by the engine."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._wires: dict[tuple[int, Tag], Tensor] = {}
+        self._lost: dict[int, str] = {}
+
+    def deliver(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        with self.changed:
+            self._wires[peer, tag] = wire
+            self.changed.notify_all()
+
+    def lose(self, peer: int, reason: str) -> None:
+        with self.changed:
+            self._lost.setdefault(peer, reason)
+            self.changed.notify_all()
+
+    def has(self, peer: int, tag: Tag) -> bool:
+        return (peer, tag) in self._wires
+
+    def pop(self, peer: int, tag: Tag) -> Tensor:
+        with self.changed:
+            return self._wires.pop((peer, tag))
+
+    def lost(self) -> dict[int, str]:
+        with self.changed:
+            return dict(self._lost)
+
+
+class Transport(Protocol):
+    inbox: Inbox
+
+    def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        """Send a uint8 wire; returns at once. The wire must not be changed afterwards."""
+        ...
+
+    def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
+        """Make ready to receive; the wire will appear in the inbox."""
+        ...
+
+    def close(self, *, drain_s: float) -> None:
+        """Wait at most drain_s for what was posted to leave, then let go of the peers."""
+        ...

@@ -1,0 +1,94 @@
+"""How do islands of separate processes talk? torch's gloo, through a raw process group that joins rank r of every island.
+
+No default process group is touched. A gloo wait that times out closes healthy pairs too, so each peer has one waiter thread that waits
+without a limit, and limits are kept above (the engine's wait). Wires on a GPU go through host memory.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtrain.transport.base import Inbox, Tag
+
+_NEVER = timedelta(days=365)
+
+
+class GlooTransport:
+    """Point-to-point gloo between the islands' ranks of one number."""
+
+    def __init__(self, store: dist.Store, prefix: str, node: int, num_nodes: int, *, interface: str) -> None:
+        self.inbox = Inbox()
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+        options._timeout = _NEVER
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), node, num_nodes, options)
+        self._receives = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
+        self._sends = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
+
+    def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        host = wire.cpu()
+        try:
+            work = self._group.send([host], peer, _number(tag))
+        except RuntimeError as e:  # gloo raises it where the peer's socket is already closed
+            self.inbox.lose(peer, _first_line(e))
+            return
+        self._sends[peer].add(work, None, host)
+
+    def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
+        host = torch.empty(wire_bytes, dtype=torch.uint8)
+        try:
+            work = self._group.recv([host], peer, _number(tag))
+        except RuntimeError as e:
+            self.inbox.lose(peer, _first_line(e))
+            return
+        self._receives[peer].add(work, tag, host)
+
+    def close(self, *, drain_s: float) -> None:
+        until = time.monotonic() + drain_s
+        for waiter in self._sends.values():
+            waiter.finish(max(0.0, until - time.monotonic()))
+
+
+class _Waiter:
+    """One thread that waits for one peer's works, in the order in which both sides started them."""
+
+    def __init__(self, inbox: Inbox, peer: int) -> None:
+        self._inbox = inbox
+        self._peer = peer
+        self._queue: queue.SimpleQueue[tuple[dist.Work, Tag | None, Tensor] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"dtrain-link-{peer}", daemon=True)
+        self._thread.start()
+
+    def add(self, work: dist.Work, tag: Tag | None, wire: Tensor) -> None:
+        self._queue.put((work, tag, wire))
+
+    def finish(self, timeout_s: float) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=timeout_s)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, tag, wire = item
+            try:
+                work.wait()
+            except RuntimeError as e:  # gloo's only way to say that the pair is closed
+                self._inbox.lose(self._peer, _first_line(e))
+                return
+            if tag is not None:
+                self._inbox.deliver(self._peer, tag, wire)
+
+
+def _number(tag: Tag) -> int:
+    """31 bits, as gloo's tags are: kind 2, round 11 (only one of a bucket is under way), bucket 12, phase 6."""
+    return tag.kind << 29 | (tag.round % 2048) << 18 | tag.bucket << 6 | tag.phase
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).splitlines()[0] if str(e) else type(e).__name__

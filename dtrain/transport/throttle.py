@@ -1,0 +1,100 @@
+"""What does a slow link feel like? A wrapper that lets an island's bytes through at a rate and delays them by half a round trip.
+
+One uplink is shared by all ranks of an island: each wire reserves its time on the uplink's clock (a file of eight bytes under a
+lock, so that separate processes share it), and is handed on when its last bit would have left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import queue
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dtrain.transport.base import Tag, Transport
+
+
+class Uplink(Protocol):
+    def reserve(self, wire_bytes: int) -> float:
+        """The time (time.monotonic) at which wire_bytes more will have left."""
+        ...
+
+
+class MemoryUplink:
+    """An uplink used by one process only."""
+
+    def __init__(self, bits_per_s: float) -> None:
+        self._bits_per_s = bits_per_s
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def reserve(self, wire_bytes: int) -> float:
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + wire_bytes * 8 / self._bits_per_s
+            return self._free_at
+
+
+class SharedUplink:
+    """An uplink shared by the processes that open the same file; the clock is system-wide (CLOCK_MONOTONIC)."""
+
+    def __init__(self, path: Path, bits_per_s: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b", buffering=0)
+        self._bits_per_s = bits_per_s
+
+    def reserve(self, wire_bytes: int) -> float:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self._file.seek(0)
+            stored = self._file.read(8)
+            # A file of another boot may hold a time far ahead; no reservation of this run can be a day away.
+            free_at = struct.unpack("<d", stored)[0] if len(stored) == 8 else 0.0
+            now = time.monotonic()
+            start = free_at if now < free_at < now + 86400 else now
+            done = start + wire_bytes * 8 / self._bits_per_s
+            self._file.seek(0)
+            self._file.truncate(0)
+            self._file.write(struct.pack("<d", done))
+            return done
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+class Throttle:
+    """A transport that sends through another one, late."""
+
+    def __init__(self, inner: Transport, *, uplink: Uplink | None, rtt_s: float) -> None:
+        self.inbox = inner.inbox
+        self._inner = inner
+        self._uplink = uplink
+        self._one_way_s = rtt_s / 2
+        self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._deliver, name="dtrain-throttle", daemon=True)
+        self._thread.start()
+
+    def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        left_at = self._uplink.reserve(wire.numel()) if self._uplink else time.monotonic()
+        self._queue.put((left_at + self._one_way_s, peer, tag, wire))
+
+    def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
+        self._inner.expect(peer, tag, wire_bytes)
+
+    def close(self, *, drain_s: float) -> None:
+        self._queue.put(None)
+        until = time.monotonic() + drain_s
+        self._thread.join(timeout=drain_s)
+        self._inner.close(drain_s=max(0.0, until - time.monotonic()))
+
+    def _deliver(self) -> None:
+        """Reservations of one process only grow, so first come is first served."""
+        while (item := self._queue.get()) is not None:
+            due, peer, tag, wire = item
+            wait_s = due - time.monotonic()
+            if wait_s > 0:
+                time.sleep(wait_s)
+            self._inner.post(peer, tag, wire)
