@@ -1,10 +1,9 @@
 """What is an algorithm? What to send and how to land it; in between, ``yield`` means "the bytes are on the wire".
 
-``send`` is a generator. Until its first yield it may read and change the parameters; after it, it runs in the background and touches only
-State and Link, and it may yield again for a further phase. ``land`` runs on the main thread when its step has come. What
-survives a yield lies in State, which ``init`` creates whole, so that checkpoint keys agree on every rank from step 0.
-``grad`` rewrites gradients before the update.
-"""
+``send`` is a generator. Until its first yield it may read and change the parameters; after it, it runs in the
+background and touches only State and Link, and it may yield again for a further phase. ``land`` runs on the main
+thread when its step has come. What survives a yield lies in State, which ``init`` creates whole, so that checkpoint
+keys agree on every rank from step 0. ``grad`` rewrites gradients before the update."""
 
 from __future__ import annotations
 

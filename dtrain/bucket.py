@@ -1,14 +1,15 @@
 """How do a model's parameters become flat buckets?
 
-All parameters of one dtype are moved into one flat storage, in the model's order, and stay views of it. The storage is cut
-into buckets in global coordinates, never by rank, so that wires do not depend on how an island is sharded. Cuts
-inside a parameter fall on multiples of GRAIN elements from its start, so that no codec block is ever cut in two.
+All parameters of one dtype are moved into one flat storage, in the model's order, and stay views of it. The storage
+is cut into buckets in global coordinates, never by rank, so that wires do not depend on how an island is sharded.
+Cuts inside a parameter fall on multiples of GRAIN elements from its start, so that no codec block is ever cut in two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ GRAIN = 4096
 
 MAX_BUCKETS = 4096
 """A tag has 12 bits for the bucket."""
+
+MIN_BUCKET_BYTES = 2**19
+"""Below it the cost of a message, not its length, is what an exchange takes: a bucket's round trip is about 1 ms of
+threads."""
 
 MAX_BUCKET_BYTES = 64 * 2**20
 
@@ -58,7 +63,8 @@ class Layout:
         return Layout(tuple(spans))
 
     def cuts(self, num_parts: int, grain: int) -> tuple[int, ...]:
-        """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a span."""
+        """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a
+        span."""
         return cut_evenly([s.numel for s in self.spans], num_parts, grain)
 
 
@@ -69,7 +75,8 @@ def whole(name: str, x: Tensor) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a method sends them)."""
+    """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a
+    method sends them)."""
 
     index: int
     fragment: int
@@ -81,7 +88,8 @@ class Bucket:
 
 
 def cut_evenly(numels: Sequence[int], num_parts: int, grain: int) -> tuple[int, ...]:
-    """Split sum(numels) into num_parts near-equal parts; cuts lie on multiples of grain from an item's start, or on its start."""
+    """Split sum(numels) into num_parts near-equal parts; cuts lie on multiples of grain from an item's start, or on
+    its start."""
     total = sum(numels)
     positions = [0]
     start = 0
@@ -126,7 +134,9 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
         raise ValueError("the model has no parameters that require a gradient; nothing to synchronise")
     for name, p in zip(names, parameters, strict=True):
         if not p.dtype.is_floating_point:
-            raise ValueError(f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised")
+            raise ValueError(
+                f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised"
+            )
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, p in enumerate(parameters):
         kinds.setdefault((p.dtype, p.device), []).append(i)
@@ -145,12 +155,14 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
     return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()))
 
 
-def make_buckets(flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool) -> list[Bucket]:
+def make_buckets(
+    flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool
+) -> list[Bucket]:
     """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
 
-    The cut depends on the model alone (an eighth of it a bucket unless bucket_bytes says otherwise), never on num_ranks.
-    """
-    largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(GRAIN, flat.numel * 4 // 8))
+    The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
+    otherwise), never on num_ranks."""
+    largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
     global_base = 0
     for storage, members in zip(flat.storages, flat.order, strict=True):
@@ -160,11 +172,13 @@ def make_buckets(flat: Flat, *, num_fragments: int, bucket_bytes: int | None, nu
         for f in range(num_fragments):
             inside = layout.part(fragments[f], fragments[f + 1])
             cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN)
-            for a, b in zip(cuts, cuts[1:], strict=False):
+            for a, b in pairwise(cuts):
                 if a < b:
                     pieces.append((f, inside.part(a, b), storage[fragments[f] + a : fragments[f] + b]))
     if len(pieces) > MAX_BUCKETS:
-        raise ValueError(f"bucket_bytes = {largest} cuts the model into {len(pieces)} buckets; at most {MAX_BUCKETS}: raise it")
+        raise ValueError(
+            f"bucket_bytes = {largest} cuts the model into {len(pieces)} buckets; at most {MAX_BUCKETS}: raise it"
+        )
     owners = _owners([p[1].numel for p in pieces], num_ranks)
     return [
         Bucket(i, fragment, layout, x, torch.zeros(x.numel(), device=x.device) if with_grad else None, owners[i])

@@ -1,4 +1,5 @@
-"""Which buffers belong to the state that islands share, and how do they travel? As one fp32 tensor, counters as numbers."""
+"""Which buffers belong to the state that islands share, and how do they travel? As one fp32 tensor, counters as
+numbers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How is a bucket encoded on the wire, and how is it read back?
 
-A codec is bound to a layout once: sizes and blocks are fixed then. Blocks never cross a parameter. A wire is [scales][codes], without
-a header: both sides know its length from the layout. Non-finite input is refused by the encoder, a non-finite scale by the decoder.
-"""
+A codec is bound to a layout once: sizes and blocks are fixed then. Blocks never cross a parameter. A wire is
+[scales][codes], without a header: both sides know its length from the layout. Non-finite input is refused by the
+encoder, a non-finite scale by the decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ State = dict[str, Tensor]
 
 
 class BoundCodec(Protocol):
-    wire_bytes: int
+    @property
+    def wire_bytes(self) -> int: ...
 
     def init(self, device: torch.device) -> State:
         """Residuals; {} when stateless."""
@@ -36,8 +37,10 @@ class BoundCodec(Protocol):
 
 
 class Codec(Protocol):
-    grain: int
-    """Elements; a bucket may be cut at multiples of it within a parameter."""
+    @property
+    def grain(self) -> int:
+        """Elements; a bucket may be cut at multiples of it within a parameter."""
+        ...
 
     def bind(self, layout: Layout) -> BoundCodec: ...
 
@@ -161,10 +164,11 @@ def _check_length(wire: Tensor, expected: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ErrorFeedback:
-    """What the inner codec lost stays in a residual and goes out with the next round: sum sent + residual = sum of inputs.
+    """What the inner codec lost stays in a residual and goes out with the next round: sum sent + residual = sum of
+    inputs.
 
-    e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847)
-    """
+    e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv
+    1901.09847)"""
 
     inner: Codec
 
@@ -211,5 +215,7 @@ def by_name(name: str, *, error_feedback: bool) -> Codec:
     elif name == "bf16":
         codec = Bf16()
     else:
-        raise ValueError(f'codec {name!r} is not known; use "identity", "bf16", "int8", "int4", with a block size as in "int4:64"')
+        raise ValueError(
+            f'codec {name!r} is not known; use "identity", "bf16", "int8", "int4", with a block size as in "int4:64"'
+        )
     return ErrorFeedback(codec) if error_feedback else codec

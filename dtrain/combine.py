@@ -1,7 +1,7 @@
 """How are the islands' contributions combined?
 
-A combine starts the output, then adds one decoded contribution after another, in node order, so that every island computes the same bits.
-"""
+A combine starts the output, then adds one decoded contribution after another, in node order, so that every island
+computes the same bits."""
 
 from __future__ import annotations
 

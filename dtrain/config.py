@@ -68,14 +68,16 @@ class Data(Section):
 
 class Train(Section):
     steps: int = Field(1500, ge=1, description="optimizer steps")
-    batch: int = Field(8, ge=1, description="sequences an island an optimizer step, over all its ranks")
+    batch: int = Field(4, ge=1, description="sequences an island an optimizer step, over all its ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
-    eval_every: int = Field(250, ge=0, description="steps between evaluations of each island's own model; 0: at the end")
+    eval_every: int = Field(
+        250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
+    )
     checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0 writes none")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
@@ -90,7 +92,9 @@ class Sync(Section):
     )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
-    codec: str | None = Field(None, description='"identity", "bf16", "int8", "int4"; block size after a colon: "int4:64"')
+    codec: str | None = Field(
+        None, description='"identity", "bf16", "int8", "int4"; block size after a colon: "int4:64"'
+    )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
@@ -101,7 +105,9 @@ class Sync(Section):
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
     landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
-    bucket_bytes: int | None = Field(None, ge=4096, description="largest bucket; left out: an eighth of the model, 64 MiB at most")
+    bucket_bytes: int | None = Field(
+        None, ge=4096, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
+    )
 
     @field_validator("delay")
     @classmethod
@@ -118,7 +124,9 @@ class LinkSection(Section):
     timeout_s: float = Field(300.0, gt=0, description="how long a missing island is waited for")
     port: int = Field(0, ge=0, lt=65536, description="port of the meeting point; 0 takes a free one")
     interface: str = Field("", description="network interface that carries the link; empty: loopback")
-    advertise: str = Field("", description="host name or address of the meeting point as other islands see it; empty: 127.0.0.1")
+    advertise: str = Field(
+        "", description="host name or address of the meeting point as other islands see it; empty: 127.0.0.1"
+    )
 
     @field_validator("rate")
     @classmethod
@@ -154,7 +162,8 @@ class Job(Section):
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file and apply ``section.key=value`` overrides; raises ValueError with one line that says what to do."""
+    """Read a job file and apply ``section.key=value`` overrides; raises ValueError with one line that says what to
+    do."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from dtrain import units
 from dtrain.island.replicas import Alone, Island, Replicas
@@ -72,18 +73,26 @@ def connect(
     ranks = _ranks(place, device)
     if place.num_islands == 1 or not place.meet:
         if place.num_islands > 1:
-            raise ValueError(f"DTRAIN_NUM_ISLANDS = {place.num_islands} without DTRAIN_MEET; start the job with `dtrain run`")
+            raise ValueError(
+                f"DTRAIN_NUM_ISLANDS = {place.num_islands} without DTRAIN_MEET; start the job with `dtrain run`"
+            )
         hub = LocalHub(1)
-        return Connection(0, 1, hub.transport(0), MemoryMembership(Hub(), 0), ranks, settings.timeout_s, on_wait, recipe, axes)
+        return Connection(
+            0, 1, hub.transport(0), MemoryMembership(Hub(), 0), ranks, settings.timeout_s, on_wait, recipe, axes
+        )
     now = place.epoch if epoch is None else epoch
     store = meeting_store(place.meet, settings.timeout_s)
     membership = StoreMembership(store, node=place.island, num_nodes=place.num_islands, rank=place.rank, epoch=now)
     membership.gather(settings.timeout_s, on_wait)
     transport = _transport(place, settings, store, now, device)
-    return Connection(place.island, place.num_islands, transport, membership, ranks, settings.timeout_s, on_wait, recipe, axes)
+    return Connection(
+        place.island, place.num_islands, transport, membership, ranks, settings.timeout_s, on_wait, recipe, axes
+    )
 
 
-def connect_local(num_islands: int, *, timeout_s: float = 60.0, settings: LinkSettings | None = None) -> list[Connection]:
+def connect_local(
+    num_islands: int, *, timeout_s: float = 60.0, settings: LinkSettings | None = None
+) -> list[Connection]:
     """Connections of islands that live in one process, one thread each."""
     hub, exits = LocalHub(num_islands), Hub()
     out = []
@@ -117,15 +126,16 @@ def _ranks(place: Place, device: torch.device) -> Island:
         return Alone()
     if not torch.distributed.is_initialized():
         raise ValueError(
-            f"this island has {place.num_ranks} ranks and no process group; call torch.distributed.init_process_group() before dtrain.join"
+            f"this island has {place.num_ranks} ranks and no process group; "
+            "call torch.distributed.init_process_group() before dtrain.join"
         )
     return Replicas(device)
 
 
-Maker = Callable[[Place, "LinkSettings", torch.distributed.Store, int, torch.device], Transport]
+Maker = Callable[[Place, "LinkSettings", Store, int, torch.device], Transport]
 
 
-def _transport(place: Place, settings: LinkSettings, store: torch.distributed.Store, epoch: int, device: torch.device) -> Transport:
+def _transport(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
     makers: dict[str, Maker] = {"c10d": _gloo, "nccl": _nccl}
     transport = makers[settings.transport](place, settings, store, epoch, device)
     if settings.bits_per_s is None and settings.rtt_s == 0:
@@ -137,13 +147,23 @@ def _transport(place: Place, settings: LinkSettings, store: torch.distributed.St
     return Throttle(transport, uplink=uplink, rtt_s=settings.rtt_s)
 
 
-def _gloo(place: Place, settings: LinkSettings, store: torch.distributed.Store, epoch: int, device: torch.device) -> Transport:
+def _gloo(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
     from dtrain.transport.c10d import GlooTransport  # torch.distributed's gloo is not built everywhere
 
-    return GlooTransport(store, f"link/{epoch}/{place.rank}", place.island, place.num_islands, interface=place.interface)
+    return GlooTransport(
+        store, f"link/{epoch}/{place.rank}", place.island, place.num_islands, interface=place.interface
+    )
 
 
-def _nccl(place: Place, settings: LinkSettings, store: torch.distributed.Store, epoch: int, device: torch.device) -> Transport:
-    from dtrain.transport.nccl import NcclTransport  # needs a GPU
+def _nccl(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
+    from dtrain.transport.ordered import OrderedTransport, nccl_group  # needs a GPU
 
-    return NcclTransport(store, f"link/{epoch}/{place.rank}", place.island, place.num_islands, device=device)
+    return OrderedTransport(
+        store,
+        f"link/{epoch}/{place.rank}",
+        place.island,
+        place.num_islands,
+        make_group=nccl_group(device),
+        interface=place.interface,
+        device=device,
+    )

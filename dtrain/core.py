@@ -1,8 +1,8 @@
 """Which rounds start, fly and land at which step? The heart without thread, clock or socket.
 
-A live driver (traffic.py) and a simulator carry its flights; both get the same steps, so both get the same bits. For a round that starts
-after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t + d.
-"""
+A live driver (traffic.py) and a simulator carry its flights; both get the same steps, so both get the same bits. For
+a round that starts after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t
++ d."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Flight:
         return Tag(self.kind, self.index, self.bucket, self.phase)
 
     def advance(self) -> None:
-        """Run to the next yield; afterwards link.outbox is to be posted and link.expected to be waited for, or it is done."""
+        """Run to the next yield; afterwards link.outbox is to be posted and link.expected to be waited for, or it is
+        done."""
         self.link.new_phase()
         self.phase += 1
         try:
@@ -79,7 +80,9 @@ class Core:
             if lane.algorithm.grad is not None:
                 link = self._link(lane)
                 generator = lane.algorithm.grad(lane.bucket, lane.state, link)
-                flights.append(Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step + 1))
+                flights.append(
+                    Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step + 1)
+                )
                 lane.round += 1
         return flights
 
@@ -92,7 +95,9 @@ class Core:
             assert lane.land_step < 0, "a round must land before the next of its bucket starts"
             link = self._link(lane)
             generator = lane.algorithm.send(lane.bucket, lane.state, link)
-            lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step)
+            lane.flight = Flight(
+                generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step
+            )
             lane.land_step = self.step + self.plan.delay_steps
             lane.round += 1
             flights.append(lane.flight)
@@ -112,7 +117,8 @@ class Core:
         lane.flight, lane.land_step = None, -1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each step."""
+        """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each
+        step."""
         out: dict[str, Tensor] = {"step": torch.tensor(self.step)}
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"

@@ -28,7 +28,7 @@ class Regroup(Exception):
         super().__init__(f"regroup as epoch {epoch} from step {step}")
 
 
-class NonFinite(RuntimeError):
+class NonFinite(ValueError):
     """A payload holds inf or NaN; it is never put on a wire."""
 
 

@@ -1,7 +1,7 @@
-"""How are islands made equal at the start, and averaged exactly at the end? Two exchanges outside the rounds, on the same link.
+"""How are islands made equal at the start, and averaged exactly at the end? Two exchanges outside the rounds, on the
+same link.
 
-Both are generators like an algorithm's ``send``.
-"""
+Both are generators like an algorithm's ``send``."""
 
 from __future__ import annotations
 

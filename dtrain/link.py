@@ -1,7 +1,7 @@
 """What does an algorithm see of the network? One bucket's round: a mailbox, and its row of the mixing matrix.
 
-The algorithm posts wires and says what it expects; then it yields, and when it is resumed the expected wires are here.
-"""
+The algorithm posts wires and says what it expects; then it yields, and when it is resumed the expected wires are
+here."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which islands are there, which have left, and who is back?
 
-The launcher owns a TCPStore, the meeting point. Islands announce themselves in it, and say good-bye; the launcher writes
-``regroup`` when an island that was lost is started again. Islands of one process share a MemoryMembership instead.
-"""
+The launcher owns a TCPStore, the meeting point. Islands announce themselves in it, and say good-bye; the launcher
+writes ``regroup`` when an island that was lost is started again. Islands of one process share a MemoryMembership
+instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from dtrain.errors import PeerLost, Regroup
 
@@ -81,10 +81,10 @@ def place_from_env(env: Mapping[str, str] | None = None) -> Place:
     )
 
 
-def meeting_store(meet: str, timeout_s: float) -> dist.TCPStore:
+def meeting_store(meet: str, timeout_s: float) -> TCPStore:
     """Connect to the launcher's store at ``host:port``."""
     host, _, port = meet.rpartition(":")
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 class StoreMembership:
@@ -92,7 +92,7 @@ class StoreMembership:
 
     failed_may_return = True
 
-    def __init__(self, store: dist.Store, *, node: int, num_nodes: int, rank: int, epoch: int) -> None:
+    def __init__(self, store: Store, *, node: int, num_nodes: int, rank: int, epoch: int) -> None:
         self._store = store
         self._node, self._num_nodes, self._rank, self._epoch = node, num_nodes, rank, epoch
 

@@ -41,7 +41,8 @@ class MetricsWriter:
         eval_loss: float | None = None,
         consensus_distance: float | None = None,
     ) -> None:
-        """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left out."""
+        """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
+        out."""
         content: dict[str, Any] = {
             "step": step,
             "island": self._island,
@@ -73,7 +74,8 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines, in the order of writing; ValueError names a broken line, a half-written last one is left out."""
+    """All whole lines, in the order of writing; ValueError names a broken line, a half-written last one is left
+    out."""
     return [content for _, content in _whole_lines(path)]
 
 
@@ -85,7 +87,9 @@ def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         while before and before[-1]["step"] >= line["step"]:
             before.pop()
         before.append(line)
-    return sorted((line for of_island in kept.values() for line in of_island), key=lambda at: (at["step"], at["island"]))
+    return sorted(
+        (line for of_island in kept.values() for line in of_island), key=lambda at: (at["step"], at["island"])
+    )
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -121,14 +125,6 @@ class StatusFile:
         _replace(self._path, _to_json(asdict(status)).encode() + b"\n", durable=False)
 
 
-def read_status(path: Path) -> Status | None:
-    """The island's last word; None before its first."""
-    if not path.exists():
-        return None
-    content = read_json(path)
-    return Status(**{**_only_fields(Status, content, path), "waiting_for": tuple(content["waiting_for"])})
-
-
 @dataclass(frozen=True)
 class ErrorNote:
     """Why a worker stopped; torchrun does not pass exit codes on."""
@@ -138,7 +134,10 @@ class ErrorNote:
 
 
 def write_error(folder: Path, kind: ErrorKind, message: str) -> None:
-    """Leave the reason in ``error.json``. The first rank's reason stays: what follows on other ranks is its echo."""
+    """Leave the reason in ``error.json``, which a launcher removes before it starts the island again.
+
+    The first rank's reason stays: what follows on the other ranks is its echo.
+    """
     path = folder / "error.json"
     if not path.exists():
         write_json(path, {"kind": kind, "message": " ".join(message.split())})
@@ -154,11 +153,6 @@ def read_error(folder: Path) -> ErrorNote | None:
     return ErrorNote(**content)
 
 
-def clear_error(folder: Path) -> None:
-    """Call before an island is started (again), or the reason of its last stop is taken for the next one's."""
-    (folder / "error.json").unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Part:
     """One island's share of the summary. A loss is None where it was not a finite number."""
@@ -168,6 +162,8 @@ class Part:
     steps: int
     tokens: int
     wall_s: float
+    train_s: float
+    """In the training loop: without starting, evaluation, checkpoints and the merge. compute_s + wait_s."""
     compute_s: float
     wait_s: float
     wire_bytes_sent: int

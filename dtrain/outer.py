@@ -1,4 +1,5 @@
-"""How is a combined pseudo-gradient applied to the anchor? The outer optimizers; in place, bit for bit as torch.optim.SGD."""
+"""How is a combined pseudo-gradient applied to the anchor? The outer optimizers; in place, bit for bit as
+torch.optim.SGD."""
 
 from __future__ import annotations
 

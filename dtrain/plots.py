@@ -53,7 +53,14 @@ def plot_run(metrics: Sequence[dict[str, Any]], summary: dict[str, Any], out: Pa
     figure, (by_step, by_time) = _panels(2)
     for panel, x_of in ((by_step, _step), (by_time, _time(seconds))):
         for index, (island, curve) in enumerate(curves.items()):
-            _draw(panel, x_of(curve), curve, _colour(index, len(islands)), _island_name(island, index, len(islands)), raw=few)
+            _draw(
+                panel,
+                x_of(curve),
+                curve,
+                _colour(index, len(islands)),
+                _island_name(island, index, len(islands)),
+                raw=few,
+            )
         _star(panel, max((x_of(curve)[-1] for curve in curves.values()), default=0.0), summary)
     _label(by_step, "step", _LOSS)
     _label(by_time, f"training time ({time_unit})", None)
@@ -92,7 +99,7 @@ def smooth(values: Array) -> Array:
     # At the start windows shrink, or the first fall would be drawn flat; at the end they lose their right half only.
     windows = [slice(i - min(half, i), i + min(half, i) + 1) for i in range(len(values))]
     medians = np.array([np.median(values[window]) for window in windows])
-    return np.array([np.mean(medians[window]) for window in windows])
+    return np.array([medians[window].mean() for window in windows], dtype=np.float64)
 
 
 def _thin(x: Array, y: Array, most: int = 1500) -> tuple[Array, Array]:
@@ -117,7 +124,9 @@ def _mean_curve(lines: Sequence[dict[str, Any]]) -> Curve:
     for line in lines:
         by_step.setdefault(line["step"], []).append(line)
     names = ("step", "time_s", "wire_bytes_sent", "loss", "eval_loss")
-    return _curve([{name: _mean(line.get(name) for line in by_step[step]) for name in names} for step in sorted(by_step)])
+    return _curve(
+        [{name: _mean(line.get(name) for line in by_step[step]) for name in names} for step in sorted(by_step)]
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -166,7 +175,9 @@ def _draw(panel: Axes, x: Array, curve: Curve, colour: str, label: str | None, r
 
 def _star(panel: Axes, x: float, summary: dict[str, Any], colour: str = _STAR) -> None:
     if summary["eval_loss"] is not None:
-        panel.scatter([x], [summary["eval_loss"]], s=150, marker="*", color=colour, edgecolors=_INK, linewidths=0.9, zorder=5)
+        panel.scatter(
+            [x], [summary["eval_loss"]], s=150, marker="*", color=colour, edgecolors=_INK, linewidths=0.9, zorder=5
+        )
 
 
 def _cost(panel: Axes, run: RunRecord, colour: str) -> None:

@@ -1,7 +1,7 @@
-"""Which named methods are there? One row a recipe: the answers to the eight questions, in words that a job file can override.
+"""Which named methods are there? One row a recipe: the answers to the eight questions, in words that a job file can
+override.
 
-Pure: no torch. ``assemble.py`` turns a row into code.
-"""
+Pure: no torch. ``assemble.py`` turns a row into code."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     changes = {key: value for key, value in overrides.items() if value is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
-    recipe = replace(RECIPES[wanted], **changes)  # pyright: ignore[reportArgumentType]
+    recipe = replace(RECIPES[wanted], **changes)
     _check(recipe, num_islands)
     return recipe
 
@@ -143,12 +143,14 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
 def _check(r: Recipe, num_islands: int) -> None:
     if r.delay != "round" and r.delay > r.every:
         raise ValueError(
-            f'sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; '
+            f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
         )
     smallest = topologies.MIN_NODES[r.topology]
     if num_islands < smallest:
-        raise ValueError(f'sync.topology = "{r.topology}" needs at least {smallest} islands, got {num_islands}; use "complete"')
+        raise ValueError(
+            f'sync.topology = "{r.topology}" needs at least {smallest} islands, got {num_islands}; use "complete"'
+        )
     paths = {
         "local": ("none",),
         "allreduce": ("gather", "all_to_all"),
@@ -157,17 +159,27 @@ def _check(r: Recipe, num_islands: int) -> None:
         "diloco": ("gather", "all_to_all"),
     }[r.algorithm]
     if r.reduce not in paths:
-        raise ValueError(f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(paths)}')
+        raise ValueError(
+            f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(paths)}'
+        )
     if r.reduce in ("gather", "all_to_all") and r.topology != "complete":
-        raise ValueError(f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"')
+        raise ValueError(
+            f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
+        )
     if r.algorithm == "choco" and r.topology not in topologies.STATIC:
         raise ValueError(
-            f'choco keeps sums of its neighbours\' public copies, so its topology must not change by round; '
+            f"choco keeps sums of its neighbours' public copies, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(sorted(topologies.STATIC))}'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
-        raise ValueError('sync.landing = "eager" is for algorithm = "diloco" with a delay; use landing = "keep", or set sync.delay')
+        raise ValueError(
+            'sync.landing = "eager" is for algorithm = "diloco" with a delay; use landing = "keep", or set sync.delay'
+        )
     if r.algorithm == "allreduce" and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
-        raise ValueError("allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do")
+        raise ValueError(
+            "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
+        )
     if r.fragments > r.every:
-        raise ValueError(f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}")
+        raise ValueError(
+            f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
+        )

@@ -1,12 +1,13 @@
 """By what path are the islands' payloads brought together?
 
-An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly. Bytes an island
-sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n; neighbours (its degree) w.
-"""
+An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly.
+Bytes an island sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n;
+neighbours (its degree) w."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ class BoundReduce(NamedTuple):
     init: Callable[[torch.device], State]
     """Residuals of the codecs."""
     run: Callable[[Tensor, Tensor, State, Link], Iterator[None]]
-    """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out itself."""
+    """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out
+    itself."""
 
 
 Reduce = Callable[[Layout, Peers], BoundReduce]
@@ -49,15 +51,15 @@ def gather(codec: Codec) -> Reduce:
 
 
 def all_to_all(codec: Codec) -> Reduce:
-    """Reduce-scatter, then all-gather: part j of every payload goes to node j, which combines it and sends the result to all.
+    """Reduce-scatter, then all-gather: part j of every payload goes to node j, which combines it and sends the result
+    to all.
 
-    The owner encodes the combined part again (with a residual of its own where the codec keeps one) and uses its own decoded
-    bytes like everyone else, so that all islands end with the same bits.
-    """
+    The owner encodes the combined part again (with a residual of its own where the codec keeps one) and uses its own
+    decoded bytes like everyone else, so that all islands end with the same bits."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         cuts = layout.cuts(peers.num_nodes, codec.grain)
-        parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [slice(a, b) for a, b in pairwise(cuts)]
         bound = [codec.bind(layout.part(p.start, p.stop)) for p in parts]
         combine = mean(peers.num_nodes)
         mine = bound[peers.node]
@@ -67,7 +69,9 @@ def all_to_all(codec: Codec) -> Reduce:
             return state | {f"owner.{k}": v for k, v in mine.init(device).items()}
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            wires = [_encode(b, x[p], _under(state, f"to{j}.")) for j, (b, p) in enumerate(zip(bound, parts, strict=True))]
+            wires = [
+                _encode(b, x[p], _under(state, f"to{j}.")) for j, (b, p) in enumerate(zip(bound, parts, strict=True))
+            ]
             for peer in _others(link):
                 link.post(peer, wires[peer])
                 link.expect(peer, mine.wire_bytes)
@@ -89,7 +93,8 @@ def all_to_all(codec: Codec) -> Reduce:
 
 
 def neighbours(codec: Codec) -> Reduce:
-    """One gossip step: out = x + sum_j W_ij (decode(wire_j) - decode(wire_i)), which keeps the mean whatever the codec loses."""
+    """One gossip step: out = x + sum_j W_ij (decode(wire_j) - decode(wire_i)), which keeps the mean whatever the
+    codec loses."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout)

@@ -45,6 +45,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
     allreduce = allreduce_wire_bytes(first.steps, first.parameters, first.islands)
     tokens = sum(part.tokens for part in parts)
     wall_s = max(part.wall_s for part in parts)
+    train_s = max(part.train_s for part in parts)
     eval_losses = [part.eval_loss for part in parts]
     eval_loss = None if None in eval_losses else _mean(eval_losses)
     return {
@@ -54,8 +55,9 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "parameters": first.parameters,
         "steps": first.steps,
         "tokens": tokens,
-        "tokens_per_s": tokens / wall_s if wall_s > 0 else None,
+        "tokens_per_s": tokens / train_s if train_s > 0 else None,
         "wall_s": wall_s,
+        "train_s": train_s,
         "compute_s": statistics.mean(part.compute_s for part in parts),
         "wait_s": statistics.mean(part.wait_s for part in parts),
         "wire_bytes_sent": sent,
@@ -85,7 +87,9 @@ def load_run(path: Path) -> RunRecord:
     """Read a finished run; ValueError says why there is nothing to report."""
     known = ("job.toml", "metrics.jsonl", "summary.json")
     if not any((path / name).is_file() for name in known):
-        raise ValueError(f"{path} is no run folder (it holds none of {', '.join(known)}); name one, as in runs/quickstart")
+        raise ValueError(
+            f"{path} is no run folder (it holds none of {', '.join(known)}); name one, as in runs/quickstart"
+        )
     if not (path / "summary.json").is_file():
         raise ValueError(
             f"no summary.json in {path}: still running, or stopped; resume with: dtrain run {path / 'job.toml'} --resume"
@@ -107,7 +111,11 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("Each island alone", _alone(summary), "its own model just before the merge"),
         ("Bytes an island sent", _bytes(summary), "against averaging all gradients in fp32 each step (all-reduce)"),
         ("Sent once besides", _once(summary), "to start from equal weights, and to merge at the end"),
-        ("Waited for the link", _wait(summary), "time an island could not compute because bytes were still on their way"),
+        (
+            "Waited for the link",
+            _wait(summary),
+            "time an island could not compute because bytes were still on their way",
+        ),
         ("Speed", _speed(summary), f"all {_count(summary['islands'], 'island')} together"),
         ("Time", units.show_seconds(summary["wall_s"]), f"for {_count(summary['steps'], 'step')}, evaluation included"),
     ]
@@ -186,12 +194,14 @@ def _bytes(summary: Summary) -> str:
 
 
 def _once(summary: Summary) -> str:
-    return f"{units.show_bytes(summary['wire_bytes_start'])} first, {units.show_bytes(summary['wire_bytes_merge'])} last"
+    return (
+        f"{units.show_bytes(summary['wire_bytes_start'])} first, {units.show_bytes(summary['wire_bytes_merge'])} last"
+    )
 
 
 def _wait(summary: Summary) -> str:
-    wait_s, wall_s = summary["wait_s"], summary["wall_s"]
-    return f"{_seconds(wait_s)} of {units.show_seconds(wall_s)}, {_share(wait_s, wall_s)}"
+    wait_s, train_s = summary["wait_s"], summary["train_s"]
+    return f"{_seconds(wait_s)} of {units.show_seconds(train_s)}, {_share(wait_s, train_s)}"
 
 
 def _speed(summary: Summary) -> str:

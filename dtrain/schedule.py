@@ -23,7 +23,8 @@ def every(step: int, fragment: int, control: Control) -> bool:
 
 
 def staggered(num_fragments: int) -> When:
-    """Fragment p starts p * H / P steps after fragment 0: the peak of the link falls by P (Streaming DiLoCo, arXiv 2501.18512)."""
+    """Fragment p starts p * H / P steps after fragment 0: the peak of the link falls by P (Streaming DiLoCo, arXiv
+    2501.18512)."""
 
     def when(step: int, fragment: int, control: Control) -> bool:
         return step % control.every == fragment * control.every // num_fragments

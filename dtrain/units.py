@@ -36,7 +36,7 @@ def _number_with_unit(text: str, units: dict[str, float]) -> float | None:
 def show_bytes(count: float) -> str:
     """``1500000`` -> ``1.5 MB`` (decimal units, as links are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:  # above it, three digits would read 1e+03
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"

@@ -1,4 +1,5 @@
-"""Compression kernels: which implementation runs, and what each operation means (``reference.py`` is the specification)."""
+"""Compression kernels: which implementation runs, and what each operation means (``reference.py`` is the
+specification)."""
 
 from dtrain.kernels.dispatch import operations
 

@@ -1,10 +1,10 @@
 """What does each compression operation compute? The specification, in plain torch.
 
-Operands are flat 1-D and the outputs are the caller's. Block codecs share one shape: block k holds elements
-k * block .. (k + 1) * block - 1 (the last may be short) and has one bf16 scale. For a largest code q_max
+Operands are flat 1-D and the outputs are the caller's. Block codecs share one shape: block k holds elements k * block
+.. (k + 1) * block - 1 (the last may be short) and has one bf16 scale. For a largest code q_max
     scale_k = bf16(max |x| / q_max),  code = clamp(round_half_even(x / scale_k), -q_max, q_max),  x' = code * scale_k.
-The codes are taken against the rounded scale, so its rounding costs no accuracy but the clamp's (at most 2^-9 of the block's maximum).
-"""
+The codes are taken against the rounded scale, so its rounding costs no accuracy but the clamp's (at most 2^-9 of the
+block's maximum)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def dequantize_add_int8(codes: Tensor, scales: Tensor, y: Tensor, weight: float,
 
 
 def quantize_int4(x: Tensor, codes: Tensor, scales: Tensor, block: int) -> None:
-    """fp32 x (n) -> codes (ceil(n / 2) bytes: element 2i in the low half, 2i + 1 in the high, each code + 8) and bf16 scales."""
+    """fp32 x (n) -> codes (ceil(n / 2) bytes: element 2i in the low half, 2i + 1 in the high, each code + 8) and bf16
+    scales."""
     nibbles = torch.full((2 * codes.numel(),), 8, dtype=torch.uint8, device=x.device)
     nibbles[: x.numel()] = _codes(x, scales, block, 7).add_(8).to(torch.uint8)
     pairs = nibbles.view(-1, 2)

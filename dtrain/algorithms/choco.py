@@ -1,10 +1,9 @@
 """Gossip on compressed differences with public copies, exact in the limit whatever the codec loses.
 
-CHOCO-SGD (Koloskova et al. 2019, arXiv 1902.00340), memory-efficient form. Each island keeps its own public copy xhat and
-s_i = sum_j W_ij xhat_j:
+CHOCO-SGD (Koloskova et al. 2019, arXiv 1902.00340), memory-efficient form. Each island keeps its own public copy xhat
+and s_i = sum_j W_ij xhat_j:
     q = C(x - xhat);  xhat += q;  s += W_ii q + sum_j W_ij q_j;  x += gamma (s - xhat).
-W must be static. All islands start from the same x, so xhat = s = x needs no first exchange.
-"""
+W must be static. All islands start from the same x, so xhat = s = x needs no first exchange."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ With a delay the round flies while training goes on, and what the island did mea
     keep:   x_i <- theta' + (x_i - x_i,sent): the new anchor, and the progress made in flight on top.
     eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
             g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
-Without delay, keep is DiLoCo to the bit; with one island, eager is.
-"""
+Without delay, keep is DiLoCo to the bit; with one island, eager is."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How do the ranks of an island that each hold the whole model work as one?
 
-Each rank carries its own buckets over the link. When rounds have landed, every bucket's owner sends the new values to its island, over
-the island's own process group. Before that the ranks agree that none of them failed, so that no one waits for a rank that gave up.
-"""
+Each rank carries its own buckets over the link. When rounds have landed, every bucket's owner sends the new values to
+its island, over the island's own process group. Before that the ranks agree that none of them failed, so that no one
+waits for a rank that gave up."""
 
 from __future__ import annotations
 

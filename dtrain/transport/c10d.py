@@ -1,34 +1,30 @@
-"""How do islands of separate processes talk? torch's gloo, through a raw process group that joins rank r of every island.
+"""How do islands of separate processes talk? torch's gloo, through a raw process group that joins rank r of every
+island.
 
-No default process group is touched. A gloo wait that times out closes healthy pairs too, so each peer has one waiter thread that waits
-without a limit, and limits are kept above (the engine's wait). Wires on a GPU go through host memory.
-"""
+No default process group is touched. A gloo wait that times out closes healthy pairs too, so each peer has one waiter
+thread that waits without a limit, and limits are kept above (the engine's wait). Wires on a GPU go through host
+memory."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Tag
-
-_NEVER = timedelta(days=365)
+from dtrain.transport.gloo import Work, gloo_group
 
 
 class GlooTransport:
     """Point-to-point gloo between the islands' ranks of one number."""
 
-    def __init__(self, store: dist.Store, prefix: str, node: int, num_nodes: int, *, interface: str) -> None:
+    def __init__(self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str) -> None:
         self.inbox = Inbox()
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
-        options._timeout = _NEVER
-        self._group = dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), node, num_nodes, options)
+        self._group = gloo_group(PrefixStore(prefix, store), node, num_nodes, interface=interface)
         self._receives = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
         self._sends = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
 
@@ -62,11 +58,11 @@ class _Waiter:
     def __init__(self, inbox: Inbox, peer: int) -> None:
         self._inbox = inbox
         self._peer = peer
-        self._queue: queue.SimpleQueue[tuple[dist.Work, Tag | None, Tensor] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Work, Tag | None, Tensor] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"dtrain-link-{peer}", daemon=True)
         self._thread.start()
 
-    def add(self, work: dist.Work, tag: Tag | None, wire: Tensor) -> None:
+    def add(self, work: Work, tag: Tag | None, wire: Tensor) -> None:
         self._queue.put((work, tag, wire))
 
     def finish(self, timeout_s: float) -> None:

@@ -1,8 +1,8 @@
-"""What does a slow link feel like? A wrapper that lets an island's bytes through at a rate and delays them by half a round trip.
+"""What does a slow link feel like? A wrapper that lets an island's bytes through at a rate and delays them by half a
+round trip.
 
-One uplink is shared by all ranks of an island: each wire reserves its time on the uplink's clock (a file of eight bytes under a
-lock, so that separate processes share it), and is handed on when its last bit would have left.
-"""
+One uplink is shared by all ranks of an island: each wire reserves its time on the uplink's clock (a file of eight
+bytes under a lock, so that separate processes share it), and is handed on when its last bit would have left."""
 
 from __future__ import annotations
 

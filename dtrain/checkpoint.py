@@ -1,0 +1,191 @@
+"""How is a run kept, and when is a checkpoint a checkpoint?
+
+    checkpoints/step_00000500/island0/   a torch.distributed.checkpoint folder, with a manifest of its files
+    checkpoints/step_00000500/COMMIT     written when all islands' folders are there
+
+An island writes to a temporary name and renames. A step without COMMIT is none: resume and pruning look at committed
+steps only. All state is tensors; nothing is unpickled but DCP's own index, whose hash the manifest holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+_MANIFEST = "manifest.json"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def island_folder(run: Path, step: int, island: int) -> Path:
+    return step_folder(run, step) / f"island{island}"
+
+
+def save_island(run: Path, step: int, island: int, tensors: dict[str, Tensor], *, rank: int, num_ranks: int) -> None:
+    """Write an island's checkpoint. All its ranks call this; keys that several ranks hold are written once."""
+    final = island_folder(run, step, island)
+    temporary = run / "checkpoints" / f".writing-{final.parent.name}-{final.name}"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier(num_ranks)
+    save(tensors, checkpoint_id=temporary, no_dist=num_ranks == 1)
+    _barrier(num_ranks)
+    if rank == 0:
+        files = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(final)
+    _barrier(num_ranks)
+
+
+def load_island(run: Path, step: int, island: int) -> dict[str, Tensor]:
+    """All tensors of an island's checkpoint, on the CPU. Raises ValueError with one line where it is damaged."""
+    folder = island_folder(run, step, island)
+    _verify(folder)
+    index = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def newest_commit(run: Path) -> int | None:
+    """The newest step that all islands have written, or None."""
+    steps = _committed(run)
+    return steps[-1] if steps else None
+
+
+def commit_ready(run: Path, num_islands: int, keep: int) -> None:
+    """Write COMMIT for each step that all islands have written; then drop all but the newest ``keep`` committed
+    steps."""
+    for folder in sorted((run / "checkpoints").glob("step_*")):
+        complete = all((folder / f"island{i}" / _MANIFEST).exists() for i in range(num_islands))
+        if complete and not (folder / "COMMIT").exists():
+            mark = folder / ".COMMIT"
+            mark.write_text(json.dumps({"islands": num_islands}), encoding="utf-8")
+            mark.rename(folder / "COMMIT")
+    for step in _committed(run)[:-keep]:
+        (step_folder(run, step) / "COMMIT").unlink()
+        shutil.rmtree(step_folder(run, step))
+
+
+def discard_partial(run: Path) -> None:
+    """Remove what no resume will use: half-written folders, and steps that not all islands have."""
+    for folder in (run / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(folder)
+    for folder in (run / "checkpoints").glob("step_*"):
+        if not (folder / "COMMIT").exists():
+            shutil.rmtree(folder)
+
+
+def merge_for_resume(run: Path, step: int, num_islands: int) -> str:
+    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors; returns a line that says
+    what is dropped."""
+    islands = [load_island(run, step, i) for i in range(num_islands)]
+    weights = {}
+    for key, first in islands[0].items():
+        if key.startswith("model."):
+            mean = torch.stack([state[key].to(torch.float64) for state in islands]).mean(dim=0)
+            weights[key.removeprefix("model.")] = mean.to(first.dtype)
+    save_weights(run / "init.safetensors", weights, step=step)
+    return (
+        f"starting from the merged weights of {num_islands} islands at step {step}; "
+        "dropped: inner optimizer state, anchors, outer momentum, residuals, rounds in flight"
+    )
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], *, step: int) -> None:
+    """A safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    # Parameters are views of one flat storage, which safetensors does not take: hence the clones.
+    save_file({k: v.detach().cpu().clone() for k, v in weights.items()}, temporary, metadata={"step": str(step)})
+    temporary.rename(path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def weights_step(path: Path) -> int:
+    """The step at which ``save_weights`` wrote the file."""
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
+    """A torch optimizer's state as flat tensors; hyper-parameters are JSON in a byte tensor."""
+    saved = optimizer.state_dict()
+    groups = json.dumps(saved["param_groups"]).encode()
+    out = {f"{name}.groups": torch.frombuffer(bytearray(groups), dtype=torch.uint8)}
+    for index, state in saved["state"].items():
+        out |= {f"{name}.state.{index}.{key}": value for key, value in state.items()}
+    return out
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{name}.state."):
+            index, field = key.removeprefix(f"{name}.state.").split(".", 1)
+            state.setdefault(int(index), {})[field] = value
+    groups = json.loads(bytes(tensors[f"{name}.groups"].tolist()))
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_same_model(weights: Mapping[str, Tensor], model: torch.nn.Module, where: Path) -> None:
+    """Raises ValueError where a checkpoint holds another model."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in weights.items()}
+    if want == have:
+        return
+    name = next(k for k in sorted({*want, *have}) if want.get(k) != have.get(k))
+    raise ValueError(
+        f"{where} holds another model: {name} has shape {have.get(name, 'none')} there and {want.get(name, 'none')} in this job; "
+        "resume with the [model] section it was made with"
+    )
+
+
+def _committed(run: Path) -> list[int]:
+    return sorted(int(p.parent.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*/COMMIT"))
+
+
+def _verify(folder: Path) -> None:
+    remedy = f"remove {folder.parent} to resume from an earlier checkpoint"
+    manifest = folder / _MANIFEST
+    if not manifest.exists():
+        raise ValueError(f"checkpoint {folder} is not complete: its {_MANIFEST} is missing; {remedy}")
+    for name, expected in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+        if not (folder / name).exists():
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing; {remedy}")
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was written; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _barrier(num_ranks: int) -> None:
+    if num_ranks > 1:
+        dist.barrier()

@@ -1,0 +1,138 @@
+"""What is trained on, and what is held out? Text as bytes, or a file of tokens, with a hash that names the data and its split.
+
+Every 50th piece of a corpus is held out, or the last one where there are fewer than 50. A piece is a file of a folder, or one of
+50 or more equal blocks of a single text file, so that what is held out resembles the rest. A token file holds out its last 2 %.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HOLD_OUT_EVERY = 50
+BLOCK_BYTES = 64 * 1024  # of a single text file: hundreds of sequences, so that few of them lose their beginning to a cut
+STDLIB_SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corpus:
+    source: str
+    train: NDArray[Any]
+    """All training tokens, file after file: uint8, uint16 or uint32; memory-mapped if they came from a token file."""
+    file_starts: NDArray[np.int64]
+    """File k is train[file_starts[k] : file_starts[k + 1]]; num_files + 1 entries."""
+    heldout: NDArray[Any]
+    vocab: int
+    bytes_per_token: float
+    """1.0 for a token file, where the bytes behind a token are unknown: bits a byte are bits a token then."""
+    hash: str
+    """sha256 over the contents and the split, in hex."""
+
+    @property
+    def num_files(self) -> int:
+        """Training files; the held-out ones do not count."""
+        return len(self.file_starts) - 1
+
+
+def load_corpus(source: str) -> Corpus:
+    """``"stdlib"`` (the running Python's own library), or the path of a text file, a folder of text files, or a token file."""
+    if source == "stdlib":
+        return _from_files(source, _stdlib_files())
+    path = Path(source)
+    if path.is_dir():
+        return _from_files(source, _text_files(path))
+    if not path.is_file():
+        raise ValueError(f'data.source = "{source}" does not exist; use "stdlib", a text file, a folder, or a .bin token file')
+    if path.stat().st_size == 0:
+        raise ValueError(f'data.source = "{source}" is an empty file; use one that holds text or tokens')
+    return _from_token_file(path) if path.suffix == ".bin" else _from_text_file(path)
+
+
+def _stdlib_files() -> list[Path]:
+    """The library's .py files but for its tests and what pip installed; not _sysconfigdata*, which tells where Python was built."""
+    files = _walk(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED)
+    return [f for f in files if f.suffix == ".py" and not f.name.startswith("_sysconfigdata")]
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = _walk(folder, frozenset())
+    token_files = [f for f in files if f.suffix == ".bin"]
+    if token_files:
+        raise ValueError(f'data.source = "{folder}" holds the token file {token_files[0].name}; name one token file itself')
+    return files
+
+
+def _walk(root: Path, skipped: frozenset[str]) -> list[Path]:
+    """Non-empty files below root, sorted by their path from root; hidden ones (.git and the like) are not text to train on."""
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    kept = (f for f in files if f.is_file() and f.stat().st_size > 0)
+    return sorted(kept, key=lambda f: f.relative_to(root).as_posix())
+
+
+def _from_files(source: str, files: Sequence[Path]) -> Corpus:
+    if len(files) < 2:
+        raise ValueError(
+            f'data.source = "{source}" is a folder with {len(files)} non-empty files; '
+            "use 2 or more, as one is held out, or name a single file"
+        )
+    contents = [f.read_bytes() for f in files]
+    train, heldout = _split(contents)
+    starts = np.cumsum([0, *(len(content) for content in train)], dtype=np.int64)
+    return _bytes_corpus(source, train, heldout, starts)
+
+
+def _from_text_file(path: Path) -> Corpus:
+    content = path.read_bytes()
+    num_blocks = HOLD_OUT_EVERY * max(1, len(content) // (HOLD_OUT_EVERY * BLOCK_BYTES))
+    bounds = [len(content) * i // num_blocks for i in range(num_blocks + 1)]
+    train, heldout = _split([content[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+    starts = np.array([0, sum(map(len, train))], dtype=np.int64)  # still one file, whatever was cut out of it
+    return _bytes_corpus(str(path), train, heldout, starts)
+
+
+def _split(pieces: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    held = set(range(HOLD_OUT_EVERY - 1, len(pieces), HOLD_OUT_EVERY)) or {len(pieces) - 1}
+    train = [piece for k, piece in enumerate(pieces) if k not in held]
+    return train, [pieces[k] for k in sorted(held)]
+
+
+def _bytes_corpus(source: str, train: Sequence[bytes], heldout: Sequence[bytes], starts: NDArray[np.int64]) -> Corpus:
+    tokens = np.frombuffer(b"".join(train), dtype=np.uint8)
+    held = np.frombuffer(b"".join(heldout), dtype=np.uint8)
+    return Corpus(source, tokens, starts, held, vocab=256, bytes_per_token=1.0, hash=_hash(tokens, starts, held))
+
+
+def _from_token_file(path: Path) -> Corpus:
+    dtype = np.dtype("<u4" if path.name.endswith(".u32.bin") else "<u2")
+    size_bytes = path.stat().st_size
+    if size_bytes % dtype.itemsize:
+        raise ValueError(
+            f'data.source = "{path}" has {size_bytes} bytes, not a multiple of {dtype.itemsize}; '
+            "tokens are uint16, or uint32 in a file named *.u32.bin"
+        )
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    num_heldout = max(1, len(tokens) // HOLD_OUT_EVERY)
+    train, heldout = tokens[:-num_heldout], tokens[-num_heldout:]
+    starts = np.array([0, len(train)], dtype=np.int64)
+    vocab = -(-(int(tokens.max()) + 1) // 64) * 64  # a multiple of 64 keeps the output head's rows aligned
+    return Corpus(str(path), train, starts, heldout, vocab, bytes_per_token=1.0, hash=_hash(train, starts, heldout))
+
+
+def _hash(train: NDArray[Any], starts: NDArray[np.int64], heldout: NDArray[Any]) -> str:
+    digest = hashlib.sha256(f"{train.dtype.str} {len(train)} {len(heldout)} {len(starts)} ".encode())
+    for part in (starts.astype("<i8"), train, heldout):
+        digest.update(part.data)  # the buffer itself: a memory-mapped file is hashed without a copy
+    return digest.hexdigest()

@@ -1,0 +1,34 @@
+"""How good is a model? Its mean loss over fixed held-out sequences, and the same in bits a byte."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int = 64) -> float:
+    """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was afterwards."""
+    inputs, targets = sequences
+    if not inputs.numel() or batch < 1:
+        raise ValueError(f"nothing to evaluate: {inputs.shape[0]} sequences in batches of {batch}; use at least 1 of 1")
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs
+    model.eval()
+    try:
+        for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):  # (batch, T) each, the last may be smaller
+            logits = model(x.to(device)).flatten(0, 1).float()  # (batch * T, V)
+            total_nats += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return total_nats / targets.numel()
+
+
+def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
+    """Loss in nats a token -> bits a byte of text, which compares models of different vocabularies."""
+    return loss_nats / math.log(2) / bytes_per_token

@@ -1,0 +1,62 @@
+"""How does an optimizer tell the engine of its steps? An adapter: torch's step hooks, and a watch on the loss
+scaler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+
+
+class Stepped(Protocol):
+    @property
+    def step(self) -> int: ...
+
+    def before_update(self) -> None: ...
+
+    def after_update(self, *, skipped: bool = False) -> None: ...
+
+
+def hook(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, engine: Stepped) -> Callable[[], None]:
+    """The first optimizer's step begins an update, the last one's ends it. Returns what takes the hooks off again."""
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        engine.before_update()
+
+    def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        engine.after_update()
+
+    releases: list[Callable[[], None]] = []
+    if optimizers:
+        releases += [
+            optimizers[0].register_step_pre_hook(before).remove,
+            optimizers[-1].register_step_post_hook(after).remove,
+        ]
+    if scaler is not None:
+        releases.append(_watch_scaler(engine, scaler, optimizers))
+
+    def release() -> None:
+        while releases:
+            releases.pop()()
+
+    return release
+
+
+def _watch_scaler(engine: Stepped, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> Callable[[], None]:
+    """GradScaler.step leaves optimizer.step out when a gradient overflowed, and no hook runs: count the step here."""
+    step = scaler.step
+
+    def counted(optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        before = engine.step
+        result = step(optimizer, *args, **kwargs)
+        if optimizer is optimizers[-1] and engine.step == before:
+            engine.after_update(skipped=True)
+        return result
+
+    def restore() -> None:
+        del scaler.step
+
+    scaler.step = counted
+    return restore

@@ -1,0 +1,54 @@
+"""How are many islands trained in one process? One thread an island, the same code, an in-memory link without a rate.
+
+The arithmetic of an island does not depend on when its wires arrive, so parameters equal those of separate processes
+bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from dtrain import checkpoint
+from dtrain.config import Job
+from dtrain.connect import Connection, connect_local
+from dtrain.data import load_corpus
+from dtrain.metrics import StatusFile
+from dtrain.train import cpu_threads, train_island
+
+_POLL_S = 0.2
+
+
+def simulate(job: Job, run: Path, *, resume_step: int) -> None:
+    """Train all islands of a job in this process; raises the first island's error."""
+    if job.islands.ranks != 1:
+        raise ValueError(
+            f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
+        )
+    torch.set_num_threads(cpu_threads(job))
+    corpus = load_corpus(job.data.source)
+    errors: list[Exception] = []
+
+    def island(connection: Connection) -> None:
+        status = StatusFile(
+            run / "logs" / f"island{connection.node}" / "status.json", job.train.steps, job.link.timeout_s
+        )
+        try:
+            train_island(job, connection, corpus, run, status, device=torch.device("cpu"), resume_step=resume_step)
+        except Exception as e:  # noqa: BLE001  (a thread's error is raised again below, on the caller's thread)
+            errors.append(e)
+
+    connections = connect_local(job.islands.count, timeout_s=job.link.timeout_s)
+    threads = [threading.Thread(target=island, args=(c,), name=f"island{c.node}", daemon=True) for c in connections]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        threads[0].join(timeout=_POLL_S)
+        checkpoint.commit_ready(run, job.islands.count, job.train.keep)
+        if not threads[0].is_alive():
+            for thread in threads:
+                thread.join(timeout=_POLL_S)
+    checkpoint.commit_ready(run, job.islands.count, job.train.keep)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,327 @@
+"""What does one island do from start to end? Build, align, train, checkpoint, merge, evaluate.
+
+This is what torchrun runs on every rank (``dtrain train JOB.toml``) and what ``dtrain sim`` runs in a thread for each
+virtual island."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import checkpoint
+from dtrain.config import Job
+from dtrain.connect import Connection, LinkSettings, connect, link_settings
+from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
+from dtrain.engine import Sync
+from dtrain.errors import NonFinite, Regroup
+from dtrain.evaluate import evaluate
+from dtrain.membership import Place
+from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
+from dtrain.models.gpt import GPT, GPTConfig, num_parameters
+from dtrain.optim.adam import adamw, cosine_lr, set_lr
+from dtrain.recipes import resolve
+
+_STATUS_EVERY_S = 0.5
+
+
+def cpu_threads(job: Job) -> int:
+    """Threads a rank. The number is part of a run's arithmetic, so live runs and the simulator take the same."""
+    return job.islands.threads or max(1, (os.cpu_count() or 1) // (job.islands.count * job.islands.ranks))
+
+
+def run_island(job: Job, place: Place) -> None:
+    """One rank of one island, under torchrun. Goes back to the last commit and on when a lost island has come
+    back."""
+    assert place.run is not None
+    torch.set_num_threads(cpu_threads(job))
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if place.num_ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    corpus = load_corpus(job.data.source)
+    status = StatusFile(
+        place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
+    )
+
+    def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
+        if place.rank == 0:
+            status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
+
+    epoch, resume_step = place.epoch, place.resume_step
+    while True:
+        try:
+            connection = connect(place, settings_of(job), device=device, epoch=epoch, on_wait=on_wait)
+            train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step)
+            break
+        except Regroup as again:
+            epoch, resume_step = again.epoch, again.step
+    if place.num_ranks > 1:
+        dist.destroy_process_group()
+
+
+def settings_of(job: Job) -> LinkSettings:
+    link = job.link
+    return link_settings(transport=link.transport, rate=link.rate, rtt=link.rtt, timeout_s=link.timeout_s)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds of the training loop, going on over a resume; what is spent on evaluation and checkpoints is counted
+    apart."""
+
+    base_s: float
+    begun: float
+    aside_s: float
+
+    def time_s(self) -> float:
+        return self.base_s + time.monotonic() - self.begun
+
+
+@dataclass(frozen=True, slots=True)
+class _Island:
+    """What one rank trains with."""
+
+    job: Job
+    corpus: Corpus
+    run: Path
+    status: StatusFile
+    connection: Connection
+    model: GPT
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    sync: Sync
+    heldout: tuple[Tensor, Tensor]
+    device: torch.device
+    clock: _Clock
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes the island's files."""
+        return self.connection.ranks.rank == 0
+
+
+def train_island(
+    job: Job,
+    connection: Connection,
+    corpus: Corpus,
+    run: Path,
+    status: StatusFile,
+    *,
+    device: torch.device,
+    resume_step: int,
+) -> None:
+    """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link."""
+    began = time.monotonic()
+    model = build_model(job, corpus).to(device)
+    optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
+    saved, start = _starting_point(run, connection.node, resume_step, model)
+    clock = _Clock(float(saved.get("clock.time_s", 0.0)), 0.0, float(saved.get("clock.aside_s", 0.0)))
+    axes = job.sync.model_dump(exclude_none=True)
+    recipe = resolve(axes.pop("recipe", None), axes, connection.num_nodes)
+    sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
+    if saved:
+        checkpoint.load_optimizer_tensors(optimizer, "optim", saved)
+        sync.load_state_dict({k.removeprefix("sync."): v for k, v in saved.items() if k.startswith("sync.")})
+        torch.set_rng_state(saved[f"rng{connection.ranks.rank}"])
+    else:
+        sync.core.step = start
+    trained = DistributedDataParallel(model) if connection.ranks.num_ranks > 1 else model
+    heldout = heldout_sequences(corpus, job.model.context)
+    moved = (heldout[0].to(device), heldout[1].to(device))
+    island = _Island(job, corpus, run, status, connection, model, trained, optimizer, sync, moved, device, clock)
+    with sync:
+        clock.begun = time.monotonic()
+        _loop(island, start)
+        _finish(island, began)
+
+
+def build_model(job: Job, corpus: Corpus) -> GPT:
+    """The job's model with its seeded initial weights, the same on every island."""
+    m = job.model
+    model = GPT(GPTConfig(vocab=corpus.vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    model.init_weights(job.job.seed)
+    return model
+
+
+def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """A checkpoint's tensors and step; or merged weights of another number of islands; or nothing and 0."""
+    folder = checkpoint.island_folder(run, resume_step, island)
+    merged = run / "init.safetensors"
+    if resume_step and folder.exists():
+        saved = checkpoint.load_island(run, resume_step, island)
+        weights = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
+        checkpoint.check_same_model(weights, model, folder)
+        model.load_state_dict(weights)
+        return saved, resume_step
+    if merged.exists():
+        weights = checkpoint.load_weights(merged)
+        checkpoint.check_same_model(weights, model, merged)
+        model.load_state_dict(weights)
+        return {}, checkpoint.weights_step(merged)
+    if resume_step:
+        raise ValueError(f"no checkpoint of island {island} at step {resume_step} in {run / 'checkpoints'}")
+    return {}, 0
+
+
+def _loop(island: _Island, start: int) -> None:
+    job, sync, clock = island.job, island.sync, island.clock
+    metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
+    tokens = job.train.batch * job.model.context
+    said_at, began = 0.0, clock.time_s() - clock.aside_s
+    for step in range(start, job.train.steps):
+        if island.speaks and time.monotonic() - said_at > _STATUS_EVERY_S:
+            island.status.update("training", step)
+            said_at = time.monotonic()
+        lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr)
+        set_lr(island.optimizer, lr)
+        loss = _step(island, step)
+        ended = clock.time_s() - clock.aside_s
+        eval_loss = _evaluate_aside(island, step + 1)
+        if metrics is not None:
+            stats = sync.stats()
+            metrics.line(
+                step=step + 1,
+                loss=loss,
+                tokens=tokens,
+                tokens_per_s=tokens / max(ended - began, 1e-9),
+                wire_bytes_sent=stats.wire_bytes_sent,
+                wire_bytes_received=stats.wire_bytes_received,
+                wait_s=stats.wait_s,
+                lr=lr,
+                time_s=clock.time_s(),
+                eval_loss=eval_loss,
+            )
+        _checkpoint_aside(island, step + 1)
+        began = ended
+    if metrics is not None:
+        metrics.close()
+
+
+def _step(island: _Island, step: int) -> float:
+    """One optimizer step over this rank's share of the island's batch; returns the island's mean loss in nats a
+    token."""
+    job, ranks = island.job, island.connection.ranks
+    micro_batch = job.train.batch // (ranks.num_ranks * job.train.accumulate)
+    island.optimizer.zero_grad()
+    total = 0.0
+    for micro in range(job.train.accumulate):
+        inputs, targets = sample_batch(
+            island.corpus,
+            seed=job.job.seed,
+            island=island.connection.node,
+            num_islands=island.connection.num_nodes,
+            rank=ranks.rank,
+            step=step,
+            micro=micro,
+            batch=micro_batch,
+            context=job.model.context,
+            shard=job.islands.shard,
+        )
+        inputs, targets = inputs.to(island.device), targets.to(island.device)
+        if isinstance(island.trained, DistributedDataParallel):
+            island.trained.require_backward_grad_sync = micro == job.train.accumulate - 1
+        with torch.autocast(island.device.type, dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
+            logits = island.trained(inputs)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / job.train.accumulate
+        loss.backward()
+        total += float(loss.detach())
+    total = ranks.total([total])[0] / ranks.num_ranks
+    if not math.isfinite(total):
+        raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
+    island.optimizer.step()
+    return total
+
+
+def _evaluate_aside(island: _Island, step: int) -> float | None:
+    """The island's own model on the held-out sequences, on evaluation steps; the last step is evaluated at the
+    end."""
+    every = island.job.train.eval_every
+    if not island.speaks or not every or step % every or step == island.job.train.steps:
+        return None
+    begun = time.monotonic()
+    island.status.update("evaluating", step)
+    loss = evaluate(island.model, island.heldout)
+    island.clock.aside_s += time.monotonic() - begun
+    return loss
+
+
+def _checkpoint_aside(island: _Island, step: int) -> None:
+    every = island.job.train.checkpoint_every
+    if not every or (step % every and step != island.job.train.steps):
+        return
+    begun = time.monotonic()
+    rank = island.connection.ranks.rank
+    sync = {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
+    island.clock.aside_s += time.monotonic() - begun
+    tensors = (
+        {f"model.{k}": v for k, v in island.model.state_dict().items()}
+        | checkpoint.optimizer_tensors(island.optimizer, "optim")
+        | sync
+        | {f"rng{rank}": torch.get_rng_state()}
+        | {"clock.time_s": torch.tensor(island.clock.time_s(), dtype=torch.float64)}
+        | {"clock.aside_s": torch.tensor(island.clock.aside_s, dtype=torch.float64)}
+    )
+    begun = time.monotonic()
+    checkpoint.save_island(
+        island.run, step, island.connection.node, tensors, rank=rank, num_ranks=island.connection.ranks.num_ranks
+    )
+    island.clock.aside_s += time.monotonic() - begun
+
+
+def _finish(island: _Island, began: float) -> None:
+    """Evaluate the single model, merge exactly, evaluate again, and leave the island's share of the summary."""
+    job, node, sync, status = island.job, island.connection.node, island.sync, island.status
+    steps = job.train.steps
+    train_s = island.clock.time_s() - island.clock.aside_s
+    stats = sync.stats()
+    own_loss = math.nan
+    if island.speaks:
+        status.update("evaluating", steps)
+        own_loss = evaluate(island.model, island.heldout)
+        checkpoint.save_weights(
+            island.run / "islands" / f"island{node}.safetensors", island.model.state_dict(), step=steps
+        )
+        status.update("merging", steps)
+    distance = sync.merge()
+    merge_bytes = sync.stats().wire_bytes_merge
+    if not island.speaks:
+        return
+    merged_loss = evaluate(island.model, island.heldout)
+    if node == 0:
+        checkpoint.save_weights(island.run / "model.safetensors", island.model.state_dict(), step=steps)
+    part = Part(
+        island=node,
+        islands=island.connection.num_nodes,
+        ranks=island.connection.ranks.num_ranks,
+        recipe=sync.recipe.name,
+        parameters=num_parameters(island.model),
+        steps=steps,
+        tokens=steps * job.train.batch * job.model.context,
+        wall_s=time.monotonic() - began,
+        train_s=train_s,
+        compute_s=train_s - stats.wait_s,
+        wait_s=stats.wait_s,
+        wire_bytes_sent=stats.wire_bytes_sent,
+        wire_bytes_received=stats.wire_bytes_received,
+        wire_bytes_start=stats.wire_bytes_start,
+        wire_bytes_merge=merge_bytes,
+        eval_loss=merged_loss,
+        eval_loss_island=own_loss,
+        eval_tokens=island.heldout[1].numel(),
+        bytes_per_token=island.corpus.bytes_per_token,
+        consensus_distance=distance,
+        corpus_hash=island.corpus.hash,
+    )
+    write_part(island.run / "logs" / f"island{node}", part)
+    status.update("done", steps)

@@ -1,0 +1,115 @@
+"""How does an island wait for the others? Visibly, with a limit, and all its ranks with one outcome.
+
+A lost island is waited for up to ``timeout_s``: it may be started again, and then everyone regroups. One that ended
+its loop is not: the rounds that need it are dropped, and training goes on without."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from dtrain.connect import Connection
+from dtrain.core import Flight
+from dtrain.errors import NonFinite, PeerLost, Regroup
+from dtrain.membership import Notice
+from dtrain.traffic import Traffic
+from dtrain.transport.base import MERGE, ROUND, START
+
+log = logging.getLogger("dtrain")
+
+BYTE_KEYS = ("sent", "received", "start", "merge")
+
+_OK, _LOST, _REGROUP = 0, 1, 2
+_POLL_S = 0.25
+"""How often a wait looks for peers that left or came back; a healthy round on a fast link is over sooner."""
+
+
+class Wait:
+    """Waits for flights and remembers for how long, and how many bytes the island had moved by then."""
+
+    def __init__(self, connection: Connection, traffic: Traffic) -> None:
+        self.waited_s = 0.0
+        self.peer_left = False
+        self._connection = connection
+        self._ranks = connection.ranks
+        self._traffic = traffic
+        self._totals = [0.0] * len(BYTE_KEYS)
+
+    def all(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
+        """Wait until the flights of every rank of the island are done; every rank calls this, also without flights.
+
+        Raises PeerLost, Regroup, NonFinite or WireError; where one rank does, all do.
+        """
+        begun = time.monotonic()
+        problem: Exception | None = None
+        try:
+            self.own(step, merges, flights)
+        except (PeerLost, Regroup) as e:
+            problem = e
+        self.waited_s += time.monotonic() - begun
+        problem = problem or next((f.error for f in flights if f.error is not None), None)
+        if self._ranks.num_ranks > 1:
+            problem = self._agree(problem)
+            self._totals = self._ranks.total(self._own_bytes())
+        if isinstance(problem, NonFinite):
+            raise NonFinite(
+                f"step {step}: {problem}; the loss has diverged: lower the learning rate, or clip"
+            ) from problem
+        if problem is not None:
+            raise problem
+
+    def own(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
+        """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
+        membership, timeout_s = self._connection.membership, self._connection.timeout_s
+        begun = time.monotonic()
+        while not self._traffic.wait(flights, _POLL_S):
+            membership.check_regroup()
+            waited_s = time.monotonic() - begun
+            missing = self._traffic.missing(flights)
+            if not missing:
+                continue
+            notices = membership.notices()
+            failed = [n for n in missing if n in notices and notices[n].failed]
+            if failed and not membership.failed_may_return:
+                raise PeerLost(failed, f"it failed after step {notices[failed[0]].step}")
+            ended = {n: notice for n, notice in notices.items() if notice.ends_rounds(merges)}
+            beyond = [f for f in flights if any(f.step > notice.step for notice in ended.values())]
+            if beyond:
+                self._say_left(step, ended)
+                self._traffic.drop(beyond)
+            elif waited_s > timeout_s:
+                reasons = "; ".join(dict.fromkeys(text for n, text in self._traffic.lost().items() if n in missing))
+                raise PeerLost(
+                    missing, f"nothing came from it for {timeout_s:g} s" + (f" ({reasons})" if reasons else "")
+                )
+            elif waited_s > 1:
+                self._connection.on_wait(missing, waited_s, timeout_s)
+
+    def island_bytes(self) -> dict[str, float]:
+        """Payload bytes by BYTE_KEYS; with several ranks, as of the last wait, when they were added up."""
+        return dict(zip(BYTE_KEYS, self._totals if self._ranks.num_ranks > 1 else self._own_bytes(), strict=True))
+
+    def _own_bytes(self) -> list[float]:
+        count = self._traffic.bytes
+        return [count.sent[ROUND], count.received[ROUND], count.sent[START], count.sent[MERGE]]
+
+    def _agree(self, problem: Exception | None) -> Exception | None:
+        worst = self._ranks.worst(_OK if problem is None else _REGROUP if isinstance(problem, Regroup) else _LOST)
+        if problem is not None or worst == _OK:
+            return problem
+        if worst == _REGROUP:
+            self._connection.membership.check_regroup()
+        return PeerLost((), "another rank of this island could not go on; see its log")
+
+    def _say_left(self, step: int, ended: Mapping[int, Notice]) -> None:
+        if not self.peer_left:
+            island, notice = min(ended.items(), key=lambda item: item[1].step)
+            log.warning(
+                "island %d ended its loop after %d steps; this island, at step %d, goes on without further rounds: "
+                "give all islands loops of one length",
+                island,
+                notice.step,
+                step,
+            )
+        self.peer_left = True

@@ -1,0 +1,1 @@
+"""How does a person start, watch and end a run? (imported as ``dtrain.launch``)"""

@@ -1,0 +1,236 @@
+"""What can a person type? The ``dtrain`` command; every error of theirs is one line, and exit status 2.
+
+torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dtrain.errors import PeerLost
+from dtrain.launch.run_folder import Choice, open_run
+
+EXIT_USER_ERROR = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
+EXIT_INTERRUPTED = 130
+
+_ABOUT = """Train one model on several islands of computers that only a slow link connects.
+
+An island is what a fast network holds together: a machine, or a rack. Islands train on their own most of the time and
+exchange little. A job is a TOML file; any of its keys can be given on the command line as section.key=value.
+
+\b
+Start here:
+  dtrain run launch/jobs/quickstart.toml   two islands on this machine
+  dtrain report runs/quickstart            what that cost, and what it saved
+  dtrain recipes                           the ways in which islands talk
+"""
+
+app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="keys that differ from the file", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="replace a run of the same name")]
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    job_file: JobFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    fresh_name: Annotated[bool, typer.Option("--fresh-name", help="keep a run of the same name, take NAME-2")] = False,
+) -> None:
+    """Run a job: every island of it, on this machine.
+
+    Each island gets its own torchrun. With "-- SCRIPT ARGS" at the end every rank
+    runs that script instead, which calls dtrain.join.
+
+    Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
+    """
+    from dtrain.launch.local import run_local
+
+    script: tuple[str, ...] = context.obj or ()
+    if script and not Path(script[0]).is_file():
+        raise ValueError(f"no script at {script[0]}")
+    console = Console()
+    with open_run(job_file, overrides or (), Choice(resume, fresh, fresh_name), script=bool(script)) as opened:
+        for note in opened.notes:
+            console.print(Text(note), soft_wrap=True)
+        outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
+        if outcome.exit_status == 0:
+            _close(console, opened.run, opened.job.islands.count, summary=not script)
+    if outcome.exit_status:
+        for line in outcome.log:
+            print(line, file=sys.stderr)
+        again = _resume_command(opened.run, script)
+        raise typer.Exit(_complain(outcome.exit_status, outcome.message, outcome.step, again))
+
+
+@app.command(hidden=True)
+def train(job_file: JobFile) -> None:
+    """What torchrun runs on every rank; "dtrain run" starts it."""
+    from dtrain.launch.worker import train as train_rank
+
+    train_rank(job_file)
+
+
+@app.command()
+def sim(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    num_islands: Annotated[int | None, typer.Option("--islands", help="islands.count", min=1, show_default=False)] = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+) -> None:
+    """Train all islands in this one process.
+
+    The code is the same; the link takes no time.
+
+    Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
+    """
+    from dtrain.launch.simulated import run_simulated
+
+    changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
+    console = Console()
+    with open_run(job_file, changes, Choice(resume, fresh)) as opened:
+        for note in opened.notes:
+            console.print(Text(note), soft_wrap=True)
+        run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+        _close(console, opened.run, opened.job.islands.count, summary=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="draw them into one picture")] = None,
+) -> None:
+    """Print runs side by side.
+
+    Example: dtrain report runs/quickstart runs/allreduce --out both.png
+    """
+    from dtrain.report import compare_rows, load_run
+
+    records = [load_run(path) for path in runs]
+    header, rows = compare_rows(records)
+    Console().print(_table(header, rows))
+    if out is not None:
+        from dtrain.plots import plot_compare
+
+        plot_compare(records, out)
+        print(f"drawn: {out}")
+
+
+@app.command("eval")
+def evaluate(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run", show_default=False)]) -> None:
+    """Evaluate a finished run's models again.
+
+    The merged one first, then each island's own.
+
+    Example: dtrain eval runs/quickstart
+    """
+    from dtrain.evaluate_run import evaluate_run
+
+    rows = [[name, f"{loss:.4f}", f"{bits:.4f}"] for name, loss, bits in evaluate_run(run_folder)]
+    Console().print(_table(["model", "loss, nats a token", "bits a byte"], rows))
+
+
+@app.command()
+def recipes(
+    show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="all answers of one recipe")] = None,
+) -> None:
+    """List the ways in which islands talk.
+
+    Example: dtrain recipes --show diloco
+    """
+    from dtrain.recipes import DEFAULT_RECIPE, RECIPES, resolve
+
+    if show is None:
+        names = [f"{name} (default)" if name == DEFAULT_RECIPE else name for name in RECIPES]
+        rows = [[name, recipe.summary, recipe.paper] for name, recipe in zip(names, RECIPES.values(), strict=True)]
+        Console().print(_table(["recipe", "what islands do", "from"], rows))
+        return
+    recipe = RECIPES[show] if show in RECIPES else resolve(show, {}, 2)  # resolve names those there are
+    Console().print(_table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The ``dtrain`` command."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line and return its exit status; errors of the user are printed as one line."""
+    ours, script = _split_script(arguments)
+    try:
+        if script and ours[:1] != ["run"]:
+            raise ValueError("only dtrain run takes a script after --")
+        status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
+    except typer.TyperException as e:
+        return _complain(EXIT_USER_ERROR, f"{e.format_message()} See dtrain --help.")
+    except ValueError as e:
+        return _complain(EXIT_USER_ERROR, str(e))
+    except PeerLost as e:
+        return _complain(EXIT_RESUMABLE, str(e))
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain(EXIT_INTERRUPTED, "stopped")
+    return status if isinstance(status, int) else 0
+
+
+def _split_script(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """What comes after "--" is the script's, options included."""
+    if "--" not in arguments:
+        return arguments, ()
+    at = arguments.index("--")
+    return arguments[:at], tuple(arguments[at + 1 :])
+
+
+def _complain(exit_status: int, message: str, step: int = 0, resume_command: str = "") -> int:
+    line = " ".join(message.split())
+    if exit_status == EXIT_RESUMABLE and resume_command:
+        line = f"{line}; resume with: {resume_command}"
+    if exit_status > 128 and resume_command:
+        line = f"{line} at step {step}; resume with: {resume_command}"
+    print(f"dtrain: {line}", file=sys.stderr)
+    return exit_status
+
+
+def _resume_command(run_folder: Path, script: tuple[str, ...]) -> str:
+    import shlex
+
+    return shlex.join(["dtrain", "run", str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])])
+
+
+def _close(console: Console, run_folder: Path, num_islands: int, *, summary: bool) -> None:
+    """The last screen: what came out, what it cost, and where to go from here."""
+    if summary:
+        from dtrain.report import closing_rows, write_summary
+
+        rows = closing_rows(write_summary(run_folder, num_islands))
+        console.print()
+        console.print(_table(["", "", "what this means"], [list(row) for row in rows]))
+    console.print(Text(f"\neverything is in {run_folder}"), soft_wrap=True)
+    if summary:
+        console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)
+        console.print(Text(f"  dtrain eval {run_folder}      its models, evaluated again"), soft_wrap=True)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

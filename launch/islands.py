@@ -1,0 +1,107 @@
+"""How is one island started, and what did it leave behind when it ended?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.config import Job
+from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
+from dtrain.metrics import ErrorNote, read_error
+
+# what an earlier start of the same island may have left, and what the launcher or a report would take for news
+_NEWS = ("status.json", "error.json", "part.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What all islands of one launch share."""
+
+    job: Job
+    run: Path  # absolute
+    meet: str  # host:port of the store
+    tag: str  # names the launch in the environment of its processes
+    script: tuple[str, ...] = ()  # somebody's own training script and its arguments, instead of the job's model
+
+
+def folder(run: Path, island: int) -> Path:
+    return run / "logs" / f"island{island}"
+
+
+def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Popen[bytes]:
+    """Start an island's torchrun, in a session of its own so that Ctrl-C in the terminal reaches the launcher only."""
+    logs = folder(launch.run, island)
+    logs.mkdir(parents=True, exist_ok=True)
+    for name in _NEWS:
+        (logs / name).unlink(missing_ok=True)
+    with (logs / "agent.log").open("ab") as log:
+        return subprocess.Popen(
+            command(launch, island, epoch),
+            env={**os.environ, **environment(launch, island, epoch, step)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def command(launch: Launch, island: int, epoch: int) -> list[str]:
+    ours = ("dtrain.launch", "train", str(launch.run / "job.toml"))
+    return [
+        sys.executable,
+        "-m",
+        "dtrain.launch.agent",
+        "--nnodes=1",
+        f"--nproc-per-node={launch.job.islands.ranks}",
+        f"--rdzv-id=epoch{epoch}",  # names the log folder
+        "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
+        f"--log-dir={folder(launch.run, island) / 'torchrun'}",
+        "--redirects=3",  # 1 stdout + 2 stderr, to files
+        "-m",
+        *(("dtrain.launch.worker", *launch.script) if launch.script else ours),
+    ]
+
+
+def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[str, str]:
+    job = launch.job
+    threads = job.islands.threads or max(1, (os.cpu_count() or 1) // (job.islands.count * job.islands.ranks))
+    return {
+        "DTRAIN_RUN": str(launch.run),
+        "DTRAIN_JOB": str(launch.run / "job.toml"),
+        "DTRAIN_ISLAND": str(island),
+        "DTRAIN_NUM_ISLANDS": str(job.islands.count),
+        "DTRAIN_MEET": launch.meet,
+        "DTRAIN_EPOCH": str(epoch),
+        "DTRAIN_RESUME_STEP": str(step),
+        "GLOO_SOCKET_IFNAME": job.link.interface or "lo",
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
+        TAG_VARIABLE: launch.tag,
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+
+
+def last_word(run: Path, island: int) -> ErrorNote:
+    """Why an island that failed says it did; one that was killed says nothing."""
+    return read_error(folder(run, island)) or ErrorNote("bug", "it left no message")
+
+
+def last_lines(run: Path, island: int, count: int = 12) -> tuple[Path, list[str]]:
+    """The end of what the island's newest start wrote to stderr, or, where no rank came that far, of torchrun's own log."""
+    starts = sorted(folder(run, island).glob("torchrun/*"), key=lambda p: p.stat().st_mtime_ns)
+    ranks = sorted(starts[-1].glob("attempt_0/*/stderr.log")) if starts else []
+    for log in [*ranks, folder(run, island) / "agent.log"]:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        if lines:
+            return log, lines[-count:]
+    return folder(run, island), []
+
+
+def stdout_log(run: Path, island: int, epoch: int) -> Path | None:
+    """Where rank 0 of an island's start prints to; None before torchrun made the file."""
+    logs = list(folder(run, island).glob(f"torchrun/epoch{epoch}_*/attempt_0/0/stdout.log"))
+    return max(logs, key=lambda p: p.stat().st_mtime_ns) if logs else None

@@ -1,0 +1,60 @@
+"""What does one rank of an island run, and how does it tell the launcher why it stopped?
+
+torchrun turns every failure into exit status 1, so a rank that stops on an error leaves one line in error.json.
+``python -m dtrain.launch.worker SCRIPT ARGS`` runs somebody's own training script.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dtrain.config import load_job
+from dtrain.errors import PeerLost
+from dtrain.launch.processes import die_with_parent
+from dtrain.metrics import ErrorKind, write_error
+
+
+def train(job_path: Path) -> None:
+    """One rank of ``dtrain run JOB.toml``."""
+    die_with_parent()
+    with errors_left_for_the_launcher():
+        from dtrain.membership import place_from_env
+        from dtrain.train import run_island
+
+        run_island(load_job(job_path), place_from_env())
+
+
+def run_script(script: str, arguments: list[str]) -> None:
+    """Run a script as ``python SCRIPT ARGS`` would, in this process, which dies with its torchrun."""
+    die_with_parent()
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    with errors_left_for_the_launcher():
+        runpy.run_path(script, run_name="__main__")
+
+
+@contextmanager
+def errors_left_for_the_launcher() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as e:
+        _leave("user", e)
+        raise
+    except PeerLost as e:
+        _leave("resumable", e)
+        raise
+
+
+def _leave(kind: ErrorKind, error: Exception) -> None:
+    run, island = os.environ.get("DTRAIN_RUN"), os.environ.get("DTRAIN_ISLAND")
+    if run is not None and island is not None:  # else started by hand, and the error itself is seen
+        write_error(Path(run, "logs", f"island{island}"), kind, str(error))
+
+
+if __name__ == "__main__":
+    run_script(sys.argv[1], sys.argv[2:])

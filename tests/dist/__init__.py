@@ -1,0 +1,1 @@
+"""Do several processes do together what each part promises?"""
