@@ -185,8 +185,11 @@ class Sync:
         }
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave on the same rank; the parameters and the inner optimizer are the caller's
-        to restore."""
+        """Restore what ``state_dict`` gave on the same rank.
+
+        The parameters and the inner optimizer are the caller's to restore, and after ``join``: join makes the islands'
+        weights equal, and in the middle of a run they are not.
+        """
         self.core.load_state_dict(saved)
         prefix = f"counts{self._island.rank}."
         self._base = {k.removeprefix(prefix): float(v) for k, v in saved.items() if k.startswith(prefix)}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int = 64) -> float:
     """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was afterwards."""
     inputs, targets = sequences
-    if not inputs.numel() or batch < 1:
-        raise ValueError(f"nothing to evaluate: {inputs.shape[0]} sequences in batches of {batch}; use at least 1 of 1")
+    if inputs.shape[0] < 1 or batch < 1:
+        raise ValueError(f"cannot evaluate {inputs.shape[0]} sequences in batches of {batch}; use 1 or more of each")
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs

@@ -131,6 +131,8 @@ def train_island(
     recipe = resolve(axes.pop("recipe", None), axes, connection.num_nodes)
     sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
+        # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
+        model.load_state_dict(_model_weights(saved))
         checkpoint.load_optimizer_tensors(optimizer, "optim", saved)
         sync.load_state_dict({k.removeprefix("sync."): v for k, v in saved.items() if k.startswith("sync.")})
         torch.set_rng_state(saved[f"rng{connection.ranks.rank}"])
@@ -160,9 +162,7 @@ def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) 
     merged = run / "init.safetensors"
     if resume_step and folder.exists():
         saved = checkpoint.load_island(run, resume_step, island)
-        weights = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
-        checkpoint.check_same_model(weights, model, folder)
-        model.load_state_dict(weights)
+        checkpoint.check_same_model(_model_weights(saved), model, folder)
         return saved, resume_step
     if merged.exists():
         weights = checkpoint.load_weights(merged)
@@ -172,6 +172,10 @@ def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) 
     if resume_step:
         raise ValueError(f"no checkpoint of island {island} at step {resume_step} in {run / 'checkpoints'}")
     return {}, 0
+
+
+def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
 
 
 def _loop(island: _Island, start: int) -> None:

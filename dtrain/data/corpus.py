@@ -11,6 +11,7 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def load_corpus(source: str) -> Corpus:
 
 
 def _stdlib_files() -> list[Path]:
-    """The library's .py files but for its tests and what pip installed; not _sysconfigdata*, which tells where Python was built."""
+    """The library's .py files but for tests and what pip installed; not _sysconfigdata*, which tells where Python was built."""
     files = _walk(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED)
     return [f for f in files if f.suffix == ".py" and not f.name.startswith("_sysconfigdata")]
 
@@ -98,7 +99,7 @@ def _from_text_file(path: Path) -> Corpus:
     content = path.read_bytes()
     num_blocks = HOLD_OUT_EVERY * max(1, len(content) // (HOLD_OUT_EVERY * BLOCK_BYTES))
     bounds = [len(content) * i // num_blocks for i in range(num_blocks + 1)]
-    train, heldout = _split([content[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+    train, heldout = _split([content[a:b] for a, b in pairwise(bounds)])
     starts = np.array([0, sum(map(len, train))], dtype=np.int64)  # still one file, whatever was cut out of it
     return _bytes_corpus(str(path), train, heldout, starts)
 

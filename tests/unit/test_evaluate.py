@@ -1,0 +1,74 @@
+"""Is the evaluation the mean over all tokens, and does it leave the model as it was?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtrain.evaluate import bits_per_byte, evaluate
+
+
+class Bigram(nn.Module):
+    """Logits of the next token from the current one; dropout, so that a wrong mode shows."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, vocab)
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(3).eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.dropout(self.table(tokens))
+
+
+def sequences(count: int, vocab: int) -> tuple[Tensor, Tensor]:
+    windows = torch.randint(vocab, (count, 9), generator=torch.Generator().manual_seed(0))
+    return windows[:, :-1], windows[:, 1:]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 64])
+def test_mean_over_all_tokens_whatever_the_batch(batch: int) -> None:
+    model, (x, y) = Bigram(11), sequences(10, 11)
+    table = model.table.weight.detach().double()
+    log_probabilities = (table.exp() / table.exp().sum(-1, keepdim=True)).log()
+    expected = -sum(log_probabilities[a, b].item() for a, b in zip(x.flatten(), y.flatten(), strict=True)) / 80
+    assert evaluate(model, (x, y), batch=batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_uniform_model_scores_the_logarithm_of_the_vocabulary() -> None:
+    model = Bigram(16)
+    nn.init.zeros_(model.table.weight)
+    loss = evaluate(model, sequences(5, 16))
+    assert loss == pytest.approx(math.log(16), rel=1e-6)
+    assert bits_per_byte(loss, 1.0) == pytest.approx(4.0, rel=1e-6)
+    assert bits_per_byte(loss, 2.0) == pytest.approx(2.0, rel=1e-6)
+
+
+def test_modes_weights_and_gradients_stay() -> None:
+    model = Bigram(11).train()
+    model.frozen.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = model.table.weight.detach().clone()
+    evaluate(model, sequences(10, 11))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert set(modes.values()) == {True, False}
+    assert torch.equal(model.table.weight, before)
+    assert model.table.weight.grad is None
+
+
+def test_modes_are_restored_after_an_error() -> None:
+    model = Bigram(11).train()
+    with pytest.raises(IndexError):
+        evaluate(model, (torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.int64)))
+    assert model.training
+    assert model.dropout.training
+    assert not model.frozen.training
+
+
+def test_nothing_to_evaluate_is_one_line() -> None:
+    empty = torch.zeros(0, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cannot evaluate 0 sequences"):
+        evaluate(Bigram(3), (empty, empty))
