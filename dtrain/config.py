@@ -42,8 +42,8 @@ class Islands(Section):
 
 class ModelSection(Section):
     name: Literal["gpt"] = Field("gpt", description="the model")
-    layers: int = Field(4, ge=1)
-    width: int = Field(96, ge=8, description="features of the residual stream; a multiple of 2 * heads")
+    layers: int = Field(3, ge=1)
+    width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
     heads: int = Field(4, ge=1)
     context: int = Field(128, ge=2, description="tokens a sequence")
 
@@ -67,7 +67,7 @@ class Data(Section):
 
 
 class Train(Section):
-    steps: int = Field(1500, ge=1, description="optimizer steps")
+    steps: int = Field(3000, ge=1, description="optimizer steps")
     batch: int = Field(4, ge=1, description="sequences an island an optimizer step, over all its ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")

@@ -93,6 +93,11 @@ class Sync:
         """Optimizer steps that this island has done, skipped ones included."""
         return self.core.step
 
+    @property
+    def prepared(self) -> bool:
+        """Whether before_update has run for the step that is under way."""
+        return self._prepared
+
     @torch.no_grad()
     def before_update(self) -> None:
         """Land the rounds that are due, exchange gradients where the method does, clip. Gradients are complete
@@ -197,8 +202,12 @@ class Sync:
     def close(self, *, failed: bool = False) -> None:
         """Take the hooks off, say good-bye, let the last wires leave (not after a failure)."""
         self._release()
-        self._connection.membership.announce(Notice(self.step, failed=failed))
-        self._traffic.close(drain_s=0.0 if failed else self._connection.timeout_s)
+        membership = self._connection.membership
+        membership.announce(Notice(self.step, failed=failed))
+        self._traffic.close(
+            drain_s=0.0 if failed else self._connection.timeout_s,
+            left=lambda: {n for n, notice in membership.notices().items() if notice.final},
+        )
 
     def __enter__(self) -> Sync:
         return self

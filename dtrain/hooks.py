@@ -14,26 +14,30 @@ class Stepped(Protocol):
     @property
     def step(self) -> int: ...
 
+    @property
+    def prepared(self) -> bool: ...
+
     def before_update(self) -> None: ...
 
     def after_update(self, *, skipped: bool = False) -> None: ...
 
 
 def hook(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, engine: Stepped) -> Callable[[], None]:
-    """The first optimizer's step begins an update, the last one's ends it. Returns what takes the hooks off again."""
+    """The first optimizer's step begins an update, the last one's ends it. Returns what takes the hooks off again.
+
+    Where the loss scaler left the first one out, the next that steps begins the update."""
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        engine.before_update()
+        if optimizer is optimizers[0] or not engine.prepared:
+            engine.before_update()
 
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         engine.after_update()
 
     releases: list[Callable[[], None]] = []
     if optimizers:
-        releases += [
-            optimizers[0].register_step_pre_hook(before).remove,
-            optimizers[-1].register_step_post_hook(after).remove,
-        ]
+        releases += [optimizer.register_step_pre_hook(before).remove for optimizer in optimizers]
+        releases.append(optimizers[-1].register_step_post_hook(after).remove)
     if scaler is not None:
         releases.append(_watch_scaler(engine, scaler, optimizers))
 

@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from dtrain.errors import PeerLost, Regroup
 
+SAY_EVERY_S = 1.0
+
 OnWait = Callable[[tuple[int, ...], float, float], None]
 """(islands waited for, seconds so far, limit in seconds): called about once a second while the island waits."""
 
@@ -29,6 +31,11 @@ class Notice(NamedTuple):
     step: int
     failed: bool = False
     merge: int | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether it takes no wire any more."""
+        return self.merge is None
 
     def ends_rounds(self, merges: int) -> bool:
         """Whether no round after ``step`` will come from it, as seen by an island that has done this many merges."""
@@ -99,7 +106,7 @@ class StoreMembership:
     def gather(self, timeout_s: float, on_wait: OnWait) -> None:
         """Wait until this rank's counterparts on all islands are here; raises PeerLost naming who never came."""
         self._store.set(self._key("ready", self._node), "1")
-        begun = time.monotonic()
+        begun, say_at_s = time.monotonic(), SAY_EVERY_S
         missing = [n for n in range(self._num_nodes) if n != self._node]
         while True:
             missing = [n for n in missing if not self._store.check([self._key("ready", n)])]
@@ -108,9 +115,11 @@ class StoreMembership:
             self.check_regroup()
             waited_s = time.monotonic() - begun
             if waited_s > timeout_s:
+                self._store.delete_key(self._key("ready", self._node))  # who comes later must not take it for here
                 raise PeerLost(missing, f"did not come to the meeting point within {timeout_s:g} s")
-            if waited_s > 1:
+            if waited_s > say_at_s:
                 on_wait(tuple(missing), waited_s, timeout_s)
+                say_at_s = waited_s + SAY_EVERY_S
             time.sleep(0.02 if waited_s < 1 else 0.5)
 
     def announce(self, notice: Notice) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, WireError
-from dtrain.transport.base import MERGE, ROUND, START, Transport
+from dtrain.transport.base import MERGE, ROUND, START, Left, Transport, nobody
 
 
 @dataclass(slots=True)
@@ -64,13 +64,13 @@ class Traffic:
             self._active = [f for f in self._active if not f.done]
             self._inbox.changed.notify_all()
 
-    def close(self, *, drain_s: float) -> None:
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
         with self._inbox.changed:
             self._open = False
             self._inbox.changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=drain_s)
-        self._transport.close(drain_s=drain_s)
+        self._transport.close(drain_s=drain_s, left=left)
 
     def _run(self) -> None:
         while True:

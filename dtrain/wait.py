@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, PeerLost, Regroup
-from dtrain.membership import Notice
+from dtrain.membership import SAY_EVERY_S, Notice
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, ROUND, START
 
@@ -62,7 +62,7 @@ class Wait:
     def own(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
         membership, timeout_s = self._connection.membership, self._connection.timeout_s
-        begun = time.monotonic()
+        begun, say_at_s = time.monotonic(), SAY_EVERY_S
         while not self._traffic.wait(flights, _POLL_S):
             membership.check_regroup()
             waited_s = time.monotonic() - begun
@@ -83,8 +83,9 @@ class Wait:
                 raise PeerLost(
                     missing, f"nothing came from it for {timeout_s:g} s" + (f" ({reasons})" if reasons else "")
                 )
-            elif waited_s > 1:
+            elif waited_s > say_at_s:
                 self._connection.on_wait(missing, waited_s, timeout_s)
+                say_at_s = waited_s + SAY_EVERY_S
 
     def island_bytes(self) -> dict[str, float]:
         """Payload bytes by BYTE_KEYS; with several ranks, as of the last wait, when they were added up."""

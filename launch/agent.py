@@ -16,12 +16,12 @@ from dtrain.launch.processes import PARENT_VARIABLE, die_with_parent
 def main() -> None:
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
     from torch.distributed.run import main as torchrun
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
     )
     torchrun(["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={store.port}", *sys.argv[1:]])

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.errors import PeerLost
+from dtrain.errors import NonFinite, PeerLost
 from dtrain.launch.run_folder import Choice, open_run
 
 EXIT_USER_ERROR = 2
@@ -75,8 +75,10 @@ def run(
     if outcome.exit_status:
         for line in outcome.log:
             print(line, file=sys.stderr)
-        again = _resume_command(opened.run, script)
-        raise typer.Exit(_complain(outcome.exit_status, outcome.message, outcome.step, again))
+        message = outcome.message
+        if outcome.exit_status not in (1, EXIT_USER_ERROR):
+            message = _resumable(message, "run", opened.run, script)
+        raise typer.Exit(_complain(outcome.exit_status, message))
 
 
 @app.command(hidden=True)
@@ -108,7 +110,10 @@ def sim(
     with open_run(job_file, changes, Choice(resume, fresh)) as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
-        run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+        try:
+            run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+        except KeyboardInterrupt:
+            raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
         _close(console, opened.run, opened.job.islands.count, summary=True)
 
 
@@ -180,7 +185,7 @@ def run_command(arguments: list[str]) -> int:
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
     except typer.TyperException as e:
         return _complain(EXIT_USER_ERROR, f"{e.format_message()} See dtrain --help.")
-    except ValueError as e:
+    except (ValueError, NonFinite) as e:
         return _complain(EXIT_USER_ERROR, str(e))
     except PeerLost as e:
         return _complain(EXIT_RESUMABLE, str(e))
@@ -197,20 +202,16 @@ def _split_script(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
     return arguments[:at], tuple(arguments[at + 1 :])
 
 
-def _complain(exit_status: int, message: str, step: int = 0, resume_command: str = "") -> int:
-    line = " ".join(message.split())
-    if exit_status == EXIT_RESUMABLE and resume_command:
-        line = f"{line}; resume with: {resume_command}"
-    if exit_status > 128 and resume_command:
-        line = f"{line} at step {step}; resume with: {resume_command}"
-    print(f"dtrain: {line}", file=sys.stderr)
+def _complain(exit_status: int, message: str) -> int:
+    print(f"dtrain: {' '.join(message.split())}", file=sys.stderr)
     return exit_status
 
 
-def _resume_command(run_folder: Path, script: tuple[str, ...]) -> str:
+def _resumable(message: str, command: str, run_folder: Path, script: tuple[str, ...] = ()) -> str:
     import shlex
 
-    return shlex.join(["dtrain", "run", str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])])
+    again = ["dtrain", command, str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])]
+    return f"{message}; resume with: {shlex.join(again)}"
 
 
 def _close(console: Console, run_folder: Path, num_islands: int, *, summary: bool) -> None:

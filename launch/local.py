@@ -27,7 +27,7 @@ from dtrain.launch.run_folder import resume_step_of
 from dtrain.launch.view import LiveView
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
 _TICK_S = 0.1
 _COMMIT_EVERY_S = 0.5
@@ -39,7 +39,6 @@ class Outcome:
     exit_status: int
     message: str = ""
     log: tuple[str, ...] = ()  # the end of a failed island's log
-    step: int = 0  # that the slowest island reached
 
 
 class Stopped(BaseException):
@@ -65,12 +64,12 @@ def run_local(job: Job, run: Path, *, resume_step: int, script: tuple[str, ...],
             store.set("regroup", f"0:{resume_step}")
             outcome = _watch(fleet, store, view)
         except Stopped as stop:
-            outcome = Outcome(128 + stop.number, "stopped")
+            outcome = Outcome(128 + stop.number, f"stopped at step {slowest_step(progress.read())}")
         finally:
             _ignore_stop_signals()
             processes.end(launch.tag, [island.agent for island in fleet.islands if island.agent is not None])
     commit(launch)
-    return replace(outcome, step=slowest_step(fleet.progress.read()))
+    return outcome
 
 
 @dataclass(slots=True)
@@ -102,7 +101,7 @@ class Fleet:
         self.views = [_noted(view, island, self._max_restarts) for island, view in zip(self.islands, views, strict=True)]
         return seen
 
-    def restart(self, indices: tuple[int, ...], store: dist.TCPStore) -> str:
+    def restart(self, indices: tuple[int, ...], store: TCPStore) -> str:
         """Set the whole run back to its newest checkpoint, and start the lost islands from there."""
         for index in indices:
             processes.end(self.launch.tag, [], island=index)  # ranks of it that outlived its torchrun
@@ -178,7 +177,7 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _watch(fleet: Fleet, store: dist.TCPStore, view: LiveView) -> Outcome:
+def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
     launch, committed_at = fleet.launch, 0.0
     printed = _Printed(launch)
     while True:

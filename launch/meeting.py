@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dtrain.config import LinkSection
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
@@ -30,13 +30,13 @@ def listen(link: LinkSection) -> tuple[socket.socket, str]:
     return listener, f"{host}:{listener.getsockname()[1]}"
 
 
-def serve(listener: socket.socket) -> dist.TCPStore:
+def serve(listener: socket.socket) -> TCPStore:
     """Start the store on the socket, which it owns from here on."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     address, port = listener.getsockname()
     host = "127.0.0.1" if address == "0.0.0.0" else address
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _address(link: LinkSection) -> str:

@@ -101,7 +101,6 @@ def _record(line: str) -> dict[str, Any] | None:
 def _with_metrics(view: IslandView, record: dict[str, Any]) -> IslandView:
     return replace(
         view,
-        state="training",
         step=record["step"],
         loss=record.get("loss"),
         tokens_per_s=record.get("tokens_per_s"),

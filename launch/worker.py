@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dtrain.config import load_job
-from dtrain.errors import PeerLost
+from dtrain.errors import NonFinite, PeerLost
 from dtrain.launch.processes import die_with_parent
 from dtrain.metrics import ErrorKind, write_error
 
@@ -42,7 +42,7 @@ def run_script(script: str, arguments: list[str]) -> None:
 def errors_left_for_the_launcher() -> Iterator[None]:
     try:
         yield
-    except ValueError as e:
+    except (ValueError, NonFinite) as e:  # training that diverged would diverge again: the message says what to change
         _leave("user", e)
         raise
     except PeerLost as e:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Set
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 START, ROUND, MERGE = 0, 1, 2
 """Kinds of exchange, counted apart."""
+
+
+Left = Callable[[], Set[int]]
+"""The peers that have ended and take no wire any more, as of now."""
+
+_POLL_S = 0.25
+
+
+def nobody() -> Set[int]:
+    return frozenset()
 
 
 class Tag(NamedTuple):
@@ -61,6 +73,16 @@ class Transport(Protocol):
         """Make ready to receive; the wire will appear in the inbox."""
         ...
 
-    def close(self, *, drain_s: float) -> None:
-        """Wait at most drain_s for what was posted to leave, then let go of the peers."""
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
+        """Wait at most drain_s for what was posted to leave, but not for wires to peers that have left; then let go of
+        the peers."""
         ...
+
+
+def join_sender(thread: threading.Thread, peer: int, until: float, left: Left) -> None:
+    """Wait for a thread that sends to a peer and was told to end. A wire that the peer never asked for would keep it
+    for good."""
+    while thread.is_alive():
+        thread.join(timeout=min(_POLL_S, max(0.0, until - time.monotonic())))
+        if time.monotonic() >= until or (thread.is_alive() and peer in left()):
+            return

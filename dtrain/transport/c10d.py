@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from dtrain.transport.base import Inbox, Tag
+from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
 from dtrain.transport.gloo import Work, gloo_group
 
 
@@ -46,10 +46,10 @@ class GlooTransport:
             return
         self._receives[peer].add(work, tag, host)
 
-    def close(self, *, drain_s: float) -> None:
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
         until = time.monotonic() + drain_s
         for waiter in self._sends.values():
-            waiter.finish(max(0.0, until - time.monotonic()))
+            waiter.finish(until, left)
 
 
 class _Waiter:
@@ -65,9 +65,9 @@ class _Waiter:
     def add(self, work: Work, tag: Tag | None, wire: Tensor) -> None:
         self._queue.put((work, tag, wire))
 
-    def finish(self, timeout_s: float) -> None:
+    def finish(self, until: float, left: Left) -> None:
         self._queue.put(None)
-        self._thread.join(timeout=timeout_s)
+        join_sender(self._thread, self._peer, until, left)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtrain.transport.base import Inbox, Tag
+from dtrain.transport.base import Inbox, Left, Tag, nobody
 
 
 class LocalHub:
@@ -29,5 +29,5 @@ class LocalTransport:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         """Nothing to make ready: the sender puts the wire into the inbox."""
 
-    def close(self, *, drain_s: float) -> None:
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
         """Nothing is under way: a post is a delivery."""

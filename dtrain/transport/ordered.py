@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from dtrain.transport.base import Inbox, Tag
+from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
 from dtrain.transport.gloo import PointToPoint, Work, gloo_group
 
 MakeGroup = Callable[[Store, int, int], PointToPoint]
@@ -73,10 +73,10 @@ class OrderedTransport:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         """Nothing to make ready: a wire is announced with its length."""
 
-    def close(self, *, drain_s: float) -> None:
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
         until = time.monotonic() + drain_s
         for sender in self._senders.values():
-            sender.finish(max(0.0, until - time.monotonic()))
+            sender.finish(until, left)
 
 
 class _Sender:
@@ -92,9 +92,9 @@ class _Sender:
         written = torch.cuda.current_stream(self._device).record_event() if wire.is_cuda else None
         self._queue.put((tag, wire, written))
 
-    def finish(self, timeout_s: float) -> None:
+    def finish(self, until: float, left: Left) -> None:
         self._queue.put(None)
-        self._thread.join(timeout=timeout_s)
+        join_sender(self._thread, self._peer, until, left)
 
     def _run(self) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dtrain.transport.base import Tag, Transport
+from dtrain.transport.base import Left, Tag, Transport, nobody
 
 
 class Uplink(Protocol):
@@ -84,11 +84,11 @@ class Throttle:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         self._inner.expect(peer, tag, wire_bytes)
 
-    def close(self, *, drain_s: float) -> None:
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
         self._queue.put(None)
         until = time.monotonic() + drain_s
         self._thread.join(timeout=drain_s)
-        self._inner.close(drain_s=max(0.0, until - time.monotonic()))
+        self._inner.close(drain_s=max(0.0, until - time.monotonic()), left=left)
 
     def _deliver(self) -> None:
         """Reservations of one process only grow, so first come is first served."""

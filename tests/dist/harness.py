@@ -25,6 +25,8 @@ from dtrain.launch.meeting import listen, serve
 
 ROOT = Path(__file__).parents[2]
 RESULT, SCENARIO = "RESULT ", "SCENARIO "
+LOST_S = 15.0
+"""How long an island of a test waits for another that is not there: when one fails, the others end with their own words."""
 _STACKS_S = 5.0
 """A child that hangs is asked for the stacks of its threads first (SIGABRT and faulthandler), and has this long to print them."""
 
@@ -75,22 +77,26 @@ def run_islands(
     *,
     run: Path,
     timeout_s: float = 60.0,
+    lost_s: float = LOST_S,
     env: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Run a script's text, a module's function, or named functions one after the other, on every rank of every island.
 
     ``functools.partial`` gives a function its (JSON) keyword arguments. A function is run in a link of its own: the n-th as
-    epoch n. Returns when all have ended, by (island, rank); fails with all output when they have not within timeout_s."""
+    epoch n. ``lost_s`` is the job file's link.timeout_s. Returns when all have ended, by (island, rank); fails with all output
+    when they have not within timeout_s."""
     run.mkdir(parents=True, exist_ok=True)
-    stores, meet = _store()
-    stores.set("regroup", "0:0")
+    job = run / "job.toml"
+    job.write_text(f"[link]\ntimeout_s = {lost_s}\n", encoding="utf-8")
+    store, meet = _store()
+    store.set("regroup", "0:0")
     masters = [_store() for _ in range(num_islands)] if ranks > 1 else []
     children: list[_Child] = []
     try:
         for island in range(num_islands):
             for rank in range(ranks):
                 place = _environment(island, num_islands, rank, ranks, meet, masters[island][1] if masters else "", run)
-                children.append(_Child(island, rank, _command(script, run), {**os.environ, **place, **(env or {})}))
+                children.append(_Child(island, rank, _command(script, run), {**os.environ, **place, "DTRAIN_JOB": str(job), **(env or {})}))
         until = time.monotonic() + timeout_s
         hung = [c for c in children if not c.ended_by(until)]
         for child in hung:

@@ -108,8 +108,9 @@ def scaled(*, recipe: str, every: int, delay: int) -> dict[str, Any]:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(opt)
             scaler.update()
-        stats, outer = sync.stats(), anchors(sync)
+        outer = anchors(sync)
         sync.merge()
+        stats = sync.stats()
     return {
         "step": stats.step,
         "sent": stats.wire_bytes_sent,
@@ -128,20 +129,20 @@ def scaled_pair(*, overflows: int) -> dict[str, Any]:
     pair = [torch.optim.AdamW(model[0].parameters(), lr=0.01), torch.optim.AdamW(model[2].parameters(), lr=0.01)]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with dtrain.join(model, pair, recipe="diloco", every=EVERY, delay=2, scaler=scaler) as sync:
-        for step in range(STEPS):
-            x, y = features(step)
+        for index in range(STEPS):
+            x, y = features(index)
             model.zero_grad()
             scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
-            if island() == 1 and step + 1 in SKIPPED:
+            if island() == 1 and index + 1 in SKIPPED:
                 for group in pair[overflows].param_groups:
                     group["params"][0].grad.fill_(torch.inf)
             for opt in pair:
                 scaler.step(opt)
             scaler.update()
-        stats, outer = sync.stats(), anchors(sync)
+        step, outer = sync.step, anchors(sync)
         sync.merge()
     updates = [int(next(iter(opt.state.values()))["step"]) for opt in pair]
-    return {"step": stats.step, "anchors": outer, "updates": updates, "merged": model_digest(model)}
+    return {"step": step, "anchors": outer, "updates": updates, "merged": model_digest(model)}
 
 
 def scaled_allreduce() -> str:

@@ -1,0 +1,84 @@
+"""What happens when the islands' loops do not end together: loaders of 100 and 97 batches, and an exception in one loop?"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.dist import endings
+from tests.dist.harness import Result, run_islands, show, values
+
+LOST_S = 6.0
+DEADLINE_S = LOST_S / 2
+"""For a failed process to be gone; it must not have waited for anyone."""
+
+_diloco = functools.partial(endings.unequal, recipe="diloco", every=endings.EVERY)
+SCENARIOS = {
+    "diloco": functools.partial(_diloco, delay=0, short=1, merge=False),
+    "diloco merged": functools.partial(_diloco, delay=0, short=1, merge=True),
+    "diloco a round late": functools.partial(_diloco, delay="round", short=1, merge=False),
+    "diloco a round late merged": functools.partial(_diloco, delay="round", short=1, merge=True),
+    "island 0 is shorter": functools.partial(_diloco, delay=0, short=0, merge=True),
+    "dpsgd": functools.partial(endings.unequal, recipe="dpsgd", every=1, delay=1, short=1, merge=False),
+    "dpsgd merged": functools.partial(endings.unequal, recipe="dpsgd", every=1, delay=1, short=1, merge=True),
+    "choco merged": functools.partial(endings.unequal, recipe="choco", every=1, delay=1, short=1, merge=True),
+    "allreduce": functools.partial(endings.unequal, recipe="allreduce", every=1, delay=0, short=1, merge=False),
+    "allreduce merged": functools.partial(endings.unequal, recipe="allreduce", every=1, delay=0, short=1, merge=True),
+    "local merged": functools.partial(endings.unequal, recipe="local", every=1, delay=0, short=1, merge=True),
+}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    return run_islands(SCENARIOS, 2, run=tmp_path_factory.mktemp("endings"), timeout_s=60)
+
+
+def test_every_process_ends_well(launch: list[Result]) -> None:
+    assert [r.status for r in launch] == [0, 0], show(launch)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_loaders_of_100_and_97_batches(launch: list[Result], scenario: str) -> None:
+    results = values(launch, scenario)
+    short = 0 if scenario == "island 0 is shorter" else 1
+    assert [v["step"] for v in results] == [97 if i == short else 100 for i in range(2)]
+    if "merged" in scenario or scenario == "island 0 is shorter":
+        assert results[0]["model"] == results[1]["model"], "all bits equal after sync.merge()"
+    said = [r.stderr_of(scenario) for r in launch]
+    assert said[short] == [], "nothing to say for the island that others wait for"
+    if scenario == "local merged":
+        assert said[1 - short] == [], "islands that never talk lose nothing"
+        return
+    (line,) = said[1 - short]
+    assert line.startswith(f"island {short} ended its loop after 97 steps"), "one line, which names the island and its steps"
+
+
+def test_the_shorter_island_is_gone(tmp_path: Path) -> None:
+    """Its process has ended when the other's round needs it: no hang, and nobody fails."""
+    results = run_islands(endings.unequal_and_gone, 2, run=tmp_path)
+    assert [r.status for r in results] == [0, 0], show(results)
+    assert [v["step"] for v in values(results, "unequal_and_gone")] == [100, 97]
+    (line,) = results[0].stderr_of("unequal_and_gone")
+    assert line.startswith("island 1 ended its loop after 97 steps")
+    assert results[1].stderr_of("unequal_and_gone") == []
+
+
+def test_an_exception_in_one_loop(tmp_path: Path) -> None:
+    """Island 1 ends at once with its own traceback; island 0 waits for it, visibly, and ends with PeerLost."""
+    left, failed = run_islands(endings.failing, 2, run=tmp_path, lost_s=LOST_S)
+    assert failed.status == 1, show([failed])
+    assert failed.stderr.splitlines()[-1] == "ZeroDivisionError: the user's own mistake"
+    assert "PeerLost" not in failed.stderr
+    assert failed.ended_at - failed.values["failed_at"] < DEADLINE_S, "no drain: it did not wait for the round in flight"
+    assert left.status == 1, show([left])
+    assert re.fullmatch(r"dtrain\.errors\.PeerLost: lost island 1: .*6 s.*", left.stderr.splitlines()[-1])
+    # the round after step 10 lands before the update of step 15, unless island 1 had sent all of it; then the next is missed
+    assert left.values["last step"] in (14, 24)
+    waited = [line for line in left.stdout.splitlines() if line.startswith("waiting")]
+    assert waited, show([left])
+    assert all(re.fullmatch(r"waiting for island 1, [1-6] s of 6", line) for line in waited)
+    assert waited == sorted(waited)
+    assert len(waited) <= LOST_S, "about once a second"

@@ -1,0 +1,1 @@
+"""Does dtrain compute what the papers say? Each method against an independent rendering of its mathematics."""

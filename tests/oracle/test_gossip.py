@@ -1,0 +1,298 @@
+"""Do D-PSGD and CHOCO follow their matrix recursions, and do the mixing matrices keep the mean?
+
+X holds one island a row. With U(G) = lr G, plain SGD on a quadratic, G(X) = A (X - C) is known in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import dtrain
+from dtrain.connect import Connection
+from dtrain.topology import MIN_NODES, by_name
+from tests.islands import Quadratic, run_islands, sgd_step
+
+Matrix = NDArray[np.float64]
+Delay = Literal[0, 1]
+
+U = 2.0**-24
+"""Unit roundoff of fp32."""
+CUT, WIDTH = 70, 153
+"""Two parameters, neither a multiple of a codec's block."""
+LR, STEPS = 0.125, 12
+BUCKET_BYTES = 256
+"""Small enough that each parameter is a bucket of its own."""
+
+
+class Problem(NamedTuple):
+    start: NDArray[np.float32]
+    a: NDArray[np.float32]
+    c: NDArray[np.float32]
+
+    def gradient(self, X: Matrix) -> Matrix:
+        return self.a.astype(np.float64) * (X - self.c.astype(np.float64))
+
+    def model(self, node: int) -> Quadratic:
+        return Quadratic(*(torch.from_numpy(v) for v in (self.start, self.a[node], self.c[node])), CUT)
+
+
+def problem(n: int) -> Problem:
+    """lr a <= 1/4 is below each W's diagonal (1/3 or 1/2), so W - lr A is a non-expansion in the largest absolute value."""
+    rng = np.random.default_rng(n)
+    start, a, c = rng.uniform(-1, 1, WIDTH), rng.uniform(0.25, 2, (n, WIDTH)), rng.uniform(-1, 1, (n, WIDTH))
+    return Problem(start.astype(np.float32), a.astype(np.float32), c.astype(np.float32))
+
+
+def ring_matrix(n: int, index: int) -> Matrix:
+    if n == 2:
+        return np.full((2, 2), 0.5)
+    eye = np.eye(n)
+    return (eye + np.roll(eye, 1, axis=0) + np.roll(eye, -1, axis=0)) / 3
+
+
+def one_peer_matrix(n: int, index: int) -> Matrix:
+    period = int(np.ceil(np.log2(n)))
+    return (np.eye(n) + np.roll(np.eye(n), 2 ** (index % period), axis=0)) / 2
+
+
+MATRICES = {"ring": ring_matrix, "one_peer_exponential": one_peer_matrix}
+
+
+def recursion(p: Problem, n: int, topology: str, delay: Delay, gamma: float = 1.0) -> list[Matrix]:
+    """X after each step, and after the drain.  delay 0: X <- W_t (X - lr G(X));  delay 1: X <- W_{t-1} X - lr G(X)."""
+
+    def W(index: int) -> Matrix:
+        return np.eye(n) + gamma * (MATRICES[topology](n, index) - np.eye(n))
+
+    X = np.tile(p.start.astype(np.float64), (n, 1))
+    out = []
+    for t in range(STEPS):
+        if delay == 0:
+            X = W(t) @ (X - LR * p.gradient(X))
+        else:
+            X = (W(t - 1) @ X if t > 0 else X) - LR * p.gradient(X)
+        out.append(X)
+    return [*out, W(STEPS - 1) @ X if delay else X]
+
+
+def trajectory(p: Problem, n: int, recipe: str, topology: str, delay: Delay, gamma: float | None = None) -> Matrix:
+    """(steps + 1, n, width): what the islands of dtrain hold after each step, and after the drain."""
+
+    def island(connection: Connection) -> list[NDArray[np.float32]]:
+        model = p.model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        seen = []
+        with dtrain.join(
+            model,
+            optimizer,
+            recipe=recipe,
+            topology=topology,
+            delay=delay,
+            codec="identity",
+            gamma=gamma,
+            bucket_bytes=BUCKET_BYTES,
+            link=connection,
+        ) as sync:
+            assert len(sync.buckets) == 2
+            for _ in range(STEPS):
+                sgd_step(model, optimizer)
+                seen.append(model.flat().numpy().copy())
+        return [*seen, model.flat().numpy().copy()]
+
+    return np.array(run_islands(n, island), dtype=np.float64).swapaxes(0, 1)
+
+
+def largest(values: Matrix) -> float:
+    return float(np.abs(values).max())
+
+
+GRAPHS = [("ring", n) for n in (2, 3, 4, 5)] + [("one_peer_exponential", n) for n in (2, 4, 5, 8)]
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize(("topology", "n"), GRAPHS)
+def test_dpsgd_follows_the_matrix_recursion(topology: str, n: int, delay: Delay) -> None:
+    p = problem(n)
+    want = np.array(recursion(p, n, topology, delay))
+    got = trajectory(p, n, "dpsgd", topology, delay)
+    # M bounds all |x| and |c|. The update rounds x - c, times a, times lr, and the difference, each at most u 2M: 8 u M. The mix adds
+    # at most 3 terms, each with a rounded weight, product and sum, intermediate sums at most 2M: 3 (1 + 1 + 2) u M. Errors made
+    # earlier do not grow (non-expansion), so T steps and the drain are within 20 (T + 1) u M.
+    M = max(largest(want), largest(p.c.astype(np.float64)))
+    assert largest(got - want) <= 20 * (STEPS + 1) * U * M
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("gamma", [1.0, 0.75])
+def test_choco_without_loss_is_gossip_with_a_lazier_matrix(gamma: float, delay: Delay) -> None:
+    """With q = x - xhat, xhat becomes x and s becomes W x: x + gamma (s - xhat) = (I + gamma (W - I)) x."""
+    p, n = problem(4), 4
+    want = np.array(recursion(p, n, "ring", delay, gamma))
+    got = trajectory(p, n, "choco", "ring", delay, gamma=gamma)
+    # As above, but s also keeps what it rounded in all rounds before: step t adds 20 (1 + t) u M.
+    M = max(largest(want), largest(p.c.astype(np.float64)))
+    assert largest(got - want) <= 20 * (STEPS + 1) * (STEPS + 2) / 2 * U * M
+
+
+class Blocks(NamedTuple):
+    """The specification in numpy: a bf16 scale a block, codes against the rounded scale, blocks within a parameter."""
+
+    bits: int
+    block: int
+
+    def decoded(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        q_max = np.float32(2 ** (self.bits - 1) - 1)
+        out = np.zeros_like(x)
+        for begin, end in ((0, CUT), (CUT, WIDTH)):
+            for k in range(begin, end, self.block):
+                part = x[k : min(k + self.block, end)]
+                scale = to_bf16(np.abs(part).max() / q_max)
+                if scale > 0:
+                    codes = np.clip(np.rint(part * (np.float32(1) / scale)), -q_max, q_max)
+                    out[k : k + len(part)] = codes * scale
+        return out
+
+
+def to_bf16(x: np.float32) -> np.float32:
+    """Round to nearest, ties to even, on the upper 16 bits."""
+    bits = int(np.float32(x).view(np.uint32))
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return np.uint32(rounded).view(np.float32)
+
+
+class ChocoStep(NamedTuple):
+    """One island after a step: x behind the inner update, and x, xhat, s behind the whole step (bytes here, not landed)."""
+
+    updated: NDArray[np.float32]
+    x: NDArray[np.float32]
+    xhat: NDArray[np.float32]
+    s: NDArray[np.float32]
+
+
+def choco_steps(p: Problem, n: int, codec: str, delay: Delay, gamma: float) -> list[list[ChocoStep]]:
+    def island(connection: Connection) -> list[ChocoStep]:
+        model = p.model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        updated: list[NDArray[np.float32]] = []
+        # Registered before join's, so it runs first: behind the update and before the round.
+        optimizer.register_step_post_hook(lambda *_: updated.append(model.flat().numpy().copy()))
+        out = []
+        with dtrain.join(
+            model, optimizer, recipe="choco", codec=codec, gamma=gamma, delay=delay, bucket_bytes=BUCKET_BYTES, link=connection
+        ) as sync:
+            for _ in range(STEPS):
+                sgd_step(model, optimizer)
+                sync.settle()
+                xhat, s = (torch.cat([lane.state[k] for lane in sync.core.lanes]).numpy().copy() for k in ("xhat", "s"))
+                out.append(ChocoStep(updated[-1], model.flat().numpy().copy(), xhat, s))
+        return out
+
+    return run_islands(n, island)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize(("name", "codec"), [("int8:64", Blocks(8, 64)), ("int4:32", Blocks(4, 32))])
+def test_choco_with_a_lossy_codec_follows_its_recursion(name: str, codec: Blocks, delay: Delay) -> None:
+    """Each step is checked from the islands' own state before it.
+
+    A quantizer is not continuous: run freely, one last bit of difference may flip a code. From the same state both
+    sides see the same fp32 difference x - xhat, so the codes are equal and what is left to differ is rounding.
+    """
+    n, gamma = 4, 0.75
+    p, W = problem(n), ring_matrix(n, 0)
+    islands = choco_steps(p, n, name, delay, gamma)
+    start = np.tile(p.start, (n, 1))
+    before = ChocoStep(start, start, start, start)
+    for t in range(STEPS):
+        now = ChocoStep(*(np.array(values) for values in zip(*(steps[t] for steps in islands), strict=True)))
+        X, Xhat, S = (v.astype(np.float64) for v in (before.x, before.xhat, before.s))
+        landed = X + gamma * (S - Xhat) if delay else X
+        updated = landed - LR * p.gradient(X)
+        q = np.array([codec.decoded(u - h) for u, h in zip(now.updated, before.xhat, strict=True)]).astype(np.float64)
+        xhat, s = Xhat + q, S + W @ q
+        x = updated if delay else now.updated + gamma * (now.s.astype(np.float64) - now.xhat)
+        M = max(largest(v) for v in (X, Xhat, S, xhat, s, p.c.astype(np.float64)))
+        # At most 20 roundings of values up to M (see D-PSGD), none inherited.
+        for want, got in ((updated, now.updated), (xhat, now.xhat), (s, now.s), (x, now.x)):
+            assert largest(got - want) <= 20 * U * M
+        assert largest(q) > 0
+        before = now
+
+
+CODECS = ("identity", "bf16", "int8:64", "int4:64")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("recipe", "topology"), [("dpsgd", "one_peer_exponential"), ("dpsgd", "random_pairs"), ("choco", "ring")])
+def test_mixing_keeps_the_mean_and_brings_islands_closer(recipe: str, topology: str, codec: str) -> None:
+    n = 5
+    apart = np.random.default_rng(1).uniform(-1, 1, (n, WIDTH)).astype(np.float32)
+    p = problem(n)
+
+    def island(connection: Connection) -> NDArray[np.float32]:
+        model = p.model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with dtrain.join(model, optimizer, recipe=recipe, topology=topology, codec=codec, gamma=0.5, link=connection):
+            model.set_flat(torch.from_numpy(apart[connection.node]))
+            for _ in range(STEPS):
+                sgd_step(model, optimizer)
+        return model.flat().numpy()
+
+    mixed = np.array(run_islands(n, island), dtype=np.float64)
+    # What one island takes up another gives, whatever the codec lost: only rounding moves the mean, 20 u M a step and island at most, and
+    # CHOCO's sums keep theirs (as above). |x| stays below 2: each x is a mean of values up to 1, and lossy codes reach 2 at most.
+    bound = 20 * STEPS * (STEPS + 1) / 2 * U * 2
+    assert largest(mixed.mean(axis=0) - apart.astype(np.float64).mean(axis=0)) <= bound
+    assert np.ptp(mixed, axis=0).mean() < 0.5 * np.ptp(apart, axis=0).mean()
+
+
+def matrix_of(name: str, seed: int, index: int, n: int) -> Matrix:
+    topology = by_name(name, seed)
+    W = np.zeros((n, n))
+    rows = [topology(index, node, n) for node in range(n)]
+    for node, row in enumerate(rows):
+        W[node, node] += row.self_weight
+        for peer, weight in row.recvs:
+            assert peer != node
+            assert node in rows[peer].sends
+            W[node, peer] += weight
+        assert all(node in [source for source, _ in rows[peer].recvs] for peer in row.sends)
+    return W
+
+
+@pytest.mark.parametrize("name", sorted(MIN_NODES))
+def test_every_mixing_matrix_is_doubly_stochastic(name: str) -> None:
+    for n in range(MIN_NODES[name], 18):
+        for index in range(12):
+            W = matrix_of(name, 3, index, n)
+            assert (W >= 0).all()
+            # A sum of n weights, each rounded to 2^-53.
+            assert largest(W.sum(axis=0) - 1) <= n * 2.0**-53
+            assert largest(W.sum(axis=1) - 1) <= n * 2.0**-53
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_one_peer_exponential_reaches_the_exact_mean_in_log2_n_rounds(k: int) -> None:
+    n = 2**k
+    for first in range(k):
+        product = np.eye(n)
+        for index in range(first, first + k):
+            product = matrix_of("one_peer_exponential", 0, index, n) @ product
+        np.testing.assert_array_equal(product, np.full((n, n), 1 / n))  # sums of powers of two are exact
+
+
+def test_random_pairs_are_one_matching_for_all_nodes() -> None:
+    for n in range(2, 10):
+        matchings = set()
+        for index in range(30):
+            W = matrix_of("random_pairs", 5, index, n)
+            np.testing.assert_array_equal(W, W.T)
+            assert sorted(np.diag(W)) == [0.5] * (n - n % 2) + [1.0] * (n % 2)
+            matchings.add(W.tobytes())
+        assert n == 2 or len(matchings) > 2
+    assert any((matrix_of("random_pairs", 1, i, 8) != matrix_of("random_pairs", 2, i, 8)).any() for i in range(3))
