@@ -71,7 +71,7 @@ class Train(Section):
     batch: int = Field(4, ge=1, description="sequences an island an optimizer step, over all its ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
-    lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")

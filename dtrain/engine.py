@@ -192,9 +192,8 @@ class Sync:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave on the same rank.
 
-        The parameters and the inner optimizer are the caller's to restore, and after ``join``: join makes the islands'
-        weights equal, and in the middle of a run they are not.
-        """
+        The parameters and the inner optimizer are the caller's to restore, and after ``join``: join makes the
+        islands' weights equal, and in the middle of a run they are not."""
         self.core.load_state_dict(saved)
         prefix = f"counts{self._island.rank}."
         self._base = {k.removeprefix(prefix): float(v) for k, v in saved.items() if k.startswith(prefix)}
@@ -271,7 +270,8 @@ class Sync:
         if buffers is not None:
             pieces.append((len(self.buckets), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
         flights = [
-            self._exchange(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link)) for index, layout, x, mean in pieces
+            self._exchange(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
+            for index, layout, x, mean in pieces
         ]
         self._connection.membership.announce(Notice(self.step, merge=self._merges))
         self._traffic.launch(flights)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int = 64) -> float:
-    """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was afterwards."""
+    """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was
+    afterwards."""
     inputs, targets = sequences
     if inputs.shape[0] < 1 or batch < 1:
         raise ValueError(f"cannot evaluate {inputs.shape[0]} sequences in batches of {batch}; use 1 or more of each")
@@ -20,7 +21,9 @@ def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int =
     total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs
     model.eval()
     try:
-        for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):  # (batch, T) each, the last may be smaller
+        for x, y in zip(
+            inputs.split(batch), targets.split(batch), strict=True
+        ):  # (batch, T) each, the last may be smaller
             logits = model(x.to(device)).flatten(0, 1).float()  # (batch * T, V)
             total_nats += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
     finally:

@@ -91,7 +91,7 @@ _ROWS = (
         outer="nesterov",
         outer_lr=0.7,
         outer_momentum=0.6,
-        delay=10,
+        delay=6,
     ),
     Recipe(
         name="dpsgd",

@@ -60,6 +60,9 @@ class Traffic:
     def drop(self, flights: Sequence[Flight]) -> None:
         with self._inbox.changed:
             for flight in flights:
+                for peer in flight.link.expected:
+                    if not flight.done and not self._inbox.has(peer, flight.tag()):
+                        self._transport.forget(peer, flight.tag())
                 flight.drop()
             self._active = [f for f in self._active if not f.done]
             self._inbox.changed.notify_all()

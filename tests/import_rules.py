@@ -32,7 +32,8 @@ KERNEL_USERS = ("kernels", "codec", "reduce", "combine", "outer", "link", "optim
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
 # islands meet at (meeting) and calls torchrun (agent).
 DISTRIBUTED_USERS = (
-    *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "engine", "checkpoint", "train"),
+    *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "engine"),
+    *("checkpoint", "train"),
     *("launch.meeting", "launch.agent", "launch.local"),
 )
 STREAM_USERS = ("transport", "engine")

@@ -16,7 +16,9 @@ from dtrain.connect import Connection, LinkSettings, connect_local
 T = TypeVar("T")
 
 
-def run_islands(n: int, island: Callable[[Connection], T], *, timeout_s: float = 60.0, settings: LinkSettings | None = None) -> list[T]:
+def run_islands(
+    n: int, island: Callable[[Connection], T], *, timeout_s: float = 60.0, settings: LinkSettings | None = None
+) -> list[T]:
     """What ``island`` returns for each of n connections, in node order."""
     ended: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
 

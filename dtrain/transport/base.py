@@ -73,9 +73,13 @@ class Transport(Protocol):
         """Make ready to receive; the wire will appear in the inbox."""
         ...
 
+    def forget(self, peer: int, tag: Tag) -> None:
+        """An expected wire will not come; those expected after it still may."""
+        ...
+
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
-        """Wait at most drain_s for what was posted to leave, but not for wires to peers that have left; then let go of
-        the peers."""
+        """Wait at most drain_s for what was posted to leave, but not for wires to peers that have left; then let go
+        of the peers."""
         ...
 
 

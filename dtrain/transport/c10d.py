@@ -16,7 +16,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import Work, gloo_group
+from dtrain.transport.gloo import Work, break_off, gloo_group
+
+_IDLE_S, _BROKEN_S = 0.25, 5.0
+"""For threads without a work to end, and for those that wait to notice that their pair is closed; both do at once."""
 
 
 class GlooTransport:
@@ -46,10 +49,21 @@ class GlooTransport:
             return
         self._receives[peer].add(work, tag, host)
 
+    def forget(self, peer: int, tag: Tag) -> None:
+        self._receives[peer].forget(tag)
+
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
         until = time.monotonic() + drain_s
         for waiter in self._sends.values():
             waiter.finish(until, left)
+        idle_by = time.monotonic() + _IDLE_S
+        for peer, waiter in self._receives.items():
+            waiter.finish(idle_by, nobody)
+            if waiter.busy or self._sends[peer].busy:
+                break_off(self._group, peer)
+        broken_by = time.monotonic() + _BROKEN_S
+        for waiter in (*self._receives.values(), *self._sends.values()):
+            waiter.finish(broken_by, nobody)
 
 
 class _Waiter:
@@ -59,24 +73,51 @@ class _Waiter:
         self._inbox = inbox
         self._peer = peer
         self._queue: queue.SimpleQueue[tuple[Work, Tag | None, Tensor] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"dtrain-link-{peer}", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._current: Tag | None = None
+        self._forgotten: set[Tag] = set()
+        self._threads: list[threading.Thread] = []
+        self._start()
+
+    @property
+    def busy(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
 
     def add(self, work: Work, tag: Tag | None, wire: Tensor) -> None:
         self._queue.put((work, tag, wire))
 
+    def forget(self, tag: Tag) -> None:
+        """Works that were started after this one are waited for by another thread."""
+        with self._lock:
+            self._forgotten.add(tag)
+            if self._current == tag:
+                self._start()
+
     def finish(self, until: float, left: Left) -> None:
         self._queue.put(None)
-        join_sender(self._thread, self._peer, until, left)
+        for thread in self._threads:
+            join_sender(thread, self._peer, until, left)
+
+    def _start(self) -> None:
+        self._threads.append(threading.Thread(target=self._run, name=f"dtrain-link-{self._peer}", daemon=True))
+        self._threads[-1].start()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             work, tag, wire = item
+            with self._lock:
+                if tag in self._forgotten:
+                    continue
+                self._current = tag
             try:
                 work.wait()
             except RuntimeError as e:  # gloo's only way to say that the pair is closed
                 self._inbox.lose(self._peer, _first_line(e))
                 return
+            with self._lock:
+                if tag in self._forgotten:
+                    return
+                self._current = None
             if tag is not None:
                 self._inbox.deliver(self._peer, tag, wire)
 

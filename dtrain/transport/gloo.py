@@ -5,9 +5,11 @@ torch's type stubs leave these classes half described, so their part that dtrain
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
@@ -17,13 +19,27 @@ NEVER = timedelta(days=365)
 
 
 class Work(Protocol):
-    def wait(self) -> bool: ...
+    def wait(self, timeout: timedelta = ..., /) -> bool: ...
 
 
 class PointToPoint(Protocol):
     def send(self, tensors: list[Tensor], peer: int, tag: int, /) -> Work: ...
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int, /) -> Work: ...
+
+
+_NO_WIRE = 3 << 29
+"""A tag that no wire has."""
+
+
+def break_off(group: PointToPoint, peer: int) -> None:
+    """End all waits for wires from and to a peer. gloo closes a pair when a wait on it times out, and knows no other
+    way.
+
+    A thread that still waits inside gloo while Python shuts down takes the process with it: SIGABRT, not the exit
+    status."""
+    with suppress(RuntimeError):  # the time-out, or a pair that is closed already
+        group.recv([torch.empty(1, dtype=torch.uint8)], peer, _NO_WIRE).wait(timedelta(milliseconds=1))
 
 
 def gloo_group(store: Store, rank: int, size: int, *, interface: str) -> PointToPoint:

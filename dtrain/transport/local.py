@@ -29,5 +29,8 @@ class LocalTransport:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         """Nothing to make ready: the sender puts the wire into the inbox."""
 
+    def forget(self, peer: int, tag: Tag) -> None:
+        """Nothing waits for it."""
+
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
         """Nothing is under way: a post is a delivery."""

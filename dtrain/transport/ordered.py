@@ -20,7 +20,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import PointToPoint, Work, gloo_group
+from dtrain.transport.gloo import PointToPoint, Work, break_off, gloo_group
+
+_BROKEN_S = 5.0
+"""For a receiver to notice that its control channel is closed; it does at once."""
 
 MakeGroup = Callable[[Store, int, int], PointToPoint]
 """(store, rank, size) -> a group of two ranks that carries wires one way."""
@@ -55,6 +58,8 @@ class OrderedTransport:
         self.inbox = Inbox()
         self._device = device
         control = gloo_group(PrefixStore(f"{prefix}/control", store), node, num_nodes, interface=interface)
+        self._control = control
+        self._receivers: dict[int, _Receiver] = {}
         self._senders: dict[int, _Sender] = {}
         # Every node makes its groups in the order of (low, high), so that no two wait for each other.
         for low, high in [(a, b) for b in range(num_nodes) for a in range(b) if node in (a, b)]:
@@ -65,7 +70,7 @@ class OrderedTransport:
                 if node == source:
                     self._senders[peer] = _Sender(self.inbox, control, group, peer, device)
                 else:
-                    _Receiver(self.inbox, control, group, peer, device)
+                    self._receivers[peer] = _Receiver(self.inbox, control, group, peer, device)
 
     def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
         self._senders[peer].add(tag, wire)
@@ -73,10 +78,16 @@ class OrderedTransport:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         """Nothing to make ready: a wire is announced with its length."""
 
+    def forget(self, peer: int, tag: Tag) -> None:
+        """Nothing waits for it: a wire that does not come is not announced."""
+
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
         until = time.monotonic() + drain_s
         for sender in self._senders.values():
             sender.finish(until, left)
+        for peer, receiver in self._receivers.items():
+            break_off(self._control, peer)
+            receiver.thread.join(timeout=_BROKEN_S)
 
 
 class _Sender:
@@ -113,7 +124,8 @@ class _Receiver:
         self, inbox: Inbox, control: PointToPoint, group: PointToPoint, peer: int, device: torch.device
     ) -> None:
         self._inbox, self._control, self._group, self._peer, self._device = inbox, control, group, peer, device
-        threading.Thread(target=self._run, name=f"dtrain-receive-{peer}", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name=f"dtrain-receive-{peer}", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

@@ -84,6 +84,9 @@ class Throttle:
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         self._inner.expect(peer, tag, wire_bytes)
 
+    def forget(self, peer: int, tag: Tag) -> None:
+        self._inner.forget(peer, tag)
+
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
         self._queue.put(None)
         until = time.monotonic() + drain_s

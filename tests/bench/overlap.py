@@ -1,11 +1,11 @@
-"""Does the link cost time? Tokens/s of the default recipe beside ``local``, with and without delay, at three link rates.
+"""Does the link cost time? Tokens/s of the default recipe beside ``local``, with and without delay, at three link
+rates.
 
     python -m tests.bench.overlap                 (about 25 minutes on 2 cores; goes on where it was stopped)
 
-The recipes are interleaved and medians are taken, because CPU timings drift. rtt is zero here, so that a round without delay should wait for just
-wire bytes x 8 / rate. An island also waits for a slower one; the wait for the link alone is what the island that came last
-to a round waited, so per round the least wait of all islands is counted.
-"""
+The recipes are interleaved and medians are taken, because CPU timings drift. rtt is zero here, so that a round
+without delay should wait for just wire bytes x 8 / rate. An island also waits for a slower one; the wait for the link
+alone is what the island that came last to a round waited, so per round the least wait of all islands is counted."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ def main() -> None:
                 summary = run_job(FOLDER, folder, [*overrides, *COMMON, f"link.rate={rate}"])
                 runs[name].append((summary, link_wait_s(FOLDER / folder)))
         rows.append(_row(rate, runs))
-    path = save("overlap", {"command": "python -m tests.bench.overlap", "hardware": hardware(), "steps": STEPS, "rows": rows})
-    print("| link | local, tokens/s | overlapped | of local | waiting (delay 0) | wait, delay 0 | bytes x 8 / rate | wait hidden |")
+    path = save(
+        "overlap", {"command": "python -m tests.bench.overlap", "hardware": hardware(), "steps": STEPS, "rows": rows}
+    )
+    print(
+        "| link | local, tokens/s | overlapped | of local | waiting (delay 0) | wait, delay 0 | bytes x 8 / rate | wait hidden |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
@@ -69,7 +73,10 @@ def _row(rate: str, runs: dict[str, list[tuple[dict[str, Any], float]]]) -> dict
     return {
         "rate": rate,
         **speed,
-        "of_local": median(o["tokens_per_s"] / b["tokens_per_s"] for (o, _), (b, _) in zip(runs["overlapped"], runs["local"], strict=True)),
+        "of_local": median(
+            o["tokens_per_s"] / b["tokens_per_s"]
+            for (o, _), (b, _) in zip(runs["overlapped"], runs["local"], strict=True)
+        ),
         "waited_s": waited_s,
         "waited_share": waited_s / median(s["train_s"] for s, _ in runs["waiting"]),
         "wire_s": runs["waiting"][0][0]["wire_bytes_sent"] * 8 / bits_per_s,

@@ -2,9 +2,8 @@
 
     python -m tests.bench.quality                 (about 40 minutes on 2 cores; goes on where it was stopped)
 
-Paired seeds: a seed fixes the initial weights and every batch, whatever the recipe. All-reduce gets the best of three learning rates. The link
-is not shaped, because a rate changes the time and never the arithmetic.
-"""
+Paired seeds: a seed fixes the initial weights and every batch, whatever the recipe. All-reduce gets the best of three
+learning rates. The link is not shaped, because a rate changes the time and never the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from dtrain.recipes import DEFAULT_RECIPE
 from tests.bench.runs import ROOT, hardware, run_job, save
 
 SEEDS = (0, 1, 2)
-ALLREDUCE_LRS = ("1.5e-3", "3e-3", "6e-3")
+ALLREDUCE_LRS = ("3e-3", "6e-3", "1.2e-2")
 FOLDER = ROOT / "runs" / "quality"
 COMMON = ("link.rate=none", "link.rtt=0ms", "train.checkpoint_every=0", "train.eval_every=0")
 
@@ -27,7 +26,10 @@ def main() -> None:
     ours = [_run(FOLDER, DEFAULT_RECIPE, seed, None) for seed in SEEDS]
     local = [_run(FOLDER, "local", seed, None) for seed in SEEDS]
     result = _compare(allreduce[best_lr], ours, local)
-    result |= {"allreduce_lr": best_lr, "allreduce_by_lr": {lr: [_merged(s) for s in runs] for lr, runs in allreduce.items()}}
+    result |= {
+        "allreduce_lr": best_lr,
+        "allreduce_by_lr": {lr: [_merged(s) for s in runs] for lr, runs in allreduce.items()},
+    }
     path = save("quality", {"command": "python -m tests.bench.quality", "hardware": hardware(), **result})
     for line in _table(result):
         print(line)
@@ -49,7 +51,9 @@ def _alone(summary: dict[str, Any]) -> float:
     return mean(summary["eval_bits_per_byte_islands"])
 
 
-def _compare(allreduce: list[dict[str, Any]], ours: list[dict[str, Any]], local: list[dict[str, Any]]) -> dict[str, Any]:
+def _compare(
+    allreduce: list[dict[str, Any]], ours: list[dict[str, Any]], local: list[dict[str, Any]]
+) -> dict[str, Any]:
     behind = [100 * (_merged(o) / _merged(a) - 1) for o, a in zip(ours, allreduce, strict=True)]
     best_local = [min(_alone(s), _merged(s)) for s in local]
     gap_closed = [(b - _merged(o)) / (b - _merged(a)) for o, a, b in zip(ours, allreduce, best_local, strict=True)]

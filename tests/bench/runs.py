@@ -1,4 +1,5 @@
-"""How is a job run for a measurement, and what was it run on? Finished runs are kept, so a measurement that was stopped goes on."""
+"""How is a job run for a measurement, and what was it run on? Finished runs are kept, so a measurement that was
+stopped goes on."""
 
 from __future__ import annotations
 
@@ -20,10 +21,21 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run the quickstart job with overrides as ``folder/name``, unless it is finished already; returns its summary."""
+    """Run the quickstart job with overrides as ``folder/name``, unless it is finished already; returns its
+    summary."""
     summary = folder / name / "summary.json"
     if not summary.exists():
-        command = [sys.executable, "-m", "dtrain.launch", "run", str(JOB), "--fresh", f"job.dir={folder}", f"job.name={name}", *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "dtrain.launch",
+            "run",
+            str(JOB),
+            "--fresh",
+            f"job.dir={folder}",
+            f"job.name={name}",
+            *overrides,
+        ]
         print(f"# {name}: {' '.join(overrides)}", file=sys.stderr, flush=True)
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     return json.loads(summary.read_text(encoding="utf-8"))

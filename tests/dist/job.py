@@ -1,4 +1,5 @@
-"""How do tests run a small real job? Through ``dtrain run`` in a process of its own, which they may kill as a whole."""
+"""How do tests run a small real job? Through ``dtrain run`` in a process of its own, which they may kill as a
+whole."""
 
 from __future__ import annotations
 
@@ -32,13 +33,27 @@ SMALL = (
 
 
 def command(folder: Path, name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dtrain.launch", "run", str(QUICKSTART), f"job.dir={folder}", f"job.name={name}", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "dtrain.launch",
+        "run",
+        str(QUICKSTART),
+        f"job.dir={folder}",
+        f"job.name={name}",
+        *arguments,
+    ]
 
 
 def run(folder: Path, name: str, *arguments: str, timeout_s: float = 110) -> Path:
     """Run a job to its end; the run folder. What it printed is shown where it fails."""
     done = subprocess.run(
-        command(folder, name, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+        command(folder, name, *arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}\n{logs(folder / name)}"
     return folder / name
@@ -65,7 +80,8 @@ def started(folder: Path, name: str, *arguments: str) -> Iterator[subprocess.Pop
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and to all that it started, all stopped first so that none can react to another's death."""
+    """SIGKILL to the launcher and to all that it started, all stopped first so that none can react to another's
+    death."""
     everyone = [process.pid, *descendants(process.pid)]
     for sign in (signal.SIGSTOP, signal.SIGKILL):
         for pid in everyone:

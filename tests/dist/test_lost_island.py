@@ -1,4 +1,5 @@
-"""What happens when an island is killed, and when the line is cut? The others wait where one can see it, and go on or end resumably."""
+"""What happens when an island is killed, and when the line is cut? The others wait where one can see it, and go on or
+end resumably."""
 
 from __future__ import annotations
 

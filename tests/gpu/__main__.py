@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu import kernels
+from tests.gpu import islands, kernels
 from tests.gpu.checks import Check, hardware, run, write
 
-CHECKS: tuple[Check, ...] = (kernels.same_bytes_as_cpu,)
+CHECKS: tuple[Check, ...] = (kernels.same_bytes_as_cpu, islands.two_islands_equal_cpu)
 
 
 def refusal() -> str | None:

@@ -47,9 +47,8 @@ GENTLE = Settings(every=5, steps=20, outer_lr=0.5, outer_momentum=0.5)
 def problem(n: int) -> Problem:
     """0 < lr a <= 1/4, so that an inner step makes no difference larger."""
     g = torch.Generator().manual_seed(n)
-    return Problem(
-        torch.rand(WIDTH, generator=g) * 2 - 1, 0.25 + 1.75 * torch.rand(n, WIDTH, generator=g), torch.rand(n, WIDTH, generator=g) * 2 - 1
-    )
+    start, a, c = torch.rand(WIDTH, generator=g), torch.rand(n, WIDTH, generator=g), torch.rand(n, WIDTH, generator=g)
+    return Problem(2 * start - 1, 0.25 + 1.75 * a, 2 * c - 1)
 
 
 def islands_of_dtrain(p: Problem, n: int, steps: int, **axes: Any) -> Tensor:
@@ -128,9 +127,9 @@ def eager_paper(p: Problem, n: int, s: Settings) -> Tensor:
 def bound(s: Settings, M: float, gain: float) -> float:
     """How far fp32 can be from fp64 after all rounds, |x|, |c|, |delta|, |u| <= M.
 
-    An inner step adds 8 u M (x - c, times a, times lr, the difference; each at most u 2M) and makes no older error larger, and because
-    0 < 1 - lr a < 1 neither does theta - x. gain bounds |error of the outer gradient| / |error of theta - x|. A mean of at most 4
-    rounds 12 u M; the outer step 4 products and 4 sums of values up to 4M: 32 u M.
+    An inner step adds 8 u M (x - c, times a, times lr, the difference; each at most u 2M) and makes no older error larger, and
+    because 0 < 1 - lr a < 1 neither does theta - x. gain bounds |error of the outer gradient| / |error of theta - x|. A mean of
+    at most 4 rounds 12 u M; the outer step 4 products and 4 sums of values up to 4M: 32 u M.
     """
     theta = momentum = 0.0
     for _ in range(s.steps // s.every):
@@ -241,7 +240,9 @@ def test_eager_with_one_island_is_diloco_in_time() -> None:
 
 
 @pytest.mark.parametrize("reduce", ["all_to_all", "gather"])
-@pytest.mark.parametrize(("codec", "error_feedback"), [("identity", False), ("bf16", False), ("int8:64", True), ("int4:32", True)])
+@pytest.mark.parametrize(
+    ("codec", "error_feedback"), [("identity", False), ("bf16", False), ("int8:64", True), ("int4:32", True)]
+)
 def test_after_a_round_all_islands_hold_the_same_bits(reduce: str, codec: str, error_feedback: bool) -> None:
     n = 3
     p = problem(n)

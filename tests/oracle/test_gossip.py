@@ -66,18 +66,18 @@ MATRICES = {"ring": ring_matrix, "one_peer_exponential": one_peer_matrix}
 def recursion(p: Problem, n: int, topology: str, delay: Delay, gamma: float = 1.0) -> list[Matrix]:
     """X after each step, and after the drain.  delay 0: X <- W_t (X - lr G(X));  delay 1: X <- W_{t-1} X - lr G(X)."""
 
-    def W(index: int) -> Matrix:
+    def mixing(index: int) -> Matrix:
         return np.eye(n) + gamma * (MATRICES[topology](n, index) - np.eye(n))
 
     X = np.tile(p.start.astype(np.float64), (n, 1))
     out = []
     for t in range(STEPS):
         if delay == 0:
-            X = W(t) @ (X - LR * p.gradient(X))
+            X = mixing(t) @ (X - LR * p.gradient(X))
         else:
-            X = (W(t - 1) @ X if t > 0 else X) - LR * p.gradient(X)
+            X = (mixing(t - 1) @ X if t > 0 else X) - LR * p.gradient(X)
         out.append(X)
-    return [*out, W(STEPS - 1) @ X if delay else X]
+    return [*out, mixing(STEPS - 1) @ X if delay else X]
 
 
 def trajectory(p: Problem, n: int, recipe: str, topology: str, delay: Delay, gamma: float | None = None) -> Matrix:
@@ -120,9 +120,9 @@ def test_dpsgd_follows_the_matrix_recursion(topology: str, n: int, delay: Delay)
     p = problem(n)
     want = np.array(recursion(p, n, topology, delay))
     got = trajectory(p, n, "dpsgd", topology, delay)
-    # M bounds all |x| and |c|. The update rounds x - c, times a, times lr, and the difference, each at most u 2M: 8 u M. The mix adds
-    # at most 3 terms, each with a rounded weight, product and sum, intermediate sums at most 2M: 3 (1 + 1 + 2) u M. Errors made
-    # earlier do not grow (non-expansion), so T steps and the drain are within 20 (T + 1) u M.
+    # M bounds all |x| and |c|. The update rounds x - c, times a, times lr, and the difference, each at most u 2M: 8 u M. The mix
+    # adds at most 3 terms, each with a rounded weight, product and sum, intermediate sums at most 2M: 3 (1 + 1 + 2) u M. Errors
+    # made earlier do not grow (non-expansion), so T steps and the drain are within 20 (T + 1) u M.
     M = max(largest(want), largest(p.c.astype(np.float64)))
     assert largest(got - want) <= 20 * (STEPS + 1) * U * M
 
@@ -224,11 +224,10 @@ def test_choco_with_a_lossy_codec_follows_its_recursion(name: str, codec: Blocks
         before = now
 
 
-CODECS = ("identity", "bf16", "int8:64", "int4:64")
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize(("recipe", "topology"), [("dpsgd", "one_peer_exponential"), ("dpsgd", "random_pairs"), ("choco", "ring")])
+@pytest.mark.parametrize("codec", ["identity", "bf16", "int8:64", "int4:64"])
+@pytest.mark.parametrize(
+    ("recipe", "topology"), [("dpsgd", "one_peer_exponential"), ("dpsgd", "random_pairs"), ("choco", "ring")]
+)
 def test_mixing_keeps_the_mean_and_brings_islands_closer(recipe: str, topology: str, codec: str) -> None:
     n = 5
     apart = np.random.default_rng(1).uniform(-1, 1, (n, WIDTH)).astype(np.float32)
@@ -244,8 +243,8 @@ def test_mixing_keeps_the_mean_and_brings_islands_closer(recipe: str, topology: 
         return model.flat().numpy()
 
     mixed = np.array(run_islands(n, island), dtype=np.float64)
-    # What one island takes up another gives, whatever the codec lost: only rounding moves the mean, 20 u M a step and island at most, and
-    # CHOCO's sums keep theirs (as above). |x| stays below 2: each x is a mean of values up to 1, and lossy codes reach 2 at most.
+    # What one island takes up another gives, whatever the codec lost: only rounding moves the mean, 20 u M a step and island at
+    # most, and CHOCO's sums keep theirs (as above). M = 2: each x is a mean of values up to 1, and a lossy code adds less than 1.
     bound = 20 * STEPS * (STEPS + 1) / 2 * U * 2
     assert largest(mixed.mean(axis=0) - apart.astype(np.float64).mean(axis=0)) <= bound
     assert np.ptp(mixed, axis=0).mean() < 0.5 * np.ptp(apart, axis=0).mean()

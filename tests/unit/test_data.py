@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,21 @@ def folder(tmp_path: Path, num_files: int, num_bytes: int = 300) -> Path:
     return root
 
 
-def batch_of(corpus: Corpus, *, seed: int = 0, island: int = 0, num_islands: int = 2, rank: int = 0, step: int = 0, micro: int = 0,
-             batch: int = 8, context: int = 32, shard: Shard = "iid") -> tuple[Tensor, Tensor]:  # fmt: skip
-    return sample_batch(
-        corpus, seed=seed, island=island, num_islands=num_islands, rank=rank, step=step, micro=micro,
-        batch=batch, context=context, shard=shard,
-    )  # fmt: skip
+def batch_of(
+    corpus: Corpus,
+    *,
+    seed: int = 0,
+    island: int = 0,
+    num_islands: int = 2,
+    rank: int = 0,
+    step: int = 0,
+    micro: int = 0,
+    batch: int = 8,
+    context: int = 32,
+    shard: Shard = "iid",
+) -> tuple[Tensor, Tensor]:
+    place = {"seed": seed, "island": island, "num_islands": num_islands, "rank": rank, "step": step, "micro": micro}
+    return sample_batch(corpus, **place, batch=batch, context=context, shard=shard)
 
 
 def token_file(tmp_path: Path, name: str, tokens: np.ndarray) -> Path:
@@ -97,9 +107,9 @@ def test_text_file_is_split_98_to_2_without_overlap(tmp_path: Path) -> None:
     path.write_bytes(content)
     corpus = load_corpus(str(path))
     assert len(corpus.heldout) == len(content) // 50
-    train, heldout = (set(part.tobytes()[i : i + 4] for i in range(0, len(part), 4)) for part in (corpus.train, corpus.heldout))
+    train, heldout = (set(np.frombuffer(part.tobytes(), "<u4").tolist()) for part in (corpus.train, corpus.heldout))
     assert not train & heldout
-    assert len(train) + len(heldout) == 200_000
+    assert train | heldout == set(range(200_000))
     assert corpus.num_files == 1
 
 
@@ -143,10 +153,12 @@ def test_sampling_is_pure(tmp_path: Path, shard: Shard) -> None:
 
 def test_batches_differ_in_every_coordinate() -> None:
     corpus = load_corpus("stdlib")
-    base = {"seed": 1, "island": 1, "rank": 1, "step": 1, "micro": 1}
-    coordinates = [base] + [{**base, name: value} for name in base for value in (0, 2)] + [dict.fromkeys(base, 0)]
-    batches = {batch_of(corpus, num_islands=3, context=64, **c)[0].numpy().tobytes() for c in coordinates}
-    assert len(batches) == len(coordinates)
+    places = list(itertools.product(range(3), repeat=5))
+    batches = {
+        batch_of(corpus, seed=seed, island=island, num_islands=3, rank=rank, step=step, micro=micro)[0].numpy().tobytes()
+        for seed, island, rank, step, micro in places
+    }
+    assert len(batches) == len(places) == 243
 
 
 def test_windows_start_everywhere_evenly(tmp_path: Path) -> None:
@@ -232,8 +244,8 @@ def test_sources_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a.bin").write_bytes(b"1234")
     cases = {
-        "missing.txt": "missing.txt\" does not exist; use \"stdlib\"",
-        "empty.txt": "empty.txt\" is an empty file",
+        "missing.txt": 'missing.txt" does not exist; use "stdlib"',
+        "empty.txt": 'empty.txt" is an empty file',
         "odd.bin": "has 3 bytes, not a multiple of 2",
         "odd.u32.bin": "has 6 bytes, not a multiple of 4",
         "bare": "a folder with 0 non-empty files",

@@ -61,6 +61,7 @@ def test_modes_weights_and_gradients_stay() -> None:
 
 def test_modes_are_restored_after_an_error() -> None:
     model = Bigram(11).train()
+    model.frozen.eval()
     with pytest.raises(IndexError):
         evaluate(model, (torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.int64)))
     assert model.training

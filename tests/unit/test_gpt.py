@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +16,15 @@ from dtrain.models.gpt import GPT, ROTARY_BASE, Block, GPTConfig, flops_per_toke
 
 SMALL = GPTConfig(vocab=50, layers=2, width=24, heads=3, context=16)
 QUICKSTART = GPTConfig(vocab=256, layers=4, width=96, heads=4, context=128)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads: where other work shares the cores, 70 times (67 s instead of 1 s)."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def trained_like(config: GPTConfig) -> GPT:
@@ -114,12 +124,12 @@ def test_parameters_and_flops_closed_form(config: GPTConfig) -> None:
     model = GPT(config)
     matrices = 12 * config.layers * config.width**2 + config.vocab * config.width
     assert num_parameters(model) == matrices + config.vocab * config.width
-    logits_of_few = torch.randint(config.vocab, (2, config.context))
+    x = tokens(config, batch=2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(logits_of_few).sum().backward()
+        model(x).sum().backward()
     counted = counter.get_total_flops()
     # torch counts every multiplication with a matrix, scores and their backward pass included
-    assert counted == flops_per_token(config) * logits_of_few.numel()
+    assert counted == flops_per_token(config) * x.numel()
 
 
 def test_quickstart_fits_half_a_million() -> None:
@@ -154,13 +164,16 @@ def test_learns_to_copy_the_previous_token() -> None:
     # The token one back is the answer: nothing but attention over positions can tell, chance is ln 50 = 3.9 nats.
     model = GPT(SMALL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses: list[float] = []
     for step in range(120):
         x = tokens(SMALL, batch=16, seed=step)
         loss = F.cross_entropy(model(x)[:, 1:].flatten(0, 1), x[:, :-1].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5
+        losses.append(loss.item())
+    assert losses[0] > 3.5
+    assert losses[-1] < 0.5
 
 
 def test_bf16_autocast_gives_fp32_logits_close_to_fp32() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtrain.kernels import operations
-from tests.gpu import kernels
+from tests.gpu import islands, kernels
 from tests.gpu.checks import Outcome, run, write
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +85,7 @@ def test_without_a_gpu_one_line_says_so() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "sees no CUDA device" in done.stderr
+
+
+def test_the_two_island_check_holds_between_two_cpu_runs() -> None:
+    assert "bit-equal" in islands.two_islands_equal_cpu(torch.device("cpu"))

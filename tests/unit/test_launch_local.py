@@ -59,6 +59,26 @@ def members(tmp_path: Path) -> list[int]:
     return found
 
 
+LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
+
+
+def listening(pids: list[int]) -> list[str]:
+    """The addresses, in hexadecimal, on which these processes listen."""
+    inodes = {link for pid in pids for link in open_files(pid)}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+
+
+def open_files(pid: int) -> list[str]:
+    found: list[str] = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(os.readlink(descriptor))
+        except FileNotFoundError:  # closed just now
+            continue
+    return found
+
+
 def poll(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
     ends = time.monotonic() + deadline_s
     while not condition():
@@ -172,7 +192,10 @@ def test_no_rank_survives_a_launcher_that_is_killed(start: Start, tmp_path: Path
     launcher = start(STUBBORN.replace("child = ", "child = None and "), "islands.count=1", "islands.ranks=2")
     run = tmp_path / "runs" / "stub"
     poll((run / "ready0").exists, DEADLINE_S, "the island runs")
-    assert len(members(tmp_path)) == 3, "torchrun and two ranks"
+    ranks = members(tmp_path)
+    assert len(ranks) == 3, "torchrun and two ranks"
+    poll(lambda: len(listening([launcher.pid, *ranks])) == 2, DEADLINE_S, "the meeting point and torchrun's store listen")
+    assert set(listening([launcher.pid, *ranks])) == {LOOPBACK}
     launcher.kill()
     poll(lambda: members(tmp_path) == [], 5.0, "all ranks ended")
 

@@ -1,0 +1,49 @@
+"""What does an island of several ranks run? DDP inside, dtrain outside; and the same loop with one rank."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import dtrain
+from tests.dist import least_squares
+from tests.dist.child import model_digest
+
+STEPS, EVERY = 20, 5
+BUCKET_BYTES = 8
+"""So small that every parameter is a bucket, and each rank carries some."""
+
+
+def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int) -> dict[str, Any]:
+    """The island's batch is split over its ranks; the model is wrapped before or after the join."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = trained = least_squares.make_model()
+    if ranks > 1 and wrap == "before":
+        trained = DistributedDataParallel(model)
+    opt = torch.optim.SGD(model.parameters(), lr=least_squares.LR)
+    axes = {"every": EVERY, "codec": codec, "delay": delay, "bucket_bytes": BUCKET_BYTES}
+    inside = True
+    with dtrain.join(trained, opt, recipe=recipe, **axes) as sync:
+        if ranks > 1 and wrap == "after":
+            trained = DistributedDataParallel(model)
+        for step in range(STEPS):
+            x, y = least_squares.batch(sync.island, step)
+            opt.zero_grad()
+            least_squares.loss_of(trained, x.chunk(ranks)[rank], y.chunk(ranks)[rank]).backward()
+            opt.step()
+            inside = inside and least_squares.within_bounds(model)
+        own = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
+        sync.merge()
+        stats = sync.stats()
+    return {
+        "sent": stats.wire_bytes_sent,
+        "received": stats.wire_bytes_received,
+        "buckets": sorted({b.owner for b in sync.buckets}),
+        "own": own,
+        "model": model_digest(model),
+        "inside": inside,
+    }

@@ -1,0 +1,44 @@
+"""Do simulated islands equal live ones bit for bit, and do two ranks an island send what one sends?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dist.job import QUICKSTART, ROOT, SMALL, assert_same_weights, run
+
+JOB = (*SMALL, "train.steps=30", "train.checkpoint_every=0", "sync.every=8", "sync.delay=3", "train.batch=4")
+
+
+@pytest.mark.timeout(200)
+def test_four_simulated_islands_equal_four_live_ones(tmp_path: Path) -> None:
+    live = run(tmp_path, "live", *JOB, "islands.count=4", timeout_s=150)
+    command = [sys.executable, "-m", "dtrain.launch", "sim", str(QUICKSTART), "--islands", "4"]
+    done = subprocess.run(
+        [*command, f"job.dir={tmp_path}", "job.name=sim", *JOB],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_weights(live, tmp_path / "sim")
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (live, tmp_path / "sim")]
+    for key in ("wire_bytes_sent", "wire_bytes_start", "wire_bytes_merge", "eval_loss", "eval_bits_per_byte_islands"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+@pytest.mark.timeout(200)
+def test_two_ranks_an_island_send_the_bytes_of_one(tmp_path: Path) -> None:
+    # 16 KiB buckets cut the small model into ten, so that both ranks carry some.
+    job = (*JOB, "sync.bucket_bytes=16384")
+    one, two = (run(tmp_path, f"ranks{n}", *job, f"islands.ranks={n}") for n in (1, 2))
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (one, two)]
+    assert summaries[0]["wire_bytes_sent"] > 0
+    for key in ("wire_bytes_sent", "tokens", "parameters"):
+        assert summaries[0][key] == summaries[1][key], key
