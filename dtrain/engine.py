@@ -11,7 +11,7 @@ accumulation, mixed precision and global clipping keep their meaning."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, NamedTuple
 
@@ -82,7 +82,10 @@ class Sync:
         self._base: dict[str, float] = {}
         self._merges = 0
         self._prepared = False
-        self._align()
+        with ExitStack() as undo:
+            undo.callback(self._traffic.close, drain_s=0.0)
+            self._align()
+            undo.pop_all()
         self.core = Core(plan, self._mine, self._peers)
         self._release = hook(optimizers, scaler, self)
 

@@ -79,7 +79,7 @@ def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[s
         "DTRAIN_RESUME_STEP": str(step),
         "GLOO_SOCKET_IFNAME": job.link.interface or "lo",
         "OMP_NUM_THREADS": str(threads),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
         TAG_VARIABLE: launch.tag,
         PARENT_VARIABLE: str(os.getpid()),
     }

@@ -48,7 +48,7 @@ def tagged(tag: str, island: int | None = None) -> list[int]:
     return found
 
 
-def end(tag: str, agents: Sequence[Popen[bytes]], *, island: int | None = None, grace_s: float = 3.0) -> None:
+def end(tag: str, agents: Sequence[Popen[bytes]], *, island: int | None = None, grace_s: float = 2.0) -> None:
     """SIGTERM to all, and SIGKILL to whatever is left after ``grace_s``; returns when none is left."""
     _signal(tag, island, agents, signal.SIGTERM)
     grace_ends = time.monotonic() + grace_s

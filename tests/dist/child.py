@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.launch.processes import die_with_parent
-from tests.dist.harness import RESULT, SCENARIO
+
+RESULT, SCENARIO = "RESULT ", "SCENARIO "
+"""What a line of stdout with a value, and a line of stderr before a scenario, begin with."""
 
 
 def report(name: str, value: object) -> None:

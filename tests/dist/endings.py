@@ -36,11 +36,6 @@ def unequal(
     return {"step": sync.step, "model": model_digest(model), "wait_s": sync.stats().wait_s}
 
 
-def unequal_and_gone() -> dict[str, Any]:
-    """As users run it: the shorter island's process ends while the other still trains."""
-    return unequal(recipe="diloco", every=EVERY, delay=0, short=1, merge=False)
-
-
 def failing() -> None:
     """Island 1 fails in its loop, with a round in flight."""
     model = classifier()

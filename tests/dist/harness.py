@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -22,11 +23,9 @@ from torch._C._distributed_c10d import TCPStore
 
 from dtrain.config import Job
 from dtrain.launch.meeting import listen, serve
+from tests.dist.child import RESULT, SCENARIO
 
 ROOT = Path(__file__).parents[2]
-RESULT, SCENARIO = "RESULT ", "SCENARIO "
-LOST_S = 15.0
-"""How long an island of a test waits for another that is not there: when one fails, the others end with their own words."""
 _STACKS_S = 5.0
 """A child that hangs is asked for the stacks of its threads first (SIGABRT and faulthandler), and has this long to print them."""
 
@@ -77,32 +76,33 @@ def run_islands(
     *,
     run: Path,
     timeout_s: float = 60.0,
-    lost_s: float = LOST_S,
+    lost_s: float | None = None,
     env: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Run a script's text, a module's function, or named functions one after the other, on every rank of every island.
 
     ``functools.partial`` gives a function its (JSON) keyword arguments. A function is run in a link of its own: the n-th as
-    epoch n. ``lost_s`` is the job file's link.timeout_s. Returns when all have ended, by (island, rank); fails with all output
-    when they have not within timeout_s."""
+    epoch n. Returns when all have ended, by (island, rank); fails with all output when they have not within timeout_s.
+
+    With ``lost_s`` there is a job file with this link.timeout_s, and the others go on when a process fails; without it they
+    are ended."""
     run.mkdir(parents=True, exist_ok=True)
-    job = run / "job.toml"
-    job.write_text(f"[link]\ntimeout_s = {lost_s}\n", encoding="utf-8")
+    shared = {**os.environ, **(env or {})}
+    if lost_s is not None:
+        job = run / "job.toml"
+        job.write_text(f"[link]\ntimeout_s = {lost_s}\n", encoding="utf-8")
+        shared["DTRAIN_JOB"] = str(job)
     store, meet = _store()
     store.set("regroup", "0:0")
     masters = [_store() for _ in range(num_islands)] if ranks > 1 else []
     children: list[_Child] = []
+    ended: queue.SimpleQueue[_Child] = queue.SimpleQueue()
     try:
         for island in range(num_islands):
             for rank in range(ranks):
                 place = _environment(island, num_islands, rank, ranks, meet, masters[island][1] if masters else "", run)
-                children.append(_Child(island, rank, _command(script, run), {**os.environ, **place, "DTRAIN_JOB": str(job), **(env or {})}))
-        until = time.monotonic() + timeout_s
-        hung = [c for c in children if not c.ended_by(until)]
-        for child in hung:
-            child.send(signal.SIGABRT)
-        for child in hung:
-            child.ended_by(time.monotonic() + _STACKS_S)
+                children.append(_Child(island, rank, _command(script, run), {**shared, **place}, ended))
+        hung = _wait(children, ended, time.monotonic() + timeout_s, all_go_on=lost_s is not None)
     finally:
         for child in children:
             child.send(signal.SIGKILL)
@@ -115,8 +115,11 @@ def run_islands(
 class _Child:
     """One process and the thread that reads what it prints until it has ended."""
 
-    def __init__(self, island: int, rank: int, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, island: int, rank: int, command: Sequence[str], env: Mapping[str, str], ended: queue.SimpleQueue[_Child]
+    ) -> None:
         self.island, self.rank = island, rank
+        self._ended = ended
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
@@ -130,6 +133,10 @@ class _Child:
         self._reader.join(timeout=max(0.0, until - time.monotonic()))
         return not self._reader.is_alive()
 
+    @property
+    def failed(self) -> bool:
+        return self._process.returncode != 0
+
     def send(self, number: signal.Signals) -> None:
         """Signal it; one that has ended is left alone."""
         self._process.send_signal(number)
@@ -141,6 +148,29 @@ class _Child:
     def _read(self) -> None:
         self._output = self._process.communicate()
         self._ended_at = time.monotonic()
+        self._ended.put(self)
+
+
+def _wait(
+    children: Sequence[_Child], ended: queue.SimpleQueue[_Child], until: float, *, all_go_on: bool
+) -> list[_Child]:
+    """Wait for all, and end those that are left; returns those that were late."""
+    left = set(children)
+    late: list[_Child] = []
+    failed = False
+    while left and not late and (all_go_on or not failed):
+        try:
+            child = ended.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            late = [c for c in children if c in left]
+            continue
+        left.remove(child)
+        failed = failed or child.failed
+    for child in left:
+        child.send(signal.SIGABRT)
+    for child in left:
+        child.ended_by(time.monotonic() + _STACKS_S)
+    return late
 
 
 def _store() -> tuple[TCPStore, str]:

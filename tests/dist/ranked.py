@@ -25,9 +25,10 @@ def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay
     if ranks > 1 and wrap == "before":
         trained = DistributedDataParallel(model)
     opt = torch.optim.SGD(model.parameters(), lr=least_squares.LR)
-    axes = {"every": EVERY, "codec": codec, "delay": delay, "bucket_bytes": BUCKET_BYTES}
     inside = True
-    with dtrain.join(trained, opt, recipe=recipe, **axes) as sync:
+    with dtrain.join(
+        trained, opt, recipe=recipe, every=EVERY, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES
+    ) as sync:
         if ranks > 1 and wrap == "after":
             trained = DistributedDataParallel(model)
         for step in range(STEPS):

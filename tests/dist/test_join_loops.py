@@ -33,7 +33,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return run_islands(SCENARIOS, 2, run=tmp_path_factory.mktemp("loops"), timeout_s=60)
+    return run_islands(SCENARIOS, 2, run=tmp_path_factory.mktemp("loops"), timeout_s=100)
 
 
 def _round_bytes(numel: int) -> int:
@@ -129,4 +129,4 @@ def test_the_harness_shows_what_a_child_printed(tmp_path: Path) -> None:
         "sys.exit(3) if os.environ['DTRAIN_ISLAND'] == '0' else threading.Event().wait()\n"
     )
     with pytest.raises(AssertionError, match=r"(?s)still running .*island 1.*exit status 3.*my words.*script\.py"):
-        run_islands(script, 2, run=tmp_path, timeout_s=2)
+        run_islands(script, 2, run=tmp_path, timeout_s=5, lost_s=60)

@@ -1,8 +1,8 @@
 """Is ``allreduce`` torch's DistributedDataParallel, clipping and AdamW included?
 
-With two islands both sides scale each gradient by exactly 1/2 and add two numbers, which commutes: the mean gradients have equal bits.
-Norm, clip and AdamW are the same torch code on tensors of equal shape, stride and alignment (every parameter here is a multiple of
-64 bytes), so after 20 steps the parameters must agree to the bit.
+With two islands both sides scale each gradient by exactly 1/2 and add two numbers, which commutes: the mean gradients have equal
+bits. Norm, clip and AdamW are the same torch code on tensors of equal shape, stride and alignment (every parameter here is a
+multiple of 64 bytes), so after each of 20 steps the parameters must agree to the bit.
 """
 
 from __future__ import annotations

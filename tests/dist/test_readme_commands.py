@@ -1,0 +1,51 @@
+"""Does every ``dtrain`` command of the README work as it is written there? With a smaller model and fewer steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dist.job import ROOT, SMALL
+
+SMALLER = (*SMALL, "train.steps=16", "train.batch=4", "sync.every=8", "sync.delay=2")
+
+
+def commands() -> list[list[str]]:
+    """The ``dtrain`` lines of the README's console blocks, in order."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("dtrain ")]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def dtrain(folder: Path, words: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain.launch", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"dtrain {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.timeout(400)
+def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    listed = commands()
+    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes"}
+    dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
+    for words in listed:
+        trained = words[1] in ("run", "sim") and "--resume" not in words
+        dtrain(tmp_path, [*words[1:], *(SMALLER if trained else ())])
+    assert (tmp_path / "both.png").exists()
+    assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
