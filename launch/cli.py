@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.errors import NonFinite, PeerLost
+from dtrain.errors import PeerLost
 from dtrain.launch.run_folder import Choice, open_run
 
 EXIT_USER_ERROR = 2
@@ -190,7 +190,7 @@ def run_command(arguments: list[str]) -> int:
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
     except typer.TyperException as e:
         return _complain(EXIT_USER_ERROR, f"{e.format_message()} See dtrain --help.")
-    except (ValueError, NonFinite) as e:
+    except ValueError as e:
         return _complain(EXIT_USER_ERROR, str(e))
     except PeerLost as e:
         return _complain(EXIT_RESUMABLE, str(e))

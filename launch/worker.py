@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from dtrain.config import load_job
-from dtrain.errors import NonFinite, PeerLost
+from dtrain.errors import PeerLost, Regroup
 from dtrain.launch.processes import die_with_parent
 from dtrain.metrics import ErrorKind, write_error
 
@@ -35,14 +36,27 @@ def run_script(script: str, arguments: list[str]) -> None:
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     with errors_left_for_the_launcher():
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except Regroup as again:
+            _start_over(again)
+
+
+def _start_over(again: Regroup) -> NoReturn:
+    """A lost island has come back. A script's loop cannot be set back from outside, so it begins anew, as the lost one did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PeerLost((), "an island was started again; the ranks of this one cannot begin anew each by itself") from again
+    print(f"an island was started again: so is this script, in epoch {again.epoch}", flush=True)
+    os.environ |= {"DTRAIN_EPOCH": str(again.epoch), "DTRAIN_RESUME_STEP": str(again.step)}
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextmanager
 def errors_left_for_the_launcher() -> Iterator[None]:
     try:
         yield
-    except (ValueError, NonFinite) as e:  # training that diverged would diverge again: the message says what to change
+    except ValueError as e:  # NonFinite too: training that diverged would diverge again
         _leave("user", e)
         raise
     except PeerLost as e:

@@ -77,3 +77,40 @@ def test_an_island_that_stays_away_ends_the_job_resumably(tmp_path: Path, calm: 
     assert "--resume" in said
     resumed = run(tmp_path, "lost", "--resume", "link.timeout_s=60")
     assert_same_weights(calm, resumed)
+
+
+SCRIPT = """
+import pathlib, sys
+import torch
+import dtrain
+
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+with dtrain.join(model, optimizer, recipe="fedavg", every=5) as sync:
+    begun = pathlib.Path(sys.argv[1], f"begun{sync.island}")
+    begun.write_text(begun.read_text() + "x" if begun.exists() else "x")
+    for step in range(50):
+        if sync.island == 1 and step == 20 and begun.read_text() == "x":
+            pathlib.Path(sys.argv[1], "stuck").touch()
+            while True:  # until the test kills it
+                pass
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    sync.merge()
+pathlib.Path(sys.argv[1], f"ended{sync.island}").write_text(str(sync.step))
+"""
+
+
+@pytest.mark.timeout(200)
+def test_a_script_begins_anew_on_every_island(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    with started(tmp_path, "script", "islands.threads=1", "--", str(script), str(tmp_path)) as process:
+        until((tmp_path / "stuck").exists, "island 1 to be stuck")
+        kill_island(process.pid, 1)
+        process.wait(timeout=120)
+    said = (tmp_path / "script.out").read_text()
+    assert process.returncode == 0, said + logs(tmp_path / "script")
+    assert [(tmp_path / f"begun{i}").read_text() for i in (0, 1)] == ["xx", "xx"]
+    assert [(tmp_path / f"ended{i}").read_text() for i in (0, 1)] == ["50", "50"]
