@@ -38,6 +38,13 @@ def unequal(
 
 def failing() -> None:
     """Island 1 fails in its loop, with a round in flight."""
+    try:
+        _failing_loop()
+    finally:
+        report("left the block at", time.monotonic())
+
+
+def _failing_loop() -> None:
     model = classifier()
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     with dtrain.join(model, opt, recipe="diloco", every=EVERY, delay=5):
@@ -46,7 +53,7 @@ def failing() -> None:
             opt.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             if island() == 1 and step == FAILS_AT:
-                report("failed_at", time.monotonic())
+                report("failed at", time.monotonic())
                 raise ZeroDivisionError("the user's own mistake")
             opt.step()
             report("last step", step + 1)

@@ -1,4 +1,4 @@
-"""Is a run that was saved with a round in flight, and loaded elsewhere, the same run to the bit? And does saving alter nothing?"""
+"""Is a run that was saved with a round in flight and loaded elsewhere the same run to the bit? And does saving alter nothing?"""
 
 from __future__ import annotations
 
