@@ -74,12 +74,13 @@ class _BoundCast:
         return {}
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        if not torch.isfinite(x).all():
-            raise NonFinite("the payload holds inf or NaN")
         if self.dtype == torch.bfloat16:
             operations().cast_bf16(x, wire)
         else:
             wire.view(self.dtype).copy_(x)
+        # After the cast: fp32 above 3.39e38 becomes inf in bf16.
+        if not torch.isfinite(wire.view(self.dtype)).all():
+            raise NonFinite("the payload holds inf or NaN")
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         _check_length(wire, self.wire_bytes)

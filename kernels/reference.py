@@ -3,7 +3,7 @@
 Operands are flat 1-D and the outputs are the caller's. Block codecs share one shape: block k holds elements k * block
 .. (k + 1) * block - 1 (the last may be short) and has one bf16 scale. For a largest code q_max
     scale_k = bf16(max |x| / q_max),  code = clamp(round_half_even(x / scale_k), -q_max, q_max),  x' = code * scale_k.
-The codes are taken against the rounded scale, so its rounding costs no accuracy but the clamp's (at most 2^-9 of the
+The codes are taken against the rounded scale, so its rounding costs no accuracy but the clamp's (at most 2^-8 of the
 block's maximum)."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _codes(x: Tensor, scales: Tensor, block: int, largest: int) -> Tensor:
     rows = _blocks(x, block)
     scales.copy_(rows.abs().amax(dim=1).div_(largest))
     inverse = scales.to(torch.float32).reciprocal_()
-    inverse.masked_fill_(scales == 0, 0.0)  # an all-zero block has codes 0, not 0 * inf
+    inverse.masked_fill_(inverse.isinf(), 0.0)  # scales below 2^-128, 0 among them: codes 0, not 0 * inf
     return (rows * inverse[:, None]).round_().clamp_(-largest, largest).view(-1)[: x.numel()]
 
 

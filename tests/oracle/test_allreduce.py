@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
@@ -67,7 +68,7 @@ def ddp_rank(rank: int, folder: str) -> None:
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """(steps, parameters) of real DDP in two processes."""
     folder: Path = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(ddp_rank, args=(str(folder),), nprocs=2)
+    spawn(ddp_rank, args=(str(folder),), nprocs=2)
     (seen, norms), (others, _) = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(seen, others)
     assert float(norms.min()) > CLIP  # the clip acts in every step

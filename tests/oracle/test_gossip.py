@@ -38,7 +38,7 @@ class Problem(NamedTuple):
         return self.a.astype(np.float64) * (X - self.c.astype(np.float64))
 
     def model(self, node: int) -> Quadratic:
-        return Quadratic(*(torch.from_numpy(v) for v in (self.start, self.a[node], self.c[node])), CUT)
+        return Quadratic(torch.from_numpy(self.start), torch.from_numpy(self.a[node]), torch.from_numpy(self.c[node]), CUT)
 
 
 def problem(n: int) -> Problem:

@@ -118,7 +118,7 @@ def test_bytes_an_island_sends(n: int, codec: str) -> None:
         else:
             # Parts end on blocks, so together they cost no byte more than the whole.
             assert sum(counts) == 2 * (n - 1) * w
-            # An island sends w + (n - 2) times its part, and a part is within a grain of w / n: an element, or a block and its scale.
+            # An island sends w + (n - 2) times its part; a part is within a grain of w / n: an element, or a block and its scale.
             grain_bytes = {"identity": 4, "bf16": 2, "int8:64": 66, "int4:32": 18}[codec]
             assert all(abs(count - 2 * (n - 1) / n * w) <= n * grain_bytes for count in counts)
 
