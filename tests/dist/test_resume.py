@@ -96,7 +96,7 @@ def test_ten_kills_at_seeded_moments_leave_no_trace(tmp_path: Path, delay: str, 
 def test_three_islands_go_on_from_the_merged_weights_of_two(tmp_path: Path) -> None:
     two = run(tmp_path, "grown", *SMALL, "train.steps=20", "train.checkpoint_every=20", "sync.every=6", "train.batch=4")
     islands = [checkpoint.load_island(two, 20, i) for i in range(2)]
-    run(tmp_path, "grown", "--resume", "islands.count=3", "train.steps=30", "train.lr=0.003")
+    run(tmp_path, "grown", "--resume", "islands.count=3", "train.steps=30")
     merged = checkpoint.load_weights(two / "init.safetensors")
     for name, value in merged.items():
         exact = torch.stack([state[f"model.{name}"].to(torch.float64) for state in islands]).mean(dim=0)
