@@ -14,7 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-GRAIN = 4096
+from dtrain.codec_name import MAX_BLOCK
+
+GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
 
 MAX_BUCKETS = 4096

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtrain.bucket import GRAIN, Layout
+from dtrain import codec_name
+from dtrain.bucket import Layout
 from dtrain.errors import NonFinite, WireError
 from dtrain.kernels import operations
 
@@ -202,21 +203,13 @@ class _BoundErrorFeedback:
 
 def by_name(name: str, *, error_feedback: bool) -> Codec:
     """``"identity"``, ``"bf16"``, ``"int8"``, ``"int4:32"`` -> Codec; raises ValueError for anything else."""
-    base, colon, block_text = name.partition(":")
+    base, block = codec_name.parse(name)
     codec: Codec
-    if base in ("int8", "int4"):
-        block = 64
-        if colon:
-            block = int(block_text) if block_text.isdecimal() else 0
-            if block < 2 or block % 2 or GRAIN % block:
-                raise ValueError(f"codec {name!r}: the block is a power of two from 2 to {GRAIN}, as in {base}:64")
-        codec = Blocks(int(base[3:]), block)
-    elif name == "identity":
-        codec = Identity()
-    elif name == "bf16":
-        codec = Bf16()
-    else:
-        raise ValueError(
-            f'codec {name!r} is not known; use "identity", "bf16", "int8", "int4", with a block size as in "int4:64"'
-        )
+    match base:
+        case "int8" | "int4":
+            codec = Blocks(int(base[3:]), block)
+        case "bf16":
+            codec = Bf16()
+        case _:
+            codec = Identity()
     return ErrorFeedback(codec) if error_feedback else codec

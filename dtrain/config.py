@@ -42,9 +42,9 @@ class Islands(Section):
 
 class ModelSection(Section):
     name: Literal["gpt"] = Field("gpt", description="the model")
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, description="blocks of attention and MLP")
     width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
-    heads: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1, description="attention heads; width / heads features each")
     context: int = Field(128, ge=2, description="tokens a sequence")
 
     @model_validator(mode="after")
@@ -78,6 +78,9 @@ class Train(Section):
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
     )
+    consensus_every: int = Field(
+        0, ge=0, description="steps between measurements of how far apart the islands are; each is an exact average, waited for"
+    )
     checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0 writes none")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
@@ -86,7 +89,9 @@ class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
-    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"] | None = Field(None)
+    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"] | None = Field(
+        None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
+    )
     topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] | None = Field(
         None, description="who talks to whom (gossip methods)"
     )
@@ -98,15 +103,15 @@ class Sync(Section):
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
-    outer_lr: float | None = Field(None, gt=0)
-    outer_momentum: float | None = Field(None, ge=0, lt=1)
+    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
     gamma: float | None = Field(None, gt=0, le=1, description="CHOCO's consensus step size")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
     landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
     bucket_bytes: int | None = Field(
-        None, ge=4096, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
+        None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
 
     @field_validator("delay")
@@ -198,7 +203,7 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 
 
 def dump_job(job: Job) -> str:
-    """The job as TOML, every key written out but those that the recipe answers."""
+    """The job as TOML, every key written out that has a value."""
     lines: list[str] = []
     for name in Job.model_fields:
         section: Section = getattr(job, name)

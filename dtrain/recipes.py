@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
+from dtrain import codec_name
 from dtrain import topology as topologies
 
 DEFAULT_RECIPE = "delayed_diloco"
@@ -126,6 +127,19 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in ("name", "summary", "paper", "payload", "combine"))
 """What a job file or join() may override."""
 
+_WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
+"""The axes that are answered by one of a few words."""
+
+_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_USED: Mapping[str, frozenset[str]] = {
+    "local": frozenset({"bucket_bytes"}),
+    "allreduce": _ROUNDS,
+    "dpsgd": _ROUNDS | {"topology"},
+    "choco": _ROUNDS | {"topology", "gamma"},
+    "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
+}
+"""The axes that say something to an algorithm; any other would be ignored, so it is refused."""
+
 
 def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int) -> Recipe:
     """The named row with its overrides, checked as a whole; raises ValueError with one line."""
@@ -136,8 +150,49 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
     recipe = replace(RECIPES[wanted], **changes)
+    _check_values(recipe)
+    _check_used(recipe, RECIPES[wanted], changes)
     _check(recipe, num_islands)
     return recipe
+
+
+def of_section(sync: Mapping[str, object], num_islands: int) -> Recipe:
+    """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it."""
+    name = sync.get("recipe")
+    assert name is None or isinstance(name, str)
+    return resolve(name, {key: value for key, value in sync.items() if key != "recipe"}, num_islands)
+
+
+def _check_values(r: Recipe) -> None:
+    """A job file's types are checked where it is read; those of join() only here."""
+    for axis, words in _WORDS.items():
+        value = getattr(r, axis)
+        if value not in words:
+            raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, words))}")
+    codec_name.parse(r.codec)
+    ranges: tuple[tuple[str, bool, str], ...] = (
+        ("every", r.every >= 1, "1 or more"),
+        ("fragments", r.fragments >= 1, "1 or more"),
+        ("delay", r.delay == "round" or (isinstance(r.delay, int) and r.delay >= 0), '0 or more, or "round"'),
+        ("outer_lr", r.outer_lr > 0, "more than 0"),
+        ("outer_momentum", 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
+        ("gamma", 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("bucket_bytes", r.bucket_bytes is None or r.bucket_bytes >= 4, "4 or more"),
+    )
+    for axis, allowed, words in ranges:
+        if not allowed:
+            raise ValueError(f"{axis} = {getattr(r, axis)!r} is not allowed; use {words}")
+
+
+def _check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
+    """Refuse an axis that was changed and would have no effect."""
+    used = _USED[r.algorithm] | {"algorithm"}
+    idle = {"copy": {"outer_lr", "outer_momentum"}, "sgd": {"outer_momentum"}, "nesterov": set()}[r.outer]
+    for axis, value in changes.items():
+        if value == getattr(row, axis) or axis in used - idle:
+            continue
+        reason = f'outer = "{r.outer}"' if axis in used & idle else f'algorithm = "{r.algorithm}"'
+        raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
 
 
 def _check(r: Recipe, num_islands: int) -> None:

@@ -27,7 +27,7 @@ from dtrain.membership import Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
-from dtrain.recipes import resolve
+from dtrain.recipes import of_section
 
 _STATUS_EVERY_S = 0.5
 
@@ -127,8 +127,7 @@ def train_island(
     optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     clock = _Clock(float(saved.get("clock.time_s", 0.0)), 0.0, float(saved.get("clock.aside_s", 0.0)))
-    axes = job.sync.model_dump(exclude_none=True)
-    recipe = resolve(axes.pop("recipe", None), axes, connection.num_nodes)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
     sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
         # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
@@ -191,6 +190,8 @@ def _loop(island: _Island, start: int) -> None:
         set_lr(island.optimizer, lr)
         loss = _step(island, step)
         ended = clock.time_s() - clock.aside_s
+        every = job.train.consensus_every
+        distance = sync.consensus_distance() if every and (step + 1) % every == 0 else None
         eval_loss = _evaluate_aside(island, step + 1)
         if metrics is not None:
             stats = sync.stats()
@@ -205,6 +206,7 @@ def _loop(island: _Island, start: int) -> None:
                 lr=lr,
                 time_s=clock.time_s(),
                 eval_loss=eval_loss,
+                consensus_distance=distance,
             )
         _checkpoint_aside(island, step + 1)
         began = ended
@@ -264,19 +266,17 @@ def _checkpoint_aside(island: _Island, step: int) -> None:
     every = island.job.train.checkpoint_every
     if not every or (step % every and step != island.job.train.steps):
         return
+    island.sync.settle()  # waiting for the link is not put aside: stats() count it too
     begun = time.monotonic()
     rank = island.connection.ranks.rank
-    sync = {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
-    island.clock.aside_s += time.monotonic() - begun
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
         | checkpoint.optimizer_tensors(island.optimizer, "optim")
-        | sync
+        | {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
         | {"clock.time_s": torch.tensor(island.clock.time_s(), dtype=torch.float64)}
         | {"clock.aside_s": torch.tensor(island.clock.aside_s, dtype=torch.float64)}
     )
-    begun = time.monotonic()
     checkpoint.save_island(
         island.run, step, island.connection.node, tensors, rank=rank, num_ranks=island.connection.ranks.num_ranks
     )

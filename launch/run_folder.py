@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config import Job, dump_job, load_job
-from dtrain.recipes import resolve
+from dtrain.recipes import AXES, of_section
 
 _MAY_CHANGE = {
     ("train", "steps"),
     ("train", "checkpoint_every"),
     ("train", "keep"),
     ("train", "eval_every"),
+    ("train", "consensus_every"),
     ("islands", "count"),
     ("islands", "max_restarts"),
     ("islands", "threads"),
@@ -57,7 +58,8 @@ class Choice:
 def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, script: bool = False) -> Iterator[Opened]:
     """Check the job, lock its run folder as long as the launch lasts, and write job.toml into it."""
     job = load_job(job_path, overrides)
-    if not script:
+    if not script:  # a script may choose a recipe and data of its own
+        job = resolved(job)
         check_input(job)
     if choice.fresh_name:
         job = _with_free_name(job)
@@ -98,11 +100,17 @@ def resume_step_of(run: Path) -> int:
     return weights_step(merged) if merged.exists() else 0
 
 
+def resolved(job: Job) -> Job:
+    """The job with every answer of its recipe written out, so that a run stays what it is when a recipe's row changes.
+
+    Raises ValueError for answers that do not fit together."""
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
+    return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
+
+
 def check_input(job: Job) -> None:
     """What would make every island fail at once is said before anything is written."""
-    axes = job.sync.model_dump(exclude_none=True)
-    name = axes.pop("recipe", None)
-    resolve(name, axes, job.islands.count)
     source = job.data.source
     if source != "stdlib" and not Path(source).exists():
         raise ValueError(f'data.source = "{source}" is not there; name a text file, a folder or a token file, or use "stdlib"')
@@ -117,6 +125,8 @@ def _with_free_name(job: Job) -> Job:
 def _resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     """The folder's job with the overrides; raises ValueError naming a key that may not change."""
     old, new = load_job(run / "job.toml"), load_job(run / "job.toml", overrides)
+    if old.sync.algorithm is not None:  # not a script's
+        new = resolved(new)
     for section in Job.model_fields:
         before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
         for key in before:

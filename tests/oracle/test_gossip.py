@@ -236,7 +236,8 @@ def test_mixing_keeps_the_mean_and_brings_islands_closer(recipe: str, topology: 
     def island(connection: Connection) -> NDArray[np.float32]:
         model = p.model(connection.node)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        with dtrain.join(model, optimizer, recipe=recipe, topology=topology, codec=codec, gamma=0.5, link=connection):
+        gamma = 0.5 if recipe == "choco" else None
+        with dtrain.join(model, optimizer, recipe=recipe, topology=topology, codec=codec, gamma=gamma, link=connection):
             model.set_flat(torch.from_numpy(apart[connection.node]))
             for _ in range(STEPS):
                 sgd_step(model, optimizer)

@@ -1,0 +1,143 @@
+"""Does a job file say what its keys are documented to say, and is what it cannot say refused with one line?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.config import Job, Section, dump_job, load_job, parse_job
+
+FULL = """
+[job]
+name = "all-keys"
+seed = 7
+dir = "elsewhere"
+[islands]
+count = 3
+ranks = 2
+engine = "ddp"
+shard = "by_file"
+threads = 1
+max_restarts = 0
+[model]
+name = "gpt"
+layers = 2
+width = 32
+heads = 2
+context = 64
+[data]
+source = 'a \\ path with "quotes"'
+[train]
+steps = 10
+batch = 8
+accumulate = 2
+precision = "bf16"
+lr = 1
+warmup = 2
+weight_decay = 0
+clip = 0
+eval_every = 5
+checkpoint_every = 0
+keep = 1
+consensus_every = 5
+[sync]
+recipe = "diloco"
+every = 5
+delay = "round"
+codec = "int8:32"
+error_feedback = true
+[link]
+transport = "c10d"
+rate = "1.5gbit"
+rtt = "40ms"
+timeout_s = 12
+port = 0
+interface = "lo"
+advertise = "localhost"
+"""
+
+
+def sections() -> dict[str, type[Section]]:
+    return {name: type(getattr(Job(), name)) for name in Job.model_fields}
+
+
+def test_every_key_is_documented_where_it_is_defined() -> None:
+    silent = [f"{s}.{k}" for s, model in sections().items() for k, field in model.model_fields.items() if not field.description]
+    assert silent == []
+
+
+def test_the_full_file_above_leaves_no_key_out_but_recipe_axes() -> None:
+    job = parse_job(_toml(FULL))
+    for name, model in sections().items():
+        if name != "sync":
+            assert getattr(job, name).model_fields_set == set(model.model_fields), name
+
+
+def test_a_job_comes_back_from_its_own_toml() -> None:
+    job = parse_job(_toml(FULL))
+    assert parse_job(_toml(dump_job(job))) == job
+    assert parse_job(_toml(dump_job(parse_job({})))) == parse_job({})
+
+
+def test_a_recipe_on_the_command_line_drops_the_files_axes_and_keeps_its_own() -> None:
+    raw = {"sync": {"recipe": "diloco", "every": 7, "codec": "bf16", "outer_lr": 0.3}}
+    assert parse_job(raw, ["sync.outer_lr=0.4"]).sync.model_dump(exclude_none=True) == {
+        "recipe": "diloco", "every": 7, "codec": "bf16", "outer_lr": 0.4,
+    }  # fmt: skip
+    for order in (["sync.recipe=dpsgd", "sync.every=2"], ["sync.every=2", "sync.recipe=dpsgd"]):
+        assert parse_job(raw, order).sync.model_dump(exclude_none=True) == {"recipe": "dpsgd", "every": 2}
+
+
+def test_values_on_the_command_line_are_toml_or_plain_words() -> None:
+    job = parse_job({}, ["sync.delay=round", "job.name=night", "train.lr=1e-3", "link.timeout_s=5", "sync.error_feedback=true"])
+    assert (job.sync.delay, job.job.name, job.train.lr, job.link.timeout_s) == ("round", "night", 1e-3, 5.0)
+    assert job.sync.error_feedback is True
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stpes=5", "unknown key train.stpes; did you mean 'steps'?"),
+        ("trian.steps=5", "unknown section [trian]; did you mean 'train'?"),
+        ("train.steps=1e3", "train.steps = 1000.0 is not allowed"),
+        ("train.steps=0", "train.steps = 0 is not allowed"),
+        ("train.precision=fp16", "train.precision = 'fp16' is not allowed"),
+        ("train.batch=3", "train.batch = 3 does not divide by islands.ranks x train.accumulate = 2; use a multiple of 2"),
+        ("model.width=30", "model.width = 30 does not divide into 4 heads of an even size; use a multiple of 8"),
+        ("islands.count=0", "islands.count = 0 is not allowed"),
+        ("islands.engine=fsdp", "islands.engine = 'fsdp' is not allowed"),
+        ("job.name=a/b", "job.name = 'a/b' is not allowed"),
+        ("sync.delay=-1", "delay = -1 is negative"),
+        ("sync.topology=rign", "sync.topology = 'rign' is not allowed"),
+        ("link.rate=fast", "'fast' is not a rate"),
+        ("link.rtt=-1ms", "'-1ms' is not a time"),
+        ("link.port=70000", "link.port = 70000 is not allowed"),
+    ],
+)
+def test_what_a_job_cannot_say_is_one_line(override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"^the job: ") as caught:
+        parse_job({"train": {"accumulate": 2}}, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_toml_or_not_of_sections_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    for content, said in (
+        (b"steps 5\n", "is not valid TOML"),
+        (b"\xff\xfe", "is not valid TOML"),
+        (b"sync = 3\n", "sync = 3 is not a section; write [sync]"),
+        (b"[[train]]\nsteps = 3\n", "is not a section; write [train]"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=str(path)) as caught:
+            load_job(path)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def _toml(text: str) -> dict[str, object]:
+    import tomllib
+
+    return tomllib.loads(text)

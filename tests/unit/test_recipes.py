@@ -1,0 +1,96 @@
+"""Is every answer of a recipe checked, alone and together with the others, and is none ignored in silence?"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from dtrain.assemble import assemble
+from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_row_fits_together_and_becomes_code(name: str) -> None:
+    for num_islands in (2, 3, 16):
+        recipe = resolve(name, {}, num_islands)
+        assert recipe == RECIPES[name]
+        plan = assemble(recipe, seed=0)
+        assert plan.sends == (name not in ("local", "allreduce"))
+        assert plan.rewrites_gradients == (name == "allreduce")
+
+
+def test_the_recipes_that_are_promised_are_there() -> None:
+    assert {"allreduce", "local", "fedavg", "diloco", "dpsgd", "choco", DEFAULT_RECIPE} <= set(RECIPES)
+    assert RECIPES["allreduce"].codec == "identity"
+    assert RECIPES["allreduce"].every == 1
+
+
+def test_nothing_said_is_the_default_recipe() -> None:
+    assert resolve(None, {}, 2).name == DEFAULT_RECIPE
+    assert of_section({}, 2) == RECIPES[DEFAULT_RECIPE]
+    assert of_section({"recipe": "diloco", "every": 7}, 2).every == 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_row_written_out_whole_is_the_row(name: str) -> None:
+    """A run's job.toml holds every answer; none of them may be taken for one that has no effect."""
+    row = RECIPES[name]
+    assert resolve(name, {axis: getattr(row, axis) for axis in AXES}, 4) == row
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("dilco", {}, "recipe 'dilco' is not known; use one of"),
+        ("diloco", {"topology": "rign"}, "topology = 'rign' is not known; use one of complete, ring"),
+        ("diloco", {"reduce": "ring"}, "reduce = 'ring' is not known"),
+        ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov"),
+        ("diloco", {"landing": "pure"}, "landing = 'pure' is not known; use one of keep, eager"),
+        ("diloco", {"codec": "int3"}, "codec 'int3' is not known"),
+        ("diloco", {"every": 0}, "every = 0 is not allowed; use 1 or more"),
+        ("diloco", {"fragments": 0}, "fragments = 0 is not allowed"),
+        ("diloco", {"delay": -1}, "delay = -1 is not allowed"),
+        ("diloco", {"delay": "late"}, "delay = 'late' is not allowed"),
+        ("diloco", {"outer_lr": 0.0}, "outer_lr = 0.0 is not allowed"),
+        ("diloco", {"outer_momentum": 1.0}, "outer_momentum = 1.0 is not allowed"),
+        ("choco", {"gamma": 1.5}, "gamma = 1.5 is not allowed"),
+        ("diloco", {"bucket_bytes": 0}, "bucket_bytes = 0 is not allowed"),
+        ("diloco", {"delay": 101}, "sync.delay = 101 is longer than sync.every = 100"),
+        ("diloco", {"reduce": "neighbours"}, 'sync.reduce = "neighbours" does not fit sync.algorithm = "diloco"'),
+        ("choco", {"reduce": "gather"}, 'sync.reduce = "gather" does not fit sync.algorithm = "choco"'),
+        ("diloco", {"topology": "ring"}, 'sync.topology = "ring" has no effect with sync.reduce = "all_to_all"'),
+        ("choco", {"topology": "random_pairs"}, "choco keeps sums of its neighbours' public copies"),
+        ("diloco", {"landing": "eager"}, 'sync.landing = "eager" is for algorithm = "diloco" with a delay'),
+        ("allreduce", {"every": 2}, "allreduce averages gradients each step"),
+        ("diloco", {"fragments": 101}, "sync.fragments = 101 cannot take turns within sync.every = 100"),
+        ("dpsgd", {"gamma": 0.5}, 'sync.gamma = 0.5 has no effect with sync.algorithm = "dpsgd"'),
+        ("dpsgd", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.algorithm = "dpsgd"'),
+        ("fedavg", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.outer = "copy"'),
+        ("diloco", {"outer": "sgd", "outer_momentum": 0.5}, 'sync.outer_momentum = 0.5 has no effect with sync.outer = "sgd"'),
+        ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
+    ],
+)
+def test_what_does_not_fit_is_one_line(name: str, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        resolve(name, changes, 4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("topology", ["ring", "one_peer_exponential", "random_pairs"])
+def test_gossip_needs_two_islands(topology: str) -> None:
+    assert resolve("dpsgd", {"topology": topology}, 2).topology == topology
+    with pytest.raises(ValueError, match=f'sync.topology = "{topology}" needs at least 2 islands, got 1'):
+        resolve("dpsgd", {"topology": topology}, 1)
+
+
+def test_round_is_a_delay_of_the_whole_period() -> None:
+    assert resolve("diloco", {"delay": "round", "every": 9}, 2).delay_steps == 9
+
+
+def test_every_axis_is_a_key_of_the_job_file() -> None:
+    from dtrain.config import Sync
+
+    assert set(AXES) == set(Sync.model_fields) - {"recipe"}
+    assert set(AXES) <= {field.name for field in fields(Recipe)}
