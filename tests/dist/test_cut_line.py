@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.job import SMALL, assert_same_weights, logs, run, started, steps_written, until
-from tests.dist.test_lost_island import processes_of_island
+from tests.dist.test_interrupted import processes_of_island
 
 CUT_S = 30
 JOB = (*SMALL, "train.steps=400", "train.checkpoint_every=0", "sync.every=10", "sync.delay=5", "train.batch=4")

@@ -1,18 +1,24 @@
-"""What happens when an island is killed, and when the line is cut? The others wait where one can see it, and go on or
-end resumably."""
+"""What happens when an island is killed, when a person presses Ctrl-C, and when a checkpoint is not what was written?
+
+The others wait where one can see it and go on, or the job ends resumably; nothing is lost."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from dtrain import checkpoint
 from tests.dist.job import (
+    ROOT,
     SMALL,
     alive,
     assert_same_weights,
+    command,
     descendants,
     logs,
     run,
@@ -77,6 +83,65 @@ def test_an_island_that_stays_away_ends_the_job_resumably(tmp_path: Path, calm: 
     assert "--resume" in said
     resumed = run(tmp_path, "lost", "--resume", "link.timeout_s=60")
     assert_same_weights(calm, resumed)
+
+
+CTRL_C_S = 5.0
+
+
+def resume_refused(run_folder: Path) -> str:
+    """The one line with which a resume ends."""
+    done = subprocess.run(
+        command(run_folder.parent, run_folder.name, "--resume"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr + logs(run_folder)
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.timeout(240)
+def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreign(tmp_path: Path, calm: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with started(tmp_path, "stopped", *JOB) as process:
+        until(lambda: (checkpoint.newest_commit(stopped) or 0) >= 40, "a checkpoint at step 40")
+        everyone = descendants(process.pid)
+        assert len(everyone) >= 4, "a torchrun and a rank for each of two islands"
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+        took_s = time.monotonic() - begun
+        assert not [pid for pid in everyone if alive(pid)]
+    said = (tmp_path / "stopped.out").read_text()
+    assert process.returncode == 130, said + logs(stopped)
+    assert took_s < CTRL_C_S, "a promise of the README"
+    assert "resume with: dtrain run" in said.splitlines()[-1]
+    step = checkpoint.newest_commit(stopped)
+    assert step is not None
+
+    folder = checkpoint.island_folder(stopped, step, 1)
+    data = next(folder.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1000])
+    line = resume_refused(stopped)
+    assert line.startswith("dtrain: island 1: checkpoint ")
+    assert f"is damaged: {data.name} is not what was written; remove " in line
+    data.write_bytes(whole)
+
+    own = checkpoint.load_island(stopped, step, 1)
+    smaller = {key: value for key, value in own.items() if not key.startswith("model.blocks.1.")}
+    checkpoint.save_island(stopped, step, 1, smaller, rank=0, num_ranks=1)
+    line = resume_refused(stopped)
+    assert "holds another model: blocks.1." in line
+    assert line.endswith("resume with the [model] section it was made with")
+    assert checkpoint.newest_commit(stopped) == step, "nothing was removed"
+
+    checkpoint.save_island(stopped, step, 1, own, rank=0, num_ranks=1)
+    assert_same_weights(calm, run(tmp_path, "stopped", "--resume"))
 
 
 SCRIPT = """
