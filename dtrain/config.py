@@ -101,7 +101,7 @@ class Sync(Section):
         None, description='"identity", "bf16", "int8", "int4"; block size after a colon: "int4:64"'
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
-    reduce: Literal["neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
+    reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import fields
 
 import pytest
 
 from dtrain.assemble import assemble
+from dtrain.config import Sync, dump_job, parse_job
+from dtrain.launch.run_folder import resolved
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve
 
 
@@ -89,8 +92,14 @@ def test_round_is_a_delay_of_the_whole_period() -> None:
     assert resolve("diloco", {"delay": "round", "every": 9}, 2).delay_steps == 9
 
 
-def test_every_axis_is_a_key_of_the_job_file() -> None:
-    from dtrain.config import Sync
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_runs_own_job_file_can_be_read_again(name: str) -> None:
+    job = resolved(parse_job({"sync": {"recipe": name}}))
+    again = parse_job(tomllib.loads(dump_job(job)))
+    assert again == job
+    assert of_section(again.sync.model_dump(exclude_none=True), 2) == RECIPES[name]
 
+
+def test_every_axis_is_a_key_of_the_job_file() -> None:
     assert set(AXES) == set(Sync.model_fields) - {"recipe"}
     assert set(AXES) <= {field.name for field in fields(Recipe)}
