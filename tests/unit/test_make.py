@@ -96,8 +96,9 @@ def test_a_torch_that_is_already_there_is_kept(checkout: Path, tmp_path: Path) -
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
+    environment = {**os.environ, "VENV": str(venv)}
     done = subprocess.run(
-        [".ci/install"], cwd=checkout, env={**os.environ, "VENV": str(venv)}, capture_output=True, text=True, check=False, timeout=60
+        [".ci/install"], cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text().splitlines()
