@@ -19,8 +19,8 @@ from dtrain.codec_name import MAX_BLOCK
 GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
 
-MAX_BUCKETS = 4096
-"""A tag has 12 bits for the bucket."""
+MAX_BUCKETS = 4094
+"""A tag has 12 bits for the bucket, and two of their values name what is exchanged beside the buckets."""
 
 MIN_BUCKET_BYTES = 2**19
 """Below it the cost of a message, not its length, is what an exchange takes: a bucket's round trip is about 1 ms of
@@ -121,9 +121,22 @@ class Flat:
     def numel(self) -> int:
         return sum(s.numel() for s in self.storages)
 
+    def check_in_place(self) -> None:
+        """Raises ValueError where a parameter no longer is a view of its storage: it would train, and never be sent."""
+        for storage, members in zip(self.storages, self.order, strict=True):
+            address = storage.data_ptr()
+            for i in members:
+                p = self.parameters[i]
+                if p.numel() and p.data_ptr() != address:
+                    raise ValueError(
+                        f"parameter {self.names[i]} was replaced after dtrain.join, as model.to() and "
+                        "load_state_dict(assign=True) do; move or load the model first, then join"
+                    )
+                address += p.numel() * p.element_size()
+
 
 def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
-    """Move parameters (tied ones once) into one flat storage per dtype and device and make them views of it."""
+    """Move parameters (tied ones once) into one flat storage per dtype and make them views of it."""
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -139,12 +152,19 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
             raise ValueError(
                 f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised"
             )
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model's parameters lie on {', '.join(sorted(map(str, devices)))}; a rank synchronises one device: "
+            "start one rank a device"
+        )
+    (device,) = devices
+    kinds: dict[torch.dtype, list[int]] = {}
     for i, p in enumerate(parameters):
-        kinds.setdefault((p.dtype, p.device), []).append(i)
+        kinds.setdefault(p.dtype, []).append(i)
     storages = []
     with torch.no_grad():
-        for (dtype, device), members in kinds.items():
+        for dtype, members in kinds.items():
             flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=dtype, device=device)
             offset = 0
             for i in members:

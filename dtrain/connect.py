@@ -142,8 +142,9 @@ def _transport(place: Place, settings: LinkSettings, store: Store, epoch: int, d
         return transport
     uplink = None
     if settings.bits_per_s is not None:
-        folder = place.run / "logs" / f"island{place.island}" if place.run else Path(".")
-        uplink = SharedUplink(folder / "uplink.clock", settings.bits_per_s)
+        if place.run is None:
+            raise ValueError("link.rate needs DTRAIN_RUN, a folder where the ranks of an island share their uplink's clock")
+        uplink = SharedUplink(place.run / "logs" / f"island{place.island}" / "uplink.clock", settings.bits_per_s)
     return Throttle(transport, uplink=uplink, rtt_s=settings.rtt_s)
 
 

@@ -1,7 +1,7 @@
 """Which rounds start, fly and land at which step? The heart without thread, clock or socket.
 
-A live driver (traffic.py) and a simulator carry its flights; both get the same steps, so both get the same bits. For
-a round that starts after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t
+traffic.py carries its flights, over a real link or in one process; the steps are the same, so the bits are. For a
+round that starts after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t
 + d."""
 
 from __future__ import annotations
@@ -128,6 +128,14 @@ class Core:
         return out
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
+        for key, value in self.state_dict().items():
+            if key not in saved or saved[key].shape != value.shape:
+                have = tuple(saved[key].shape) if key in saved else "none"
+                raise ValueError(
+                    f"the saved state is of another recipe, model or number of ranks: {key} has shape {have} there and "
+                    f"{tuple(value.shape)} here; resume with what it was saved with"
+                )
         self.step = int(saved["step"])
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"

@@ -10,7 +10,7 @@ accumulation, mixed precision and global clipping keep their meaning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -20,19 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.assemble import assemble
-from dtrain.bucket import flatten, make_buckets, whole
-from dtrain.buffers import pack_buffers, state_buffers, unpack_buffers
+from dtrain.bucket import flatten, make_buckets
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
-from dtrain.exchange import align, merge
+from dtrain.exact import Exact
 from dtrain.gradients import Gradients
 from dtrain.hooks import hook
-from dtrain.link import Link, Peers
+from dtrain.link import Peers
 from dtrain.membership import Notice
 from dtrain.recipes import Recipe, resolve
-from dtrain.topology import complete
 from dtrain.traffic import Traffic
-from dtrain.transport.base import MERGE, START
 from dtrain.wait import BYTE_KEYS, Wait
 
 
@@ -48,7 +45,9 @@ class Stats(NamedTuple):
 
 
 class Sync:
-    """One island's part in the job; a context manager. On an exception it does not drain."""
+    """One island's part in the job; a context manager. On an exception it does not drain.
+
+    Where an island has several ranks they call each method together; only ``stats`` and the properties are local."""
 
     def __init__(
         self,
@@ -63,30 +62,32 @@ class Sync:
     ) -> None:
         self.recipe = recipe
         self.island, self.num_islands = connection.node, connection.num_nodes
-        self._model, self._connection, self._clip = model, connection, clip
-        self._island, self._peers = connection.ranks, Peers(connection.node, connection.num_nodes)
+        self._connection, self._ranks, self._clip = connection, connection.ranks, clip
+        self._model = model
         plan = assemble(recipe, seed)
-        flat = flatten(model.named_parameters())
-        self._parameters = flat.parameters
+        self._flat = flatten(model.named_parameters())
         self.buckets = make_buckets(
-            flat,
+            self._flat,
             num_fragments=recipe.fragments,
             bucket_bytes=recipe.bucket_bytes,
-            num_ranks=self._island.num_ranks,
+            num_ranks=self._ranks.num_ranks,
             with_grad=plan.rewrites_gradients,
         )
-        self._mine = [b for b in self.buckets if b.owner == self._island.rank]
-        self._gradients = Gradients(self.buckets, flat) if plan.rewrites_gradients else None
+        mine = [b for b in self.buckets if b.owner == self._ranks.rank]
+        self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device)
         self._wait = Wait(connection, self._traffic)
+        self._exact = Exact(model, self._flat, self.buckets, connection, self._traffic, self._wait)
         self._base: dict[str, float] = {}
-        self._merges = 0
         self._prepared = False
+        self._merged_at: tuple[int, ...] = ()
         with ExitStack() as undo:
             undo.callback(self._traffic.close, drain_s=0.0)
-            self._align()
+            undo.callback(connection.membership.announce, Notice(0, 0, failed=True))
+            self._exact.align(recipe, seed)
             undo.pop_all()
-        self.core = Core(plan, self._mine, self._peers)
+        self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
+        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
         self._release = hook(optimizers, scaler, self)
 
     # ---- what the optimizer hooks call
@@ -104,12 +105,12 @@ class Sync:
     @torch.no_grad()
     def before_update(self) -> None:
         """Land the rounds that are due, exchange gradients where the method does, clip. Gradients are complete
-        here."""
+        here. Call it and ``after_update`` yourself where hooks do not fit, and give join no optimizer then."""
         self._land_due(self.step + 1)
         if self._gradients is not None and self.num_islands > 1:
             self._exchange_gradients()
         if self._clip:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+            nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -123,33 +124,30 @@ class Sync:
         self.core.step += 1
         if self._wait.peer_left:
             return
-        self._traffic.launch(self.core.start_rounds())
+        self._launch(self.core.start_rounds())
         if self.core.plan.delay_steps == 0:
             self._land_due(self.step)
 
     # ---- what a loop may ask for
 
     def stats(self) -> Stats:
-        """Counts so far, of the whole island; bytes are those of the rounds that have arrived."""
+        """Counts so far, of the whole island: bytes that were posted, and with several ranks those as of the last
+        wait, when they were added up."""
         sent, received, start, merged = (int(n + self._base.get(k, 0)) for k, n in self._wait.island_bytes().items())
         return Stats(self.step, self._base.get("wait_s", 0.0) + self._wait.waited_s, sent, received, start, merged)
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """The exact average of all islands in the model while the block runs; all islands must enter together."""
+        """The exact average of all islands in the model while the block runs; all islands enter it after the same
+        number of steps."""
         self.settle()
-        saved = [b.x.clone() for b in self.buckets]
-        buffers = state_buffers(self._model)
-        saved_buffers = [b.clone() for b in buffers]
-        self._average()
+        restore = self._exact.keep()
         try:
+            self._average()
             yield self._model
         finally:
-            with torch.no_grad():
-                for b, x in zip(self.buckets, saved, strict=True):
-                    b.x.copy_(x)
-                for buffer, value in zip(buffers, saved_buffers, strict=True):
-                    buffer.copy_(value)
+            restore()
+        self._refuse_unequal_steps()
 
     def merge(self) -> float:
         """Land what flies, then replace every island's model (buffers too) by the exact average, the same bits on all
@@ -160,22 +158,23 @@ class Sync:
         return self._average()
 
     def consensus_distance(self) -> float:
-        """sqrt(mean_i |x_i - mean x|^2) over all parameters. Costs an exact average on the link; leaves the model
-        alone."""
+        """sqrt(mean_i |x_i - mean x|^2) over all parameters. Costs an exact average on the link, whose waiting is not
+        counted; leaves the model alone."""
+        waited_s = self._wait.waited_s
         self.settle()
-        saved = [b.x.clone() for b in self.buckets]
-        distance = self._average(with_buffers=False)
-        with torch.no_grad():
-            for b, x in zip(self.buckets, saved, strict=True):
-                b.x.copy_(x)
+        restore = self._exact.keep()
+        try:
+            distance = self._average()
+        finally:
+            restore()
+        self._wait.waited_s = waited_s
+        self._refuse_unequal_steps()
         return distance
 
     def settle(self) -> None:
         """Wait for the bytes of all rounds in flight; they land when their step comes, so this does not alter the
         trajectory."""
-        self._wait.all(
-            self.step, self._merges, [lane.flight for lane in self.core.in_flight() if lane.flight is not None]
-        )
+        self._wait_for([lane.flight for lane in self.core.in_flight() if lane.flight is not None])
 
     @torch.no_grad()
     def drain(self) -> None:
@@ -186,26 +185,26 @@ class Sync:
     def state_dict(self) -> dict[str, Tensor]:
         """All of this rank's state that a bit-identical resume needs, as tensors; waits for bytes in flight."""
         self.settle()
-        name, now = f"counts{self._island.rank}", self.stats()
+        name, now = f"counts{self._ranks.rank}", self.stats()
         counts = dict(zip(BYTE_KEYS, now[2:], strict=True)) | {"wait_s": now.wait_s}
         return self.core.state_dict() | {
             f"{name}.{k}": torch.tensor(float(v), dtype=torch.float64) for k, v in counts.items()
         }
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave on the same rank.
+        """Restore what ``state_dict`` gave on the same rank; raises ValueError where it is of another recipe or cut.
 
         The parameters and the inner optimizer are the caller's to restore, and after ``join``: join makes the
         islands' weights equal, and in the middle of a run they are not."""
         self.core.load_state_dict(saved)
-        prefix = f"counts{self._island.rank}."
+        prefix = f"counts{self._ranks.rank}."
         self._base = {k.removeprefix(prefix): float(v) for k, v in saved.items() if k.startswith(prefix)}
 
     def close(self, *, failed: bool = False) -> None:
         """Take the hooks off, say good-bye, let the last wires leave (not after a failure)."""
         self._release()
         membership = self._connection.membership
-        membership.announce(Notice(self.step, failed=failed))
+        membership.announce(Notice(self.step, self._exact.merges, failed=failed))
         self._traffic.close(
             drain_s=0.0 if failed else self._connection.timeout_s,
             left=lambda: {n for n, notice in membership.notices().items() if notice.final},
@@ -217,92 +216,66 @@ class Sync:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.drain()
-        self.close(failed=kind is not None)
+        drained = False
+        try:
+            if kind is None:
+                self.drain()
+                drained = True
+        finally:
+            self.close(failed=not drained)
 
-    # ---- landing and waiting
+    # ---- rounds and waiting
+
+    def _launch(self, flights: Sequence[Flight]) -> None:
+        if flights:
+            self._flat.check_in_place()
+            self._refuse_unequal_steps()
+        self._traffic.launch(flights)
+
+    def _wait_for(self, flights: Sequence[Flight]) -> None:
+        self._wait.all(self.step, self._exact.merges, flights)
 
     def _land_due(self, step: int) -> None:
-        if not self._anything_due(step):
+        fragments = self._fragments_due(step)
+        if not fragments:
             return
         lanes = self.core.due(step)
-        self._wait.all(self.step, self._merges, [lane.flight for lane in lanes if lane.flight is not None])
+        self._wait_for([lane.flight for lane in lanes if lane.flight is not None])
         for lane in lanes:
             self.core.land(lane)
-        # After a drop ranks may differ in which rounds landed, so everything is made equal again.
-        self._island.refresh(self.buckets, gradients=False)
+        # After a drop ranks may differ in which rounds landed; this makes them equal again.
+        self._ranks.refresh([b for b in self.buckets if b.fragment in fragments], gradients=False)
 
-    def _anything_due(self, step: int) -> bool:
-        """Whether any rank of the island lands a round at this step: every rank finds the same answer without
+    def _fragments_due(self, step: int) -> set[int]:
+        """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without
         asking."""
-        if self._island.num_ranks == 1:
-            return bool(self.core.due(step))
         plan, begun = self.core.plan, step - self.core.plan.delay_steps
-        return plan.sends and begun > 0 and any(plan.when(begun, f, plan.control) for f in range(self.recipe.fragments))
+        if not plan.sends or begun <= 0 or (self._ranks.num_ranks == 1 and not self.core.due(step)):
+            return set()
+        return {f for f in range(self.recipe.fragments) if plan.when(begun, f, plan.control)}
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None
         self._gradients.read()
         flights = [] if self._wait.peer_left else self.core.start_gradients()
-        self._traffic.launch(flights)
-        self._wait.all(self.step, self._merges, flights)
-        self._island.refresh(self.buckets, gradients=True)
+        self._launch(flights)
+        self._wait_for(flights)
+        self._ranks.refresh(self.buckets, gradients=True)
         self._gradients.write()
 
-    # ---- start and merge
+    def _average(self) -> float:
+        averaged = self._exact.average(self.step)
+        self._merged_at = averaged.steps
+        return averaged.distance
 
-    @torch.no_grad()
-    def _align(self) -> None:
-        if self.num_islands > 1:
-            flights = [self._exchange(START, b.index, lambda link, b=b: align(b.x, link)) for b in self._mine]
-            buffers = pack_buffers(self._model) if self._island.rank == 0 else None
-            if buffers is not None:
-                flights.append(self._exchange(START, len(self.buckets), lambda link: align(buffers, link)))
-            self._traffic.launch(flights)
-            self._wait.all(0, 0, flights)
-            if buffers is not None:
-                unpack_buffers(self._model, buffers)
-        self._island.refresh(self.buckets, gradients=False)
-
-    @torch.no_grad()
-    def _average(self, *, with_buffers: bool = True) -> float:
-        """Replace the model by the mean over islands; returns the consensus distance from before."""
-        pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
-        buffers = pack_buffers(self._model) if with_buffers and self._island.rank == 0 else None
-        if buffers is not None:
-            pieces.append((len(self.buckets), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
-        flights = [
-            self._exchange(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
-            for index, layout, x, mean in pieces
-        ]
-        self._connection.membership.announce(Notice(self.step, merge=self._merges))
-        self._traffic.launch(flights)
-        self._wait.all(self.step, self._merges, flights)
-        self._merges += 1
-        apart = 0.0
-        for _, _, x, mean in pieces:
-            apart += float((x.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
-            x.copy_(mean)
-        if buffers is not None:
-            unpack_buffers(self._model, buffers)
-        self._island.refresh(self.buckets, gradients=False)
-        return self._mean_over_islands(self._island.total([apart])[0]) ** 0.5
-
-    def _mean_over_islands(self, value: float) -> float:
-        if self._island.rank != 0:
-            return value
-        x = torch.tensor([value], dtype=torch.float64).to(torch.float32).to(self.buckets[0].x.device)
-        out = torch.empty_like(x)
-        layout = whole("scalar", x)
-        flight = self._exchange(MERGE, len(self.buckets) + 1, lambda link: merge(layout, x, out, link))
-        self._traffic.launch([flight])
-        self._wait.own(self.step, self._merges, [flight])
-        return float(out)
-
-    def _exchange(self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]]) -> Flight:
-        link = Link(self.island, self.num_islands, complete(0, self.island, self.num_islands))
-        return Flight(generator(link), link, kind=kind, index=self._merges, bucket=bucket, step=0)
+    def _refuse_unequal_steps(self) -> None:
+        """Islands that averaged after different numbers of steps have lost each other: no later round would pair up."""
+        if len(set(self._merged_at)) > 1:
+            steps = ", ".join(f"island {n} after {s}" for n, s in enumerate(self._merged_at))
+            raise ValueError(
+                f"the islands averaged their models after different numbers of steps ({steps}) and cannot go on together; "
+                "give all islands loaders of one length"
+            )
 
 
 def join(
@@ -360,6 +333,11 @@ def join(
         raise ValueError(
             "recipe 'allreduce' averages gradients each step, and a GradScaler that skips a step on one island only "
             "would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
+        )
+    if scaler is not None and clip:
+        raise ValueError(
+            f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
+            "scaler.unscale_(optimizer) and scaler.step(optimizer)"
         )
     several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     return Sync(model, several, row, connection, clip=clip, seed=seed, scaler=scaler)

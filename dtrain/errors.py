@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 
 class PeerLost(RuntimeError):
-    """An island did not deliver in time, or left. The run ends and can be resumed."""
+    """An island did not deliver in time, or left. The run ends and can be resumed. ``islands`` is empty where this rank
+    only knows that another one of its own island could not go on."""
 
     def __init__(self, islands: Sequence[int], reason: str) -> None:
         self.islands = tuple(islands)
         self.reason = reason
         names = ", ".join(str(i) for i in self.islands)
-        super().__init__(f"lost island {names}: {reason}")
+        super().__init__(f"lost island {names}: {reason}" if names else reason)
 
 
 class Regroup(Exception):

@@ -26,20 +26,26 @@ OnWait = Callable[[tuple[int, ...], float, float], None]
 
 
 class Notice(NamedTuple):
-    """What an island said of itself: that it left the job, or that it waits in its ``merge``-th exact average."""
+    """What an island said of itself: that it waits in an exact average, or that it left the job."""
 
     step: int
+    merges: int
+    """Exact averages that it had done."""
+    merging: bool = False
     failed: bool = False
-    merge: int | None = None
 
     @property
     def final(self) -> bool:
-        """Whether it takes no wire any more."""
-        return self.merge is None
+        """Whether it takes no wire any more, and sends none that is not under way."""
+        return not self.merging
 
     def ends_rounds(self, merges: int) -> bool:
         """Whether no round after ``step`` will come from it, as seen by an island that has done this many merges."""
-        return not self.failed and (self.merge is None or self.merge >= merges)
+        return not self.failed and (self.final or self.merges >= merges)
+
+    def misses_merge(self, index: int) -> bool:
+        """Whether it left without the exact average of this index."""
+        return self.final and not self.failed and self.merges <= index
 
 
 class Membership(Protocol):
@@ -123,15 +129,14 @@ class StoreMembership:
             time.sleep(0.02 if waited_s < 1 else 0.5)
 
     def announce(self, notice: Notice) -> None:
-        merge = -1 if notice.merge is None else notice.merge
-        self._store.set(self._key("notice", self._node), f"{notice.step}:{int(notice.failed)}:{merge}")
+        self._store.set(self._key("notice", self._node), ":".join(str(int(value)) for value in notice))
 
     def notices(self) -> dict[int, Notice]:
         out = {}
         for n in range(self._num_nodes):
             if n != self._node and self._store.check([self._key("notice", n)]):
-                step, failed, merge = (int(v) for v in self._store.get(self._key("notice", n)).decode().split(":"))
-                out[n] = Notice(step, failed == 1, None if merge < 0 else merge)
+                step, merges, merging, failed = map(int, self._store.get(self._key("notice", n)).decode().split(":"))
+                out[n] = Notice(step, merges, merging == 1, failed == 1)
         return out
 
     def check_regroup(self) -> None:

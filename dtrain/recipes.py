@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 from dtrain import codec_name
 from dtrain import topology as topologies
@@ -171,17 +171,26 @@ def _check_values(r: Recipe) -> None:
             raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, words))}")
     codec_name.parse(r.codec)
     ranges: tuple[tuple[str, bool, str], ...] = (
-        ("every", r.every >= 1, "1 or more"),
-        ("fragments", r.fragments >= 1, "1 or more"),
-        ("delay", r.delay == "round" or (isinstance(r.delay, int) and r.delay >= 0), '0 or more, or "round"'),
-        ("outer_lr", r.outer_lr > 0, "more than 0"),
-        ("outer_momentum", 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
-        ("gamma", 0 < r.gamma <= 1, "more than 0 and at most 1"),
-        ("bucket_bytes", r.bucket_bytes is None or r.bucket_bytes >= 4, "4 or more"),
+        ("every", _is_int(r.every) and r.every >= 1, "1 or more"),
+        ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
+        ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
+        ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
+        ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
+        ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
+        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, words in ranges:
         if not allowed:
             raise ValueError(f"{axis} = {getattr(r, axis)!r} is not allowed; use {words}")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_int(value) or isinstance(value, float)
 
 
 def _check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:

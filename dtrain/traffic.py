@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from dtrain.core import Flight
-from dtrain.errors import NonFinite, WireError
 from dtrain.transport.base import MERGE, ROUND, START, Left, Transport, nobody
 
 
@@ -29,6 +28,8 @@ class Traffic:
         self._transport = transport
         self._inbox = transport.inbox
         self._device = device
+        # What the caller queued on its stream is done before a wire is read, and it reads what this thread decoded after it.
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._active: list[Flight] = []
         self._open = True
         self._thread = threading.Thread(target=self._run, name="dtrain-traffic", daemon=True)
@@ -36,6 +37,8 @@ class Traffic:
 
     def launch(self, flights: Sequence[Flight]) -> None:
         """Run each flight to its first yield here, on the caller's thread, and post its wires."""
+        if self._stream is not None:
+            self._stream = torch.cuda.current_stream(self._device)
         for flight in flights:
             self._advance(flight)
         with self._inbox.changed:
@@ -51,7 +54,7 @@ class Traffic:
         """Peers whose wires the flights still wait for."""
         with self._inbox.changed:
             return tuple(
-                sorted({p for f in flights if not f.done for p in f.link.expected if not self._inbox.has(p, f.tag())})
+                sorted({p for f in flights if not f.done for p in tuple(f.link.expected) if not self._inbox.has(p, f.tag())})
             )
 
     def lost(self) -> dict[int, str]:
@@ -60,7 +63,7 @@ class Traffic:
     def drop(self, flights: Sequence[Flight]) -> None:
         with self._inbox.changed:
             for flight in flights:
-                for peer in flight.link.expected:
+                for peer in tuple(flight.link.expected):
                     if not flight.done and not self._inbox.has(peer, flight.tag()):
                         self._transport.forget(peer, flight.tag())
                 flight.drop()
@@ -82,8 +85,9 @@ class Traffic:
                 if not self._open:
                     return
                 ready = [f for f in self._active if self._ready(f)]
-            for flight in ready:
-                self._advance(flight)
+            with torch.cuda.stream(self._stream):
+                for flight in ready:
+                    self._advance(flight)
             with self._inbox.changed:
                 self._active = [f for f in self._active if not f.done]
                 self._inbox.changed.notify_all()
@@ -98,15 +102,20 @@ class Traffic:
         try:
             while not flight.done:
                 link.inbox = {peer: self._inbox.pop(peer, flight.tag()).to(self._device) for peer in link.expected}
-                self.bytes.received[flight.kind] += sum(w.numel() for w in link.inbox.values())
+                self._count(self.bytes.received, flight.kind, sum(w.numel() for w in link.inbox.values()))
                 flight.advance()
                 for peer, wire in link.outbox:
                     self._transport.post(peer, flight.tag(), wire)
-                    self.bytes.sent[flight.kind] += wire.numel()
+                    self._count(self.bytes.sent, flight.kind, wire.numel())
                 for peer, wire_bytes in link.expected.items():
                     self._transport.expect(peer, flight.tag(), wire_bytes)
                 if link.expected:
                     return
-        except (NonFinite, WireError) as e:
+        except Exception as e:  # noqa: BLE001  (raised again by who waits for the flight; a dead thread would hang it)
             flight.error = e
             flight.done = True
+
+    def _count(self, counts: dict[int, int], kind: int, wire_bytes: int) -> None:
+        """Rounds start on the caller's thread while others go on in the background, so both count."""
+        with self._inbox.changed:
+            counts[kind] += wire_bytes

@@ -1,7 +1,7 @@
 """How does an island wait for the others? Visibly, with a limit, and all its ranks with one outcome.
 
 A lost island is waited for up to ``timeout_s``: it may be started again, and then everyone regroups. One that ended
-its loop is not: the rounds that need it are dropped, and training goes on without."""
+its loop is not: the rounds that are still under way are dropped, no more are started, and training goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ log = logging.getLogger("dtrain")
 
 BYTE_KEYS = ("sent", "received", "start", "merge")
 
-_OK, _LOST, _REGROUP = 0, 1, 2
+_OK, _LEFT, _LOST, _NON_FINITE, _REGROUP = range(5)
+"""What a rank saw while it waited; the highest that any rank saw is the island's outcome."""
 _POLL_S = 0.25
 """How often a wait looks for peers that left or came back; a healthy round on a fast link is over sooner."""
 
@@ -39,7 +40,8 @@ class Wait:
     def all(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
         """Wait until the flights of every rank of the island are done; every rank calls this, also without flights.
 
-        Raises PeerLost, Regroup, NonFinite or WireError; where one rank does, all do.
+        Raises PeerLost, Regroup, NonFinite or WireError; where one rank does, all do. What else went wrong in a flight
+        is raised as it was.
         """
         begun = time.monotonic()
         problem: Exception | None = None
@@ -47,11 +49,11 @@ class Wait:
             self.own(step, merges, flights)
         except (PeerLost, Regroup) as e:
             problem = e
-        self.waited_s += time.monotonic() - begun
         problem = problem or next((f.error for f in flights if f.error is not None), None)
         if self._ranks.num_ranks > 1:
             problem = self._agree(problem)
             self._totals = self._ranks.total(self._own_bytes())
+        self.waited_s += time.monotonic() - begun
         if isinstance(problem, NonFinite):
             raise NonFinite(
                 f"step {step}: {problem}; the loss has diverged: lower the learning rate, or clip"
@@ -73,8 +75,14 @@ class Wait:
             failed = [n for n in missing if n in notices and notices[n].failed]
             if failed and not membership.failed_may_return:
                 raise PeerLost(failed, f"it failed after step {notices[failed[0]].step}")
+            averages = [f.index for f in flights if f.kind == MERGE and not f.done]
+            gone = [n for n in missing if n in notices and any(notices[n].misses_merge(index) for index in averages)]
+            if gone:
+                raise PeerLost(
+                    gone, f"it left the job after step {notices[gone[0]].step}, and this island averages models with it"
+                )
             ended = {n: notice for n, notice in notices.items() if notice.ends_rounds(merges)}
-            beyond = [f for f in flights if any(f.step > notice.step for notice in ended.values())]
+            beyond = [f for f in flights if not f.done and any(f.step > notice.step for notice in ended.values())]
             if beyond:
                 self._say_left(step, ended)
                 self._traffic.drop(beyond)
@@ -96,20 +104,35 @@ class Wait:
         return [count.sent[ROUND], count.received[ROUND], count.sent[START], count.sent[MERGE]]
 
     def _agree(self, problem: Exception | None) -> Exception | None:
-        worst = self._ranks.worst(_OK if problem is None else _REGROUP if isinstance(problem, Regroup) else _LOST)
-        if problem is not None or worst == _OK:
+        worst = self._ranks.worst(self._seen(problem))
+        self.peer_left = self.peer_left or worst >= _LEFT
+        if problem is not None or worst <= _LEFT:
             return problem
         if worst == _REGROUP:
             self._connection.membership.check_regroup()
+        if worst == _NON_FINITE:
+            return NonFinite("the payload of another rank of this island holds inf or NaN")
         return PeerLost((), "another rank of this island could not go on; see its log")
+
+    def _seen(self, problem: Exception | None) -> int:
+        match problem:
+            case None:
+                return _LEFT if self.peer_left else _OK
+            case Regroup():
+                return _REGROUP
+            case NonFinite():
+                return _NON_FINITE
+            case _:
+                return _LOST
 
     def _say_left(self, step: int, ended: Mapping[int, Notice]) -> None:
         if not self.peer_left:
             island, notice = min(ended.items(), key=lambda item: item[1].step)
             log.warning(
-                "island %d ended its loop after %d steps; this island, at step %d, goes on without further rounds: "
+                "island %d %s after %d steps; this island, at step %d, goes on without further rounds: "
                 "give all islands loops of one length",
                 island,
+                "ended its loop" if notice.final else "averages its model",
                 notice.step,
                 step,
             )

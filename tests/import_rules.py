@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels", "transport"),
     ("bucket", "payload", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "recipes", "optim"),
     ("membership", "island"),
-    ("engine", "assemble", "buffers", "connect", "core", "exchange", "gradients", "hooks", "traffic", "wait"),
+    ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "gradients", "hooks", "traffic", "wait"),
     (),
     ("launch",),
 )
@@ -36,7 +36,7 @@ DISTRIBUTED_USERS = (
     *("checkpoint", "train"),
     *("launch.meeting", "launch.agent", "launch.local"),
 )
-STREAM_USERS = ("transport", "engine")
+STREAM_USERS = ("transport", "engine", "traffic")
 STREAM_NAMES = ("Stream", "stream", "current_stream", "default_stream", "set_stream", "ExternalStream", "StreamContext")
 STREAM_METHODS = {"wait_stream", "record_stream"}
 LAUNCH_ONLY = ("typer", "click", "rich")

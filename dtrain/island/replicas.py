@@ -32,6 +32,10 @@ class Island(Protocol):
         """Give every rank the owners' values of these buckets."""
         ...
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give every rank rank 0's values."""
+        ...
+
 
 class Alone:
     """An island of one rank."""
@@ -46,6 +50,9 @@ class Alone:
         return list(values)
 
     def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
+        """One rank is always equal to itself."""
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
         """One rank is always equal to itself."""
 
 
@@ -68,10 +75,17 @@ class Replicas:
         return sums.tolist()
 
     def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
-        works = [dist.broadcast(_values(b, gradients), src=b.owner, async_op=True) for b in buckets]
-        for work in works:
-            assert work is not None
-            work.wait()
+        _broadcast([(_values(b, gradients), b.owner) for b in buckets])
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        _broadcast([(x, 0) for x in tensors])
+
+
+def _broadcast(values: Sequence[tuple[Tensor, int]]) -> None:
+    works = [dist.broadcast(x, src=owner, async_op=True) for x, owner in values]
+    for work in works:
+        assert work is not None
+        work.wait()
 
 
 def _values(b: Bucket, gradients: bool) -> Tensor:

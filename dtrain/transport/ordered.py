@@ -135,7 +135,9 @@ class _Receiver:
                 self._control.recv([announced], self._peer, 0).wait()
                 kind, index, bucket, phase, wire_bytes = announced.tolist()
                 wire = torch.empty(wire_bytes, dtype=torch.uint8, device=self._device)
-                _carry(lambda wire=wire: self._group.recv([wire], 0, 0), stream, None)
+                # Its memory may have been freed by a kernel that this thread's stream has not come to yet.
+                free = torch.cuda.current_stream(self._device).record_event() if wire.is_cuda else None
+                _carry(lambda wire=wire: self._group.recv([wire], 0, 0), stream, free)
                 self._inbox.deliver(self._peer, Tag(kind, index, bucket, phase), wire)
         except RuntimeError as e:  # the only way in which a group says that its peer is gone
             self._inbox.lose(self._peer, str(e).splitlines()[0])

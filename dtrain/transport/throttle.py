@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dtrain.transport.base import Left, Tag, Transport, nobody
@@ -46,8 +47,13 @@ class SharedUplink:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         self._bits_per_s = bits_per_s
+        self._lock = threading.Lock()  # flock keeps other processes out, not this one's other threads
 
     def reserve(self, wire_bytes: int) -> float:
+        with self._lock:
+            return self._reserve(wire_bytes)
+
+    def _reserve(self, wire_bytes: int) -> float:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             self._file.seek(0)
@@ -73,13 +79,14 @@ class Throttle:
         self._inner = inner
         self._uplink = uplink
         self._one_way_s = rtt_s / 2
-        self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor, torch.Event | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._deliver, name="dtrain-throttle", daemon=True)
         self._thread.start()
 
     def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
         left_at = self._uplink.reserve(wire.numel()) if self._uplink else time.monotonic()
-        self._queue.put((left_at + self._one_way_s, peer, tag, wire))
+        written = torch.cuda.current_stream(wire.device).record_event() if wire.is_cuda else None
+        self._queue.put((left_at + self._one_way_s, peer, tag, wire, written))
 
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         self._inner.expect(peer, tag, wire_bytes)
@@ -96,8 +103,10 @@ class Throttle:
     def _deliver(self) -> None:
         """Reservations of one process only grow, so first come is first served."""
         while (item := self._queue.get()) is not None:
-            due, peer, tag, wire = item
+            due, peer, tag, wire, written = item
             wait_s = due - time.monotonic()
             if wait_s > 0:
                 time.sleep(wait_s)
+            if written is not None:
+                torch.cuda.current_stream(wire.device).wait_event(written)
             self._inner.post(peer, tag, wire)

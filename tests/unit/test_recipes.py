@@ -56,7 +56,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("diloco", {"fragments": 0}, "fragments = 0 is not allowed"),
         ("diloco", {"delay": -1}, "delay = -1 is not allowed"),
         ("diloco", {"delay": "late"}, "delay = 'late' is not allowed"),
-        ("diloco", {"outer_lr": 0.0}, "outer_lr = 0.0 is not allowed"),
+        ("diloco", {"outer_lr": 0.0}, "outer_lr = 0.0 is not allowed; use a number above 0"),
         ("diloco", {"outer_momentum": 1.0}, "outer_momentum = 1.0 is not allowed"),
         ("choco", {"gamma": 1.5}, "gamma = 1.5 is not allowed"),
         ("diloco", {"bucket_bytes": 0}, "bucket_bytes = 0 is not allowed"),

@@ -1,0 +1,155 @@
+"""How are the islands made equal at the start, and averaged exactly later? What happens on the link outside the rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.bucket import Bucket, Flat, whole
+from dtrain.buffers import averaged_buffers, beside_training, pack, persistent_buffers, unpack
+from dtrain.connect import Connection
+from dtrain.core import Flight
+from dtrain.exchange import align, merge, tell
+from dtrain.link import Link
+from dtrain.membership import Notice
+from dtrain.recipes import Recipe
+from dtrain.topology import complete
+from dtrain.traffic import Traffic
+from dtrain.transport.base import MERGE, START
+from dtrain.wait import Wait
+
+_PROMISES = ("recipe", "model", "ranks", "seed")
+"""What all islands must have brought to join, each compared by 8 bytes of its hash."""
+_PROMISE_BYTES = 8
+
+
+class Averaged(NamedTuple):
+    """What an exact average found before it made all islands equal."""
+
+    distance: float
+    """sqrt(mean_i |x_i - mean x|^2) over all trained parameters."""
+    steps: tuple[int, ...]
+    """Optimizer steps of each island."""
+
+
+class Exact:
+    """The exchanges of one rank; its island's ranks call each method together."""
+
+    def __init__(
+        self, model: nn.Module, flat: Flat, buckets: Sequence[Bucket], connection: Connection, traffic: Traffic, wait: Wait
+    ) -> None:
+        self.merges = 0
+        """Exact averages done so far."""
+        self._model, self._flat, self._buckets = model, flat, buckets
+        self._connection, self._traffic, self._wait = connection, traffic, wait
+        self._ranks = connection.ranks
+        self._device = buckets[0].x.device
+        self._mine = [b for b in buckets if b.owner == self._ranks.rank]
+        self._averaged: list[Tensor] = []
+
+    @torch.no_grad()
+    def align(self, recipe: Recipe, seed: int) -> None:
+        """Refuse islands that cannot work together; then give all of them island 0's model where they differ."""
+        if self._connection.num_nodes > 1:
+            self._compare(recipe, seed)
+            flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in self._mine]
+            rest = beside_training(self._model)
+            if rest and self._ranks.rank == 0:
+                flights.append(self._flight(START, self._beyond(0), lambda link: align(rest, link)))
+            self._run(0, flights)
+        self._ranks.refresh(self._buckets, gradients=False)
+        self._ranks.share(beside_training(self._model))
+        self._averaged = averaged_buffers(self._model)
+
+    def keep(self) -> Callable[[], None]:
+        """Copies of all that an average changes; the call puts them back."""
+        tensors = [*(b.x for b in self._buckets), *self._averaged]
+        saved = [x.clone() for x in tensors]
+
+        @torch.no_grad()
+        def restore() -> None:
+            for x, value in zip(tensors, saved, strict=True):
+                x.copy_(value)
+
+        return restore
+
+    @torch.no_grad()
+    def average(self, step: int) -> Averaged:
+        """Replace the model, buffers too, by the mean over islands, the same bits on all of them."""
+        self._flat.check_in_place()
+        pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
+        buffers = pack(self._averaged) if self._ranks.rank == 0 else None
+        if buffers is not None:
+            pieces.append((self._beyond(0), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
+        self._connection.membership.announce(Notice(step, self.merges, merging=True))
+        self._run(
+            step,
+            [
+                self._flight(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
+                for index, layout, x, mean in pieces
+            ],
+        )
+        apart = 0.0
+        for _, _, x, mean in pieces:
+            apart += float((x.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
+            x.copy_(mean)
+        if buffers is not None:
+            unpack(self._averaged, buffers)
+        self._ranks.refresh(self._buckets, gradients=False)
+        self._ranks.share(self._averaged)
+        averaged = self._compare_notes(step, self._ranks.total([apart])[0])
+        self.merges += 1
+        return averaged
+
+    def _compare_notes(self, step: int, apart: float) -> Averaged:
+        """Rank 0 of each island tells its distance and step; every rank learns them."""
+        everyone: list[Tensor] = []
+        if self._ranks.rank == 0:
+            own = torch.tensor([apart, float(step)], dtype=torch.float64).view(torch.uint8).to(self._device)
+            self._run(step, [self._flight(MERGE, self._beyond(1), lambda link: tell(own, everyone, link))])
+        else:
+            self._run(step, [])
+        notes = torch.stack([note.cpu().clone().view(torch.float64) for note in everyone]) if everyone else None
+        known = notes.flatten().tolist() if notes is not None else [0.0] * (2 * self._connection.num_nodes)
+        told = self._ranks.total(known)
+        return Averaged((sum(told[::2]) / self._connection.num_nodes) ** 0.5, tuple(int(s) for s in told[1::2]))
+
+    def _compare(self, recipe: Recipe, seed: int) -> None:
+        """Raises ValueError where an island brought another recipe, model, number of ranks or seed than island 0."""
+        everyone: list[Tensor] = []
+        own = torch.frombuffer(bytearray(self._promises(recipe, seed)), dtype=torch.uint8).to(self._device)
+        self._run(0, [self._flight(START, self._beyond(1), lambda link: tell(own, everyone, link))])
+        for node, told in enumerate(everyone):
+            for k, name in enumerate(_PROMISES):
+                part = slice(k * _PROMISE_BYTES, (k + 1) * _PROMISE_BYTES)
+                if not torch.equal(told.cpu()[part], everyone[0].cpu()[part]):
+                    raise ValueError(
+                        f"island {node} has another {name} than island 0; join all islands of a job with the same "
+                        "recipe, axes, model, number of ranks and seed"
+                    )
+
+    def _promises(self, recipe: Recipe, seed: int) -> bytes:
+        answers = {k: v for k, v in asdict(recipe).items() if k not in ("name", "summary", "paper")}
+        model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
+        beside = [(str(x.dtype), list(x.shape)) for x in [*beside_training(self._model), *persistent_buffers(self._model)]]
+        facts = (answers, [model, beside], self._ranks.num_ranks, seed)
+        return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
+
+    def _run(self, step: int, flights: Sequence[Flight]) -> None:
+        self._traffic.launch(flights)
+        self._wait.all(step, self.merges, flights)
+
+    def _beyond(self, k: int) -> int:
+        """The name of what is no bucket: buffers, and the notes."""
+        return len(self._buckets) + k
+
+    def _flight(self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]]) -> Flight:
+        node, num_nodes = self._connection.node, self._connection.num_nodes
+        link = Link(node, num_nodes, complete(0, node, num_nodes))
+        return Flight(generator(link), link, kind=kind, index=self.merges, bucket=bucket, step=0)
