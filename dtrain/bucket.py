@@ -19,8 +19,11 @@ from dtrain.codec_name import MAX_BLOCK
 GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
 
-MAX_BUCKETS = 4094
-"""A tag has 12 bits for the bucket, and two of their values name what is exchanged beside the buckets."""
+EXTRA_NAMES = 3
+"""Bucket numbers behind the last one that name what is exchanged beside the buckets."""
+
+MAX_BUCKETS = 4096 - EXTRA_NAMES
+"""A tag has 12 bits for the bucket."""
 
 MIN_BUCKET_BYTES = 2**19
 """Below it the cost of a message, not its length, is what an exchange takes: a bucket's round trip is about 1 ms of
@@ -121,13 +124,14 @@ class Flat:
     def numel(self) -> int:
         return sum(s.numel() for s in self.storages)
 
-    def check_in_place(self) -> None:
+    def check_in_place(self, model: nn.Module) -> None:
         """Raises ValueError where a parameter no longer is a view of its storage: it would train, and never be sent."""
+        now = dict(model.named_parameters())
         for storage, members in zip(self.storages, self.order, strict=True):
             address = storage.data_ptr()
             for i in members:
                 p = self.parameters[i]
-                if p.numel() and p.data_ptr() != address:
+                if now.get(self.names[i]) is not p or (p.numel() and p.data_ptr() != address):
                     raise ValueError(
                         f"parameter {self.names[i]} was replaced after dtrain.join, as model.to() and "
                         "load_state_dict(assign=True) do; move or load the model first, then join"

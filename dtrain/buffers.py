@@ -21,9 +21,8 @@ def persistent_buffers(model: nn.Module) -> list[Tensor]:
     return [b for name, b in model.named_buffers() if name in kept]
 
 
-def beside_training(model: nn.Module) -> list[Tensor]:
-    """Frozen parameters and persistent buffers."""
-    return [p.data for p in model.parameters() if not p.requires_grad] + persistent_buffers(model)
+def frozen_parameters(model: nn.Module) -> list[Tensor]:
+    return [p.data for p in model.parameters() if not p.requires_grad]
 
 
 def averaged_buffers(model: nn.Module) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -24,6 +25,9 @@ from dtrain.membership import (
 from dtrain.transport.base import Transport
 from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import MemoryUplink, SharedUplink, Throttle
+
+if TYPE_CHECKING:
+    from dtrain.config import LinkSection
 
 
 def _log_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
@@ -105,8 +109,8 @@ def connect_local(
     return out
 
 
-def link_settings(*, transport: str, rate: str, rtt: str, timeout_s: float) -> LinkSettings:
-    return LinkSettings(transport, units.bits_per_s(rate), units.seconds(rtt), timeout_s)
+def settings_of(link: LinkSection) -> LinkSettings:
+    return LinkSettings(link.transport, units.bits_per_s(link.rate), units.seconds(link.rtt), link.timeout_s)
 
 
 def _settings_of_job(path: Path | None) -> tuple[LinkSettings, str | None, dict[str, object]]:
@@ -117,8 +121,7 @@ def _settings_of_job(path: Path | None) -> tuple[LinkSettings, str | None, dict[
     job = load_job(path)
     axes = job.sync.model_dump(exclude_none=True)
     recipe = axes.pop("recipe", None)
-    link = job.link
-    return link_settings(transport=link.transport, rate=link.rate, rtt=link.rtt, timeout_s=link.timeout_s), recipe, axes
+    return settings_of(job.link), recipe, axes
 
 
 def _ranks(place: Place, device: torch.device) -> Island:

@@ -228,7 +228,7 @@ class Sync:
 
     def _launch(self, flights: Sequence[Flight]) -> None:
         if flights:
-            self._flat.check_in_place()
+            self._flat.check_in_place(self._model)
             self._refuse_unequal_steps()
         self._traffic.launch(flights)
 
@@ -329,15 +329,20 @@ def join(
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = resolve(recipe or connection.job_recipe, axes, connection.num_nodes)
+    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if scaler is not None and row.algorithm == "allreduce":
         raise ValueError(
             "recipe 'allreduce' averages gradients each step, and a GradScaler that skips a step on one island only "
             "would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
+        )
+    if scaler is not None and not several:
+        raise ValueError(
+            "a scaler is watched together with its optimizers; give join both, or neither, and call before_update and "
+            "after_update yourself"
         )
     if scaler is not None and clip:
         raise ValueError(
             f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
             "scaler.unscale_(optimizer) and scaler.step(optimizer)"
         )
-    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     return Sync(model, several, row, connection, clip=clip, seed=seed, scaler=scaler)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtrain.bucket import Bucket, Flat, whole
-from dtrain.buffers import averaged_buffers, beside_training, pack, persistent_buffers, unpack
+from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
+from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.exchange import align, merge, tell
@@ -27,6 +27,7 @@ from dtrain.wait import Wait
 _PROMISES = ("recipe", "model", "ranks", "seed")
 """What all islands must have brought to join, each compared by 8 bytes of its hash."""
 _PROMISE_BYTES = 8
+_BUFFERS, _NOTES, _FROZEN = range(EXTRA_NAMES)
 
 
 class Averaged(NamedTuple):
@@ -56,15 +57,17 @@ class Exact:
     @torch.no_grad()
     def align(self, recipe: Recipe, seed: int) -> None:
         """Refuse islands that cannot work together; then give all of them island 0's model where they differ."""
+        buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:
             self._compare(recipe, seed)
             flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in self._mine]
-            rest = beside_training(self._model)
-            if rest and self._ranks.rank == 0:
-                flights.append(self._flight(START, self._beyond(0), lambda link: align(rest, link)))
+            if self._ranks.rank == 0:  # apart, so that a statistic that differs does not send a frozen model along
+                for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
+                    if rest:
+                        flights.append(self._flight(START, self._beyond(name), lambda link, rest=rest: align(rest, link)))
             self._run(0, flights)
         self._ranks.refresh(self._buckets, gradients=False)
-        self._ranks.share(beside_training(self._model))
+        self._ranks.share([*frozen, *buffers])
         self._averaged = averaged_buffers(self._model)
 
     def keep(self) -> Callable[[], None]:
@@ -82,11 +85,11 @@ class Exact:
     @torch.no_grad()
     def average(self, step: int) -> Averaged:
         """Replace the model, buffers too, by the mean over islands, the same bits on all of them."""
-        self._flat.check_in_place()
+        self._flat.check_in_place(self._model)
         pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
         buffers = pack(self._averaged) if self._ranks.rank == 0 else None
         if buffers is not None:
-            pieces.append((self._beyond(0), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
+            pieces.append((self._beyond(_BUFFERS), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
         self._connection.membership.announce(Notice(step, self.merges, merging=True))
         self._run(
             step,
@@ -112,7 +115,7 @@ class Exact:
         everyone: list[Tensor] = []
         if self._ranks.rank == 0:
             own = torch.tensor([apart, float(step)], dtype=torch.float64).view(torch.uint8).to(self._device)
-            self._run(step, [self._flight(MERGE, self._beyond(1), lambda link: tell(own, everyone, link))])
+            self._run(step, [self._flight(MERGE, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
         else:
             self._run(step, [])
         notes = torch.stack([note.cpu().clone().view(torch.float64) for note in everyone]) if everyone else None
@@ -124,7 +127,7 @@ class Exact:
         """Raises ValueError where an island brought another recipe, model, number of ranks or seed than island 0."""
         everyone: list[Tensor] = []
         own = torch.frombuffer(bytearray(self._promises(recipe, seed)), dtype=torch.uint8).to(self._device)
-        self._run(0, [self._flight(START, self._beyond(1), lambda link: tell(own, everyone, link))])
+        self._run(0, [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
         for node, told in enumerate(everyone):
             for k, name in enumerate(_PROMISES):
                 part = slice(k * _PROMISE_BYTES, (k + 1) * _PROMISE_BYTES)
@@ -137,7 +140,7 @@ class Exact:
     def _promises(self, recipe: Recipe, seed: int) -> bytes:
         answers = {k: v for k, v in asdict(recipe).items() if k not in ("name", "summary", "paper")}
         model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
-        beside = [(str(x.dtype), list(x.shape)) for x in [*beside_training(self._model), *persistent_buffers(self._model)]]
+        beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
         facts = (answers, [model, beside], self._ranks.num_ranks, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
@@ -145,9 +148,9 @@ class Exact:
         self._traffic.launch(flights)
         self._wait.all(step, self.merges, flights)
 
-    def _beyond(self, k: int) -> int:
-        """The name of what is no bucket: buffers, and the notes."""
-        return len(self._buckets) + k
+    def _beyond(self, name: int) -> int:
+        """The bucket number of what is no bucket."""
+        return len(self._buckets) + name
 
     def _flight(self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]]) -> Flight:
         node, num_nodes = self._connection.node, self._connection.num_nodes

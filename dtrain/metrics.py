@@ -160,6 +160,8 @@ class Part:
     island: int
     parameters: int
     steps: int
+    first_step: int
+    """Where this number of islands began; tokens, seconds and bytes count from there."""
     tokens: int
     wall_s: float
     train_s: float
@@ -170,6 +172,8 @@ class Part:
     wire_bytes_received: int
     wire_bytes_start: int
     wire_bytes_merge: int
+    wire_bytes_consensus: int
+    """Of measuring the consensus distance on the way."""
     eval_loss: float | None
     eval_loss_island: float | None
     eval_tokens: int

@@ -17,7 +17,7 @@ from dtrain.metrics import Part, RunRecord
 Summary = dict[str, Any]
 
 # On these a part must agree with island 0's: one that does not was left by another run.
-_COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "corpus_hash", "bytes_per_token")
+_COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "first_step", "corpus_hash", "bytes_per_token")
 
 
 def write_summary(run: Path, num_islands: int) -> Summary:
@@ -42,7 +42,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
                     f"{part.island}; their part.json are of different runs"
                 )
     sent = statistics.mean(part.wire_bytes_sent for part in parts)
-    allreduce = allreduce_wire_bytes(first.steps, first.parameters, first.islands)
+    allreduce = allreduce_wire_bytes(first.steps - first.first_step, first.parameters, first.islands)
     tokens = sum(part.tokens for part in parts)
     wall_s = max(part.wall_s for part in parts)
     train_s = max(part.train_s for part in parts)
@@ -54,6 +54,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "ranks": first.ranks,
         "parameters": first.parameters,
         "steps": first.steps,
+        "first_step": first.first_step,
         "tokens": tokens,
         "tokens_per_s": tokens / train_s if train_s > 0 else None,
         "wall_s": wall_s,
@@ -63,6 +64,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "wire_bytes_sent": sent,
         "wire_bytes_start": statistics.mean(part.wire_bytes_start for part in parts),
         "wire_bytes_merge": statistics.mean(part.wire_bytes_merge for part in parts),
+        "wire_bytes_consensus": statistics.mean(part.wire_bytes_consensus for part in parts),
         "allreduce_wire_bytes": allreduce,
         "wire_reduction": allreduce / sent if sent > 0 else None,
         "eval_loss": eval_loss,

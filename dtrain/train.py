@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
 from dtrain.config import Job
-from dtrain.connect import Connection, LinkSettings, connect, link_settings
+from dtrain.connect import Connection, connect, settings_of
 from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
-from dtrain.membership import Place
+from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
@@ -42,11 +44,9 @@ def run_island(job: Job, place: Place) -> None:
     back."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = _device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL and torch's checkpoints use without being told
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     corpus = load_corpus(job.data.source)
@@ -55,13 +55,13 @@ def run_island(job: Job, place: Place) -> None:
     )
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
-        if place.rank == 0:
-            status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
+        # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
+        status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
 
     epoch, resume_step = place.epoch, place.resume_step
     while True:
         try:
-            connection = connect(place, settings_of(job), device=device, epoch=epoch, on_wait=on_wait)
+            connection = connect(place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait)
             train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step)
             break
         except Regroup as again:
@@ -70,22 +70,40 @@ def run_island(job: Job, place: Place) -> None:
         dist.destroy_process_group()
 
 
-def settings_of(job: Job) -> LinkSettings:
-    link = job.link
-    return link_settings(transport=link.transport, rate=link.rate, rtt=link.rtt, timeout_s=link.timeout_s)
+def _device(place: Place) -> torch.device:
+    """A GPU of its own for each rank of each island on this machine, as far as there are enough; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", (place.island * place.num_ranks + local_rank) % torch.cuda.device_count())
 
 
 @dataclass(slots=True)
 class _Clock:
-    """Seconds of the training loop, going on over a resume; what is spent on evaluation and checkpoints is counted
-    apart."""
+    """Seconds of the training loop and of the whole run, going on over a resume; what is spent on evaluation, measuring
+    and checkpoints is counted apart."""
 
     base_s: float
     begun: float
     aside_s: float
+    wall_base_s: float
+    wall_begun: float
 
     def time_s(self) -> float:
         return self.base_s + time.monotonic() - self.begun
+
+    def train_s(self) -> float:
+        return self.time_s() - self.aside_s
+
+    def wall_s(self) -> float:
+        """Starting, evaluation and checkpoints included; not what was lost when an island was."""
+        return self.wall_base_s + time.monotonic() - self.wall_begun
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.aside_s += time.monotonic() - begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +122,8 @@ class _Island:
     heldout: tuple[Tensor, Tensor]
     device: torch.device
     clock: _Clock
+    first_step: int
+    """Where these islands began: 0, or where those before them, of another number, were merged."""
 
     @property
     def speaks(self) -> bool:
@@ -122,11 +142,38 @@ def train_island(
     resume_step: int,
 ) -> None:
     """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link."""
-    began = time.monotonic()
+    with _failure_announced(connection):
+        island = _begin(job, connection, corpus, run, status, device=device, resume_step=resume_step)
+    with island.sync:
+        island.clock.begun = time.monotonic()
+        _loop(island)
+        _finish(island)
+
+
+@contextmanager
+def _failure_announced(connection: Connection) -> Iterator[None]:
+    """An island that cannot begin (a damaged checkpoint) is not waited for by those that could."""
+    begun = False
+    try:
+        yield
+        begun = True
+    finally:
+        if not begun:
+            connection.membership.announce(Notice(0, 0, failed=True))
+
+
+def _begin(
+    job: Job, connection: Connection, corpus: Corpus, run: Path, status: StatusFile, *, device: torch.device, resume_step: int
+) -> _Island:
+    """Model, optimizer and sync as they were at ``resume_step``."""
+    wall_begun = time.monotonic()
     model = build_model(job, corpus).to(device)
     optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
     saved, start = _starting_point(run, connection.node, resume_step, model)
-    clock = _Clock(float(saved.get("clock.time_s", 0.0)), 0.0, float(saved.get("clock.aside_s", 0.0)))
+    time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
+    if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
+        time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
+    clock = _Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
     recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
     sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
@@ -140,11 +187,8 @@ def train_island(
     trained = DistributedDataParallel(model) if connection.ranks.num_ranks > 1 else model
     heldout = heldout_sequences(corpus, job.model.context)
     moved = (heldout[0].to(device), heldout[1].to(device))
-    island = _Island(job, corpus, run, status, connection, model, trained, optimizer, sync, moved, device, clock)
-    with sync:
-        clock.begun = time.monotonic()
-        _loop(island, start)
-        _finish(island, began)
+    first_step = int(saved.get("first_step", start))
+    return _Island(job, corpus, run, status, connection, model, trained, optimizer, sync, moved, device, clock, first_step)
 
 
 def build_model(job: Job, corpus: Corpus) -> GPT:
@@ -177,21 +221,20 @@ def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
 
 
-def _loop(island: _Island, start: int) -> None:
+def _loop(island: _Island) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
     tokens = job.train.batch * job.model.context
-    said_at, began = 0.0, clock.time_s() - clock.aside_s
-    for step in range(start, job.train.steps):
+    said_at, began = 0.0, clock.train_s()
+    for step in range(sync.step, job.train.steps):
         if island.speaks and time.monotonic() - said_at > _STATUS_EVERY_S:
             island.status.update("training", step)
             said_at = time.monotonic()
         lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr)
         set_lr(island.optimizer, lr)
         loss = _step(island, step)
-        ended = clock.time_s() - clock.aside_s
-        every = job.train.consensus_every
-        distance = sync.consensus_distance() if every and (step + 1) % every == 0 else None
+        ended = clock.train_s()
+        distance = _consensus_aside(island, step + 1)
         eval_loss = _evaluate_aside(island, step + 1)
         if metrics is not None:
             stats = sync.stats()
@@ -255,11 +298,17 @@ def _evaluate_aside(island: _Island, step: int) -> float | None:
     every = island.job.train.eval_every
     if not island.speaks or not every or step % every or step == island.job.train.steps:
         return None
-    begun = time.monotonic()
-    island.status.update("evaluating", step)
-    loss = evaluate(island.model, island.heldout)
-    island.clock.aside_s += time.monotonic() - begun
-    return loss
+    with island.clock.aside():
+        island.status.update("evaluating", step)
+        return evaluate(island.model, island.heldout)
+
+
+def _consensus_aside(island: _Island, step: int) -> float | None:
+    every = island.job.train.consensus_every
+    if not every or step % every:
+        return None
+    with island.clock.aside():
+        return island.sync.consensus_distance()
 
 
 def _checkpoint_aside(island: _Island, step: int) -> None:
@@ -267,27 +316,34 @@ def _checkpoint_aside(island: _Island, step: int) -> None:
     if not every or (step % every and step != island.job.train.steps):
         return
     island.sync.settle()  # waiting for the link is not put aside: stats() count it too
-    begun = time.monotonic()
-    rank = island.connection.ranks.rank
+    with island.clock.aside():
+        if island.speaks:
+            island.status.update("training", step)  # no longer "waiting", if that was said last
+        _save(island, step)
+
+
+def _save(island: _Island, step: int) -> None:
+    rank, clock = island.connection.ranks.rank, island.clock
+    numbers = {"time_s": clock.time_s(), "aside_s": clock.aside_s, "wall_s": clock.wall_s()}
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
         | checkpoint.optimizer_tensors(island.optimizer, "optim")
         | {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
-        | {"clock.time_s": torch.tensor(island.clock.time_s(), dtype=torch.float64)}
-        | {"clock.aside_s": torch.tensor(island.clock.aside_s, dtype=torch.float64)}
+        | {f"clock.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        | {"first_step": torch.tensor(island.first_step)}
     )
     checkpoint.save_island(
         island.run, step, island.connection.node, tensors, rank=rank, num_ranks=island.connection.ranks.num_ranks
     )
-    island.clock.aside_s += time.monotonic() - begun
 
 
-def _finish(island: _Island, began: float) -> None:
+def _finish(island: _Island) -> None:
     """Evaluate the single model, merge exactly, evaluate again, and leave the island's share of the summary."""
     job, node, sync, status = island.job, island.connection.node, island.sync, island.status
     steps = job.train.steps
-    train_s = island.clock.time_s() - island.clock.aside_s
+    sync.settle()  # the last round's bytes are training's, also where it lands in the merge
+    train_s = island.clock.train_s()
     stats = sync.stats()
     own_loss = math.nan
     if island.speaks:
@@ -298,7 +354,7 @@ def _finish(island: _Island, began: float) -> None:
         )
         status.update("merging", steps)
     distance = sync.merge()
-    merge_bytes = sync.stats().wire_bytes_merge
+    merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     if not island.speaks:
         return
     merged_loss = evaluate(island.model, island.heldout)
@@ -311,8 +367,9 @@ def _finish(island: _Island, began: float) -> None:
         recipe=sync.recipe.name,
         parameters=num_parameters(island.model),
         steps=steps,
-        tokens=steps * job.train.batch * job.model.context,
-        wall_s=time.monotonic() - began,
+        first_step=island.first_step,
+        tokens=(steps - island.first_step) * job.train.batch * job.model.context,
+        wall_s=island.clock.wall_s(),
         train_s=train_s,
         compute_s=train_s - stats.wait_s,
         wait_s=stats.wait_s,
@@ -320,6 +377,7 @@ def _finish(island: _Island, began: float) -> None:
         wire_bytes_received=stats.wire_bytes_received,
         wire_bytes_start=stats.wire_bytes_start,
         wire_bytes_merge=merge_bytes,
+        wire_bytes_consensus=stats.wire_bytes_merge,
         eval_loss=merged_loss,
         eval_loss_island=own_loss,
         eval_tokens=island.heldout[1].numel(),

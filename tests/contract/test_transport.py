@@ -231,6 +231,14 @@ def test_one_uplink_is_shared_by_all_who_open_it(tmp_path: Path) -> None:
     assert [b - a for a, b in pairwise(done)] == pytest.approx([1.0] * 5, abs=1e-9)
 
 
+def test_threads_of_one_rank_share_its_uplink_too(tmp_path: Path) -> None:
+    """Rounds start on the main thread while others go on in the background; no second may be given twice."""
+    uplink = SharedUplink(tmp_path / "uplink.clock", 1e6)
+    with ThreadPoolExecutor(4) as pool:
+        done = sorted(pool.map(uplink.reserve, [125_000] * 400))  # a second each
+    assert [b - a for a, b in pairwise(done)] == pytest.approx([1.0] * 399, abs=1e-9)
+
+
 @pytest.mark.parametrize("rest_of_the_file", [b"", b"\0", b"\xff" * 8, bytes(8), b"\x00\x00\x00\x00\x00\x00\xf8\x7f"])
 def test_a_clock_of_another_boot_does_not_stop_the_link(tmp_path: Path, rest_of_the_file: bytes) -> None:
     path = tmp_path / "uplink.clock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -135,6 +136,42 @@ def failed_look() -> dict[str, Any]:
                 raise KeyError("the evaluation's own mistake")
         except KeyError:
             return {"moved": inside != before, "restored": model_digest(model) == before}
+
+
+class Masked(nn.Module):
+    """Beside its trained layer: a frozen one, and buffers that no mean makes sense of."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("mask", torch.full((3, 3), -math.inf if seed == 0 else 1.0).triu(1))
+        self.register_buffer("counter", torch.tensor(2**24 + 1 + seed))
+        self.register_buffer("flag", torch.tensor(seed == 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.frozen(x))
+
+
+def apart() -> dict[str, Any]:
+    model = Masked(seed=island())
+    before = model_digest(model)
+    opt = torch.optim.SGD(model.layer.parameters(), lr=0.1)
+    with dtrain.join(model, opt, recipe="fedavg", every=EVERY) as sync:
+        after = model_digest(model)
+        model(torch.full((2, 4), 1.0 + island())).square().mean().backward()
+        opt.step()
+        own = model_digest(model)
+        sync.merge()
+    return {
+        "before": before,
+        "after": after,
+        "mask": str(float(model.get_buffer("mask")[0, 1])),
+        "counter": int(model.get_buffer("counter")),
+        "flag": bool(model.get_buffer("flag")),
+        "merged": model_digest(model) != own,
+    }
 
 
 def _flat(model: nn.Module) -> list[float]:

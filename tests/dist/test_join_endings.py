@@ -12,6 +12,8 @@ from tests.dist import endings
 from tests.dist.harness import Result, run_islands, show, values
 
 LOST_S = 6.0
+TIMEOUT_S = 300.0
+"""Of a link that no job file says anything about; run_islands gives up long before."""
 DEADLINE_S = LOST_S / 2
 """For a failed loop to be left; it must not wait for anyone."""
 
@@ -28,6 +30,8 @@ SCENARIOS = {
     "allreduce": functools.partial(endings.unequal, recipe="allreduce", every=1, delay=0, short=1, merge=False),
     "allreduce merged": functools.partial(endings.unequal, recipe="allreduce", every=1, delay=0, short=1, merge=True),
     "local merged": functools.partial(endings.unequal, recipe="local", every=1, delay=0, short=1, merge=True),
+    "epochs": functools.partial(endings.looking, short=1),
+    "merging alone": functools.partial(endings.merging_alone, leaves=1),
     # The last: the shorter island's process ends here while the other one still trains.
     "gone": functools.partial(_diloco, delay=0, short=1, merge=False),
 }
@@ -42,12 +46,12 @@ def test_every_process_ends_well(launch: list[Result]) -> None:
     assert [r.status for r in launch] == [0, 0], show(launch)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in ("epochs", "merging alone")])
 def test_loaders_of_100_and_97_batches(launch: list[Result], scenario: str) -> None:
     results = values(launch, scenario)
     short = 0 if scenario == "island 0 is shorter" else 1
     assert [v["step"] for v in results] == [97 if i == short else 100 for i in range(2)]
-    if "merged" in scenario or scenario == "island 0 is shorter":
+    if results[short]["merged"]:
         assert results[0]["model"] == results[1]["model"], "all bits equal after sync.merge()"
     said = [r.stderr_of(scenario) for r in launch]
     assert said[short] == [], "nothing to say for the island that others wait for"
@@ -55,7 +59,32 @@ def test_loaders_of_100_and_97_batches(launch: list[Result], scenario: str) -> N
         assert said[1 - short] == [], "islands that never talk lose nothing"
         return
     (line,) = said[1 - short]
-    assert line.startswith(f"island {short} ended its loop after 97 steps"), "one line, which names the island and its steps"
+    did = "averages its model" if results[short]["merged"] else "ended its loop"
+    assert line.startswith(f"island {short} {did} after 97 steps"), "one line, which names the island and its steps"
+
+
+def test_epochs_of_unequal_length_are_named_on_both_islands(launch: list[Result]) -> None:
+    for v in values(launch, "epochs"):
+        assert "after different numbers of steps (island 0 after 10, island 1 after 8)" in v["said"]
+        assert v["took_s"] < TIMEOUT_S, "at once, not when link.timeout_s has passed"
+
+
+def test_a_merge_without_the_other_island_is_refused_at_once(launch: list[Result]) -> None:
+    waiting, left = values(launch, "merging alone")
+    assert waiting["said"] == "lost island 1: it left the job after step 5, and this island averages models with it"
+    assert waiting["took_s"] < TIMEOUT_S
+    assert left["said"] == ""
+
+
+def test_islands_of_two_ranks_end_apart_too(tmp_path: Path) -> None:
+    """One bucket, so one rank of each island carries it: both ranks must agree that the other island has ended."""
+    ended = functools.partial(endings.unequal_ranks, recipe="fedavg", every=10, short=1)
+    results = run_islands({"ranks": ended}, 2, 2, run=tmp_path, timeout_s=100)
+    assert [r.status for r in results] == [0] * 4, show(results)
+    steps, models = zip(*((v["step"], v["model"]) for v in values(results, "ranks")), strict=True)
+    assert steps == (40, 40, 15, 15)
+    assert models[0] == models[1]
+    assert models[2] == models[3]
 
 
 def test_an_exception_in_one_loop(tmp_path: Path) -> None:

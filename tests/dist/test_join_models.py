@@ -17,6 +17,10 @@ TIED_NUMEL = models.VOCAB * models.WIDTH
 TRAINED_NUMEL = 12 + 12 + 12 * 2 + 2
 BUFFERS_NUMEL = 12 + 12 + 1
 DIGEST_BYTES = 32
+PROMISE_BYTES = 4 * 8
+"""What islands compare before anything else: recipe, model, ranks and seed."""
+NOTE_BYTES = 2 * 8
+"""An island's distance and step, which go with an average."""
 
 SCENARIOS = {
     "tied": functools.partial(models.tied, codec="identity"),
@@ -27,6 +31,7 @@ SCENARIOS = {
     "look at a flight": functools.partial(models.looked_at, look=True, delay=5),
     "no look at a flight": functools.partial(models.looked_at, look=False, delay=5),
     "failed look": models.failed_look,
+    "apart": models.apart,
 }
 
 
@@ -51,8 +56,8 @@ def test_tied_weights_travel_once_and_stay_tied(launch: list[Result], scenario: 
     wire_bytes = 4 * TIED_NUMEL if scenario == "tied" else TIED_NUMEL // 2 + 2 * TIED_NUMEL // 64
     for v in (a, b):
         assert v["sent"] == v["received"] == ROUNDS * wire_bytes
-        assert v["start"] == DIGEST_BYTES, "equal weights are compared, not sent"
-        assert v["merge"] == 4 * TIED_NUMEL + 4, "the matrix and the consensus distance, in fp32"
+        assert v["start"] == PROMISE_BYTES + DIGEST_BYTES, "equal weights are compared, not sent"
+        assert v["merge"] == 4 * TIED_NUMEL + NOTE_BYTES, "the matrix in fp32, and the note"
         assert v["tied"]
         assert v["storage"]
     assert a["model"] == b["model"]
@@ -62,8 +67,10 @@ def test_islands_start_from_island_0(launch: list[Result]) -> None:
     a, b = values(launch, "normed")
     assert a["before"] != b["before"]
     assert (a["after"], b["after"]) == (a["before"], a["before"])
-    digests = 2 * DIGEST_BYTES  # one bucket of parameters and the buffers
-    assert (a["start"], b["start"]) == (digests + 4 * (TRAINED_NUMEL + BUFFERS_NUMEL), digests)
+    compared = PROMISE_BYTES + 3 * DIGEST_BYTES  # one bucket of parameters, the buffers, what is frozen
+    counter_bytes, number_bytes = 8, 4
+    values_bytes = number_bytes * (TRAINED_NUMEL + BUFFERS_NUMEL - 1) + counter_bytes
+    assert (a["start"], b["start"]) == (compared + values_bytes, compared), "frozen weights that are equal are not sent"
 
 
 def test_merge_averages_buffers(launch: list[Result]) -> None:
@@ -73,6 +80,17 @@ def test_merge_averages_buffers(launch: list[Result]) -> None:
         assert a["merged"][name] == b["merged"][name] == _means(a["own"][name], b["own"][name])
     assert a["merged"]["num_batches_tracked"] == b["merged"]["num_batches_tracked"] == models.STEPS
     assert a["model"] == b["model"]
+
+
+def test_what_is_frozen_and_what_is_no_number_is_made_equal_at_the_start_to_the_byte(launch: list[Result]) -> None:
+    a, b = values(launch, "apart")
+    assert a["before"] != b["before"]
+    assert a["after"] == b["after"] == a["before"]
+    for v in (a, b):
+        assert v["mask"] == "-inf"
+        assert v["counter"] == 2**24 + 1, "an integer that fp32 does not hold"
+        assert v["flag"] is True
+        assert v["merged"], "a mask of -inf does not stop the average"
 
 
 def test_frozen_parameters_are_left_alone(launch: list[Result]) -> None:
