@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dtrain import checkpoint
 from dtrain.config import load_job
-from dtrain.data import heldout_sequences, load_corpus
+from dtrain.data.corpus import load_corpus
+from dtrain.data.sampler import heldout_sequences
 from dtrain.evaluate import bits_per_byte, evaluate
 from dtrain.train import build_model
 

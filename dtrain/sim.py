@@ -13,7 +13,7 @@ import torch
 from dtrain import checkpoint
 from dtrain.config import Job
 from dtrain.connect import Connection, connect_local
-from dtrain.data import load_corpus
+from dtrain.data.corpus import load_corpus
 from dtrain.metrics import StatusFile
 from dtrain.train import cpu_threads, train_island
 
