@@ -61,16 +61,19 @@ def run(
 
     Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
     """
-    from dtrain.launch.local import run_local
+    from dtrain.launch.local import Outcome, run_local
 
     script: tuple[str, ...] = context.obj or ()
     if script and not Path(script[0]).is_file():
         raise ValueError(f"no script at {script[0]}")
     console = Console()
-    with open_run(job_file, overrides or (), Choice(resume, fresh, fresh_name), script=bool(script)) as opened:
+    choice = Choice(resume, fresh, fresh_name)
+    with open_run(job_file, overrides or (), choice, how="script" if script else "run") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
-        outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
+        outcome = Outcome(0)
+        if not opened.finished:
+            outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
         if outcome.exit_status == 0:
             _close(console, opened.run, opened.job.islands.count, summary=not script)
     if outcome.exit_status:
@@ -108,11 +111,12 @@ def sim(
 
     changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
     console = Console()
-    with open_run(job_file, changes, Choice(resume, fresh)) as opened:
+    with open_run(job_file, changes, Choice(resume, fresh), how="sim") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
         try:
-            run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+            if not opened.finished:
+                run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
         except KeyboardInterrupt:
             raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
         _close(console, opened.run, opened.job.islands.count, summary=True)

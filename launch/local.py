@@ -23,7 +23,7 @@ from dtrain.config import Job
 from dtrain.launch import islands, meeting, processes
 from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
-from dtrain.launch.run_folder import resume_step_of
+from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
 
 if TYPE_CHECKING:
