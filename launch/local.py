@@ -190,7 +190,7 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
         for line in printed.lines(fleet.epoch):
             view.line(line)
         trained = any(island.loss is not None and island.step > fleet.step for island in fleet.views)
-        match decide(seen, trained=trained, timeout_s=launch.job.link.timeout_s):
+        match decide(seen, trained=trained, script=bool(launch.script)):
             case Done():
                 for line in printed.lines(fleet.epoch):
                     view.line(line)

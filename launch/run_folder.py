@@ -69,7 +69,7 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
         check_input(kept or job, how)
         with _usable(run):
             if not run.is_dir():
-                run.mkdir(parents=True, exist_ok=True)
+                _make(run)
                 held.enter_context(_locked(run))
                 _refuse_what_is_there(run, choice)  # of a launch that was quicker
             opened = _begin(run, job) if kept is None else Opened(kept, run, *go_on(run, kept))
@@ -102,6 +102,18 @@ def _refuse_what_is_there(run: Path, choice: Choice) -> None:
     unfinished = set(run.glob(".job.toml.*"))  # of a launch that was killed in its first moment
     if run.is_dir() and set(run.iterdir()) - unfinished:
         raise ValueError(f"{run} is not empty and holds no run; choose another job.name or job.dir")
+
+
+def _make(run: Path) -> None:
+    """Where it cannot be made, the folders above it are not left behind either."""
+    above = [folder for folder in run.parents if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for folder in above:
+            if folder.exists():
+                folder.rmdir()
+        raise
 
 
 def _begin(run: Path, job: Job) -> Opened:

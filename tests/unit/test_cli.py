@@ -14,9 +14,10 @@ from dtrain import launch
 from dtrain.config import Job, load_job
 from dtrain.launch.cli import run_command
 from dtrain.recipes import DEFAULT_RECIPE, RECIPES
-from tests.unit.small_run import refused, write_job_file
+from tests.unit.small_run import finish, opened, refused, write_job_file
 
 PACKAGE_ROOT = Path(dtrain.__file__).parents[1]
+LONG = "x" * 300  # a name may have 255 bytes
 QUICKSTART = Path(launch.__file__).parent / "jobs" / "quickstart.toml"
 
 
@@ -34,7 +35,8 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
     done = subprocess.run([sys.executable, "-c", probe], env=environment, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for words in ("slow link", "dtrain run launch/jobs/quickstart.toml", "dtrain report runs/quickstart", "dtrain recipes"):
+    first = ("dtrain run launch/jobs/quickstart.toml", "dtrain report runs/quickstart", "dtrain recipes", "dtrain keys")
+    for words in ("slow link", *first):
         assert words in done.stdout
 
 
@@ -55,11 +57,23 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["run", "job.toml", "--resume", "--fresh"], "--resume, --fresh and --fresh-name exclude each other"),
         (["run", "job.toml", "job.dir=job.toml"], "the run folder job.toml/small cannot be written: Not a directory"),
         (["run", "job.toml", "job.dir=/proc"], "the run folder /proc/small cannot be written"),
+        (["run", "job.toml/below"], "job.toml/below cannot be read: Not a directory; name a job file that can"),
+        (["run", LONG], f"{LONG} cannot be read: File name too long"),
+        (["run", "job.toml", f"data.source={LONG}"], f'data.source = "{LONG}" cannot be read: File name too long'),
+        (["run", "job.toml", f"job.name={LONG}"], f"the run folder runs/{LONG} cannot be written: File name too long"),
+        (["run", "job.toml", "--fresh-name", f"job.name={LONG}"], f"the run folder runs/{LONG} cannot be written"),
+        (["eval", LONG], f"{LONG}/job.toml: File name too long; name a path that can be used"),
+        (["report", LONG], f"{LONG}/job.toml: File name too long"),
+        (["report", "runs/none", "--out", "both.pdf"], "--out both.pdf: pictures are drawn as PNG; name a file that"),
+        (["report", "runs/none", "--out", "not/there.png"], "--out not/there.png: there is no folder not; make it first"),
         (["run", "job.toml", "--", "no.py"], "no script at no.py"),
+        (["run", "job.toml", "--"], "no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS"),
+        (["keys", "lnk"], "'lnk' is no section of a job file; use one of job, islands, model,"),
         (["sim", "job.toml", "--", "no.py"], "only dtrain run takes a script"),
         (["sim", "job.toml", "--islands", "0"], "Invalid value for '--islands'"),
-        (["run", "job.toml", "--no-such-flag"], "No such option: --no-such-flag"),
-        (["rnu", "job.toml"], "No such command 'rnu'"),
+        (["run", "job.toml", "--no-such-flag"], "No such option: --no-such-flag. See dtrain run --help."),
+        (["sim"], "Missing argument 'JOB.toml'. See dtrain sim --help."),
+        (["rnu", "job.toml"], "No such command 'rnu'. Did you mean 'run'? See dtrain --help."),
         (["recipes", "--show", "dilco"], "recipe 'dilco' is not known; use one of"),
         (["report", "runs/none"], "runs/none is no run folder"),
         (["eval", "runs/none"], "runs/none is not a run folder"),
@@ -76,6 +90,30 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{DEFAULT_RECIPE} (default)" in out
     assert run_command(["recipes", "--show", "diloco"]) == 0
     assert "outer_momentum" in capsys.readouterr().out
+
+
+def test_every_key_is_listed_with_its_default_and_its_meaning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run_command(["keys"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    listed = {key: (default, meaning.strip()) for key, default, meaning in rows}
+    sections = {name: type(getattr(Job(), name)) for name in Job.model_fields}
+    assert list(listed) == [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    assert listed["train.lr"] == ("0.006", "peak learning rate of AdamW")
+    assert listed["sync.recipe"][0] == f'"{DEFAULT_RECIPE}"'
+    assert listed["sync.every"][0] == "(recipe's)"
+    assert listed["sync.outer"][1].endswith('("copy", "sgd", "nesterov")')
+    assert run_command(["keys", "link"]) == 0
+    assert {line.split(".")[0] for line in capsys.readouterr().out.splitlines()[1:]} == {"link"}
+
+
+def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    run = opened().run
+    finish(run, 20)
+    (run / "model.safetensors").write_bytes(b"\0" * 20)
+    assert refused(capsys, "eval", str(run)).startswith("runs/small/model.safetensors is damaged")
 
 
 def test_the_quickstart_is_small_and_leaves_the_recipe_to_the_default() -> None:
