@@ -11,20 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 _MANIFEST = "manifest.json"
+_ONE_WRITES = threading.Lock()
+"""The islands of ``dtrain sim`` are threads, and Python's warning filters belong to the process."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -43,7 +49,8 @@ def save_island(run: Path, step: int, island: int, tensors: dict[str, Tensor], *
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _barrier(num_ranks)
-    save(tensors, checkpoint_id=temporary, no_dist=num_ranks == 1)
+    with _alone_and_whole(f"checkpoint {final} could not be written; is the disk full?"):
+        save(tensors, checkpoint_id=temporary, no_dist=num_ranks == 1)
     _barrier(num_ranks)
     if rank == 0:
         files = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
@@ -64,7 +71,8 @@ def load_island(run: Path, step: int, island: int) -> dict[str, Tensor]:
         for key, entry in index.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(tensors, checkpoint_id=folder, no_dist=True)
+    with _alone_and_whole(f"checkpoint {folder} could not be read"):
+        load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
 
 
@@ -72,6 +80,15 @@ def newest_commit(run: Path) -> int | None:
     """The newest step that all islands have written, or None."""
     steps = _committed(run)
     return steps[-1] if steps else None
+
+
+def commit_islands(run: Path, step: int) -> int:
+    """Of how many islands a committed step is."""
+    mark = step_folder(run, step) / "COMMIT"
+    try:
+        return int(json.loads(mark.read_text(encoding="utf-8"))["islands"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{mark} is damaged; remove {mark.parent} to resume from an earlier checkpoint") from None
 
 
 def commit_ready(run: Path, num_islands: int, keep: int) -> None:
@@ -97,39 +114,54 @@ def discard_partial(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def merge_for_resume(run: Path, step: int, num_islands: int) -> str:
-    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors; returns a line that says
-    what is dropped."""
+def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
+    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time."""
     islands = [load_island(run, step, i) for i in range(num_islands)]
     weights = {}
     for key, first in islands[0].items():
         if key.startswith("model."):
             mean = torch.stack([state[key].to(torch.float64) for state in islands]).mean(dim=0)
             weights[key.removeprefix("model.")] = mean.to(first.dtype)
-    save_weights(run / "init.safetensors", weights, step=step)
+    time_s = max(float(state.get("clock.time_s", 0.0)) for state in islands)
+    save_weights(run / "init.safetensors", weights, step=step, more={"time_s": repr(time_s), "islands": str(num_islands)})
+
+
+def merged_note(path: Path) -> str:
+    """A line that says what a start from merged weights leaves behind."""
+    about = _metadata(path)
     return (
-        f"starting from the merged weights of {num_islands} islands at step {step}; "
+        f"starting from the merged weights of {about['islands']} islands at step {about['step']}; "
         "dropped: inner optimizer state, anchors, outer momentum, residuals, rounds in flight"
     )
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], *, step: int) -> None:
-    """A safetensors file, whole or not at all."""
+def save_weights(path: Path, weights: Mapping[str, Tensor], *, step: int, more: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all; ``more`` joins the step in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
     # Parameters are views of one flat storage, which safetensors does not take: hence the clones.
-    save_file({k: v.detach().cpu().clone() for k, v in weights.items()}, temporary, metadata={"step": str(step)})
+    clones = {k: v.detach().cpu().clone() for k, v in weights.items()}
+    try:
+        save_file(clones, temporary, metadata={"step": str(step), **(more or {})})
+    except SafetensorError as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
     temporary.rename(path)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+    with _undamaged(path):
+        return load_file(path)
 
 
 def weights_step(path: Path) -> int:
     """The step at which ``save_weights`` wrote the file."""
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
+    return int(_metadata(path)["step"])
+
+
+def weights_time_s(path: Path) -> float:
+    """Seconds of the training loop that merged weights stand for; 0 where nobody noted them."""
+    return float(_metadata(path).get("time_s", "0"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
@@ -174,11 +206,41 @@ def _verify(folder: Path) -> None:
     manifest = folder / _MANIFEST
     if not manifest.exists():
         raise ValueError(f"checkpoint {folder} is not complete: its {_MANIFEST} is missing; {remedy}")
-    for name, expected in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+    try:
+        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"checkpoint {folder} is damaged: {_MANIFEST} is not what was written; {remedy}") from None
+    for name, expected in files.items():
         if not (folder / name).exists():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing; {remedy}")
         if _sha256(folder / name) != expected:
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was written; {remedy}")
+
+
+@contextmanager
+def _alone_and_whole(trouble: str) -> Iterator[None]:
+    """Around torch's save and load. Their own failure is no Exception, so nobody above would tell it from Ctrl-C; and an
+    island of one rank has no process group, which is not worth a warning."""
+    with _ONE_WRITES, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            yield
+        except CheckpointException as e:
+            causes = "; ".join(dict.fromkeys(str(cause) for cause, _ in e.failures.values()))
+            raise OSError(f"{trouble} ({causes})") from e
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged ({e}); remove it, and resume the run") from None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with _undamaged(path), safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def _sha256(path: Path) -> str:

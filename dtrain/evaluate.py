@@ -1,8 +1,6 @@
-"""How good is a model? Its mean loss over fixed held-out sequences, and the same in bits a byte."""
+"""How good is a model? Its mean loss over fixed held-out sequences."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +28,3 @@ def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int =
         for module, training in modes:
             module.training = training
     return total_nats / targets.numel()
-
-
-def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
-    """Loss in nats a token -> bits a byte of text, which compares models of different vocabularies."""
-    return loss_nats / math.log(2) / bytes_per_token

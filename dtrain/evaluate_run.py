@@ -6,9 +6,11 @@ from pathlib import Path
 
 from dtrain import checkpoint
 from dtrain.config import load_job
-from dtrain.data import heldout_sequences, load_corpus
-from dtrain.evaluate import bits_per_byte, evaluate
+from dtrain.data.corpus import load_corpus
+from dtrain.data.sampler import heldout_sequences
+from dtrain.evaluate import evaluate
 from dtrain.train import build_model
+from dtrain.units import bits_per_byte
 
 
 def evaluate_run(run: Path) -> list[tuple[str, float, float]]:

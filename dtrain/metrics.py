@@ -76,7 +76,12 @@ class MetricsWriter:
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines, in the order of writing; ValueError names a broken line, a half-written last one is left
     out."""
-    return [content for _, content in _whole_lines(path)]
+    found: list[dict[str, Any]] = []
+    for number, (raw, content) in enumerate(_lines(path), start=1):
+        if content is None:
+            raise ValueError(f"{path}: line {number} is broken: {raw[:60]!r}; delete that line")
+        found.append(content)
+    return found
 
 
 def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -93,10 +98,12 @@ def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop every line after ``step``, so that a run resumed from it writes each step once."""
-    if not path.exists():
-        return
-    _replace(path, b"".join(raw + b"\n" for raw, content in _whole_lines(path) if content["step"] <= step))
+    """Drop every line after ``step``, so that a run resumed from it writes each step once.
+
+    A line that a killed writer left half-written goes too: a run's curve may have a gap, but the run must go on."""
+    if path.exists():
+        kept = (raw + b"\n" for raw, content in _lines(path) if content is not None and content["step"] <= step)
+        write_whole(path, b"".join(kept))
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class StatusFile:
     def update(self, state: State, step: int, *, waiting_for: Sequence[int] = (), waited_s: float = 0.0) -> None:
         status = Status(state, step, self._steps, tuple(waiting_for), waited_s, self._timeout_s)
         # Not synced to disk: it is rewritten every second and means nothing after a crash.
-        _replace(self._path, _to_json(asdict(status)).encode() + b"\n", durable=False)
+        write_whole(self._path, _to_json(asdict(status)).encode() + b"\n", durable=False)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,22 @@ class RunRecord:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all, on disk before it is seen. NaN and infinity, which JSON does not know, become null."""
-    _replace(path, (_to_json(content, indent=2) + "\n").encode())
+    write_whole(path, (_to_json(content, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
+    """Put a file into place through a temporary name, so that nobody ever reads half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -229,13 +251,10 @@ def _only_fields(kind: type[Any], content: dict[str, Any], path: Path) -> dict[s
     return {name: content[name] for name in names}
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line and what it says, None where it is broken; a half-written last one is left out."""
     *whole, last = path.read_bytes().split(b"\n")
-    for number, raw in enumerate(whole, start=1):
-        content = _metrics_line(raw)
-        if content is None:
-            raise ValueError(f"{path}: line {number} is broken: {raw[:60]!r}; delete that line")
-        yield raw, content
+    yield from ((raw, _metrics_line(raw)) for raw in whole)
     # An object cut short never parses; one that only lacks its newline does, and counts.
     content = _metrics_line(last)
     if content is not None:
@@ -274,13 +293,3 @@ def _append(descriptor: int, line: bytes, path: Path) -> None:
     written = os.write(descriptor, line)
     if written != len(line):
         raise OSError(f"{path}: only {written} of {len(line)} bytes of a line were written; is the disk full?")
-
-
-def _replace(path: Path, content: bytes, durable: bool = True) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -5,7 +5,7 @@ Draws on matplotlib's Figure directly: no pyplot, no window, no global state.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dtrain import units
-from dtrain.metrics import RunRecord
+from dtrain.metrics import RunRecord, write_whole
 
 Array = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def plot_run(metrics: Sequence[dict[str, Any]], summary: dict[str, Any], out: Pa
                 _island_name(island, index, len(islands)),
                 raw=few,
             )
-        _star(panel, max((x_of(curve)[-1] for curve in curves.values()), default=0.0), summary)
+        _star(panel, max((_last(x_of(curve)) for curve in curves.values()), default=0.0), summary)
     _label(by_step, "step", _LOSS)
     _label(by_time, f"training time ({time_unit})", None)
     by_time.tick_params(labelleft=False)
@@ -80,7 +80,7 @@ def plot_compare(runs: Sequence[RunRecord], out: Path) -> None:
     for panel, x_of in ((by_step, _step), (by_time, _time(seconds))):
         for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
             _draw(panel, x_of(curve), curve, _colour(index, len(runs)), run.name, raw=False)
-            _star(panel, x_of(curve)[-1], run.summary, colour=_colour(index, len(runs)))
+            _star(panel, _last(x_of(curve)), run.summary, colour=_colour(index, len(runs)))
     for index, run in enumerate(runs):
         _cost(by_bytes, run, _colour(index, len(runs)))
     _label(by_step, "step", _LOSS + ", mean of the islands")
@@ -171,6 +171,11 @@ def _draw(panel: Axes, x: Array, curve: Curve, colour: str, label: str | None, r
     held_out = np.isfinite(curve.eval_loss)
     style = {"markersize": 6, "markeredgewidth": 1.4, "markerfacecolor": "white", "markeredgecolor": colour}
     panel.plot(x[held_out], curve.eval_loss[held_out], "o", zorder=3, **style)
+
+
+def _last(x: Array) -> float:
+    """Where a curve ends; one without a line, which a metrics.jsonl that was emptied leaves, ends where it would begin."""
+    return float(x[-1]) if len(x) else 0.0
 
 
 def _star(panel: Axes, x: float, summary: dict[str, Any], colour: str = _STAR) -> None:
@@ -282,6 +287,6 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _save(figure: Figure, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=DPI, format="png")
-    os.replace(temporary, out)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    write_whole(out, drawn.getvalue())

@@ -5,7 +5,6 @@ The islands' parts become ``summary.json`` and ``loss.png``; a summary becomes r
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,13 @@ from dtrain import metrics, units
 from dtrain.metrics import Part, RunRecord
 
 Summary = dict[str, Any]
+
+# What tables and pictures show of a summary.
+_SHOWN = (
+    *("recipe", "islands", "ranks", "parameters", "steps", "tokens", "tokens_per_s", "wall_s", "train_s", "wait_s"),
+    *("wire_bytes_sent", "wire_bytes_start", "wire_bytes_merge", "allreduce_wire_bytes", "wire_reduction"),
+    *("eval_loss", "eval_bits_per_byte", "eval_bits_per_byte_islands", "corpus_hash"),
+)
 
 # On these a part must agree with island 0's: one that does not was left by another run.
 _COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "first_step", "corpus_hash", "bytes_per_token")
@@ -81,8 +87,8 @@ def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
 
 
 def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
-    """From nats a token; comparable over tokenizers."""
-    return None if loss is None else loss / math.log(2) / bytes_per_token
+    """Of a loss that may not have been a finite number."""
+    return None if loss is None else units.bits_per_byte(loss, bytes_per_token)
 
 
 def load_run(path: Path) -> RunRecord:
@@ -98,10 +104,16 @@ def load_run(path: Path) -> RunRecord:
         )
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(f"no metrics.jsonl in {path}: its steps cannot be shown; was it copied without it?")
+    summary = metrics.read_json(path / "summary.json")
+    missing = [name for name in _SHOWN if name not in summary]
+    if missing:
+        raise ValueError(
+            f"{path / 'summary.json'} lacks {', '.join(missing)}; write it again with: dtrain run {path / 'job.toml'} --resume"
+        )
     return RunRecord(
         path=path,
         name=path.resolve().name,
-        summary=metrics.read_json(path / "summary.json"),
+        summary=summary,
         lines=metrics.newest(metrics.read(path / "metrics.jsonl")),
     )
 
@@ -143,7 +155,7 @@ def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]
         ("bytes an island sent", lambda s: units.show_bytes(s["wire_bytes_sent"])),
         ("all-reduce would send", lambda s: units.show_bytes(s["allreduce_wire_bytes"])),
         ("fewer bytes", lambda s: _times(s["wire_reduction"]) if s["wire_reduction"] else "sent nothing"),
-        ("waited for the link", lambda s: f"{_seconds(s['wait_s'])}, {_share(s['wait_s'], s['wall_s'])}"),
+        ("waited for the link", lambda s: f"{_seconds(s['wait_s'])}, {_share(s['wait_s'], s['train_s'])}"),
         ("tokens/s", lambda s: _number(s["tokens_per_s"], 0)),
         ("time", lambda s: units.show_seconds(s["wall_s"])),
     ]

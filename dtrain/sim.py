@@ -13,7 +13,7 @@ import torch
 from dtrain import checkpoint
 from dtrain.config import Job
 from dtrain.connect import Connection, connect_local
-from dtrain.data import load_corpus
+from dtrain.data.corpus import load_corpus
 from dtrain.metrics import StatusFile
 from dtrain.train import cpu_threads, train_island
 
@@ -22,10 +22,7 @@ _POLL_S = 0.2
 
 def simulate(job: Job, run: Path, *, resume_step: int) -> None:
     """Train all islands of a job in this process; raises the first island's error."""
-    if job.islands.ranks != 1:
-        raise ValueError(
-            f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
-        )
+    assert job.islands.ranks == 1, "the launcher refuses it, before it writes anything"
     torch.set_num_threads(cpu_threads(job))
     corpus = load_corpus(job.data.source)
     errors: list[Exception] = []

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import checkpoint
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
-from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
+from dtrain.data.corpus import Corpus, load_corpus
+from dtrain.data.sampler import heldout_sequences, sample_batch
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate

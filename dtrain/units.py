@@ -1,7 +1,8 @@
-"""How are rates, times and sizes read and shown? (``"10mbit"``, ``"40ms"``, ``1.5 MB``)"""
+"""How are rates, times, sizes and losses read and shown? (``"10mbit"``, ``"40ms"``, ``1.5 MB``, bits a byte)"""
 
 from __future__ import annotations
 
+import math
 import re
 
 _RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
@@ -31,6 +32,11 @@ def _number_with_unit(text: str, units: dict[str, float]) -> float | None:
     if match is None or match[2] not in units:
         return None
     return float(match[1]) * units[match[2]]
+
+
+def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
+    """Loss in nats a token -> bits a byte of text, which compares models of different vocabularies."""
+    return loss_nats / math.log(2) / bytes_per_token
 
 
 def show_bytes(count: float) -> str:

@@ -33,6 +33,7 @@ Start here:
   dtrain run launch/jobs/quickstart.toml   two islands on this machine
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
+  dtrain keys                              what a job file can say
 """
 
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -61,16 +62,19 @@ def run(
 
     Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
     """
-    from dtrain.launch.local import run_local
+    from dtrain.launch.local import Outcome, run_local
 
     script: tuple[str, ...] = context.obj or ()
     if script and not Path(script[0]).is_file():
         raise ValueError(f"no script at {script[0]}")
     console = Console()
-    with open_run(job_file, overrides or (), Choice(resume, fresh, fresh_name), script=bool(script)) as opened:
+    choice = Choice(resume, fresh, fresh_name)
+    with open_run(job_file, overrides or (), choice, how="script" if script else "run") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
-        outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
+        outcome = Outcome(0)
+        if not opened.finished:
+            outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
         if outcome.exit_status == 0:
             _close(console, opened.run, opened.job.islands.count, summary=not script)
     if outcome.exit_status:
@@ -108,11 +112,12 @@ def sim(
 
     changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
     console = Console()
-    with open_run(job_file, changes, Choice(resume, fresh)) as opened:
+    with open_run(job_file, changes, Choice(resume, fresh), how="sim") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
         try:
-            run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+            if not opened.finished:
+                run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
         except KeyboardInterrupt:
             raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
         _close(console, opened.run, opened.job.islands.count, summary=True)
@@ -127,6 +132,8 @@ def report(
 
     Example: dtrain report runs/quickstart runs/allreduce --out both.png
     """
+    if out is not None:
+        _check_picture(out)
     from dtrain.report import compare_rows, load_run
 
     records = [load_run(path) for path in runs]
@@ -172,6 +179,19 @@ def recipes(
     Console().print(_table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
 
 
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="of this section only", show_default=False)] = None,
+) -> None:
+    """List the keys of a job file, what they are when left out, and what they mean.
+
+    Example: dtrain keys link
+    """
+    from dtrain.launch.keys import key_rows
+
+    Console().print(_table(["key", "left out", "meaning"], key_rows(section)))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The ``dtrain`` command."""
     exit_status = run_command(sys.argv[1:] if arguments is None else arguments)
@@ -185,13 +205,22 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line and return its exit status; errors of the user are printed as one line."""
     ours, script = _split_script(arguments)
     try:
+        if "--" in arguments and not script:
+            raise ValueError("no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS, or leave -- out")
         if script and ours[:1] != ["run"]:
             raise ValueError("only dtrain run takes a script after --")
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
     except typer.TyperException as e:
-        return _complain(EXIT_USER_ERROR, f"{e.format_message()} See dtrain --help.")
+        known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+        command = f"dtrain {ours[0]}" if ours and ours[0] in known else "dtrain"
+        message = e.format_message()
+        return _complain(EXIT_USER_ERROR, f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help.")
     except ValueError as e:
         return _complain(EXIT_USER_ERROR, str(e))
+    except OSError as e:
+        if e.filename is None or ours[:1] == ["train"]:  # not a path that somebody typed
+            raise
+        return _complain(EXIT_USER_ERROR, f"{e.filename}: {e.strerror}; name a path that can be used")
     except PeerLost as e:
         return _complain(EXIT_RESUMABLE, str(e))
     except (KeyboardInterrupt, typer.Abort):
@@ -231,6 +260,15 @@ def _close(console: Console, run_folder: Path, num_islands: int, *, summary: boo
     if summary:
         console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)
         console.print(Text(f"  dtrain eval {run_folder}      its models, evaluated again"), soft_wrap=True)
+
+
+def _check_picture(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: pictures are drawn as PNG; name a file that ends in .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first, or name another")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> Table:

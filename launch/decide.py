@@ -43,15 +43,21 @@ class Stop:
     show: int | None = None
 
 
-def decide(islands: Sequence[Seen], *, trained: bool, timeout_s: float) -> Done | Restart | Stop | None:
-    """None: nothing to do. ``trained``: a step was made in this launch, so that going on later makes sense."""
+def decide(islands: Sequence[Seen], *, trained: bool, script: bool = False) -> Done | Restart | Stop | None:
+    """None: nothing to do.
+
+    ``trained``: a step was made in this launch, so that going on later makes sense. ``script``: somebody's own runs, and one line
+    says too little of where it failed."""
     failed = [seen for seen in islands if seen.state == "failed"]
     running = [seen for seen in islands if seen.state == "running"]
     if not failed:
         return None if running else Done()
+    bug = next((seen.island for seen in failed if seen.kind == "bug"), None)
     for seen in sorted(failed, key=lambda seen: seen.kind != "user"):
-        if seen.kind in ("user", "resumable"):
-            return Stop(2 if seen.kind == "user" else 75, f"island {seen.island}: {seen.message}")
+        if seen.kind == "user":
+            return Stop(2, f"island {seen.island}: {seen.message}", show=seen.island if script else None)
+        if seen.kind == "resumable":
+            return Stop(75, f"island {seen.island}: {seen.message}", show=bug)
     if min(seen.failed_for_s for seen in failed) < TOGETHER_S:
         return None
     if not running and not trained:
@@ -60,18 +66,20 @@ def decide(islands: Sequence[Seen], *, trained: bool, timeout_s: float) -> Done 
         return Stop(75, f"{_names(failed)} failed after another island had finished", show=failed[0].island)
     if any(seen.restarts_left == 0 for seen in failed):
         return None if running else Stop(75, f"{_names(failed)} failed and no restarts are left", show=failed[0].island)
-    return Restart(tuple(seen.island for seen in failed)) if _others_wait(failed, running, timeout_s) else None
+    return Restart(tuple(seen.island for seen in failed)) if _others_wait(failed, running) else None
 
 
-def _others_wait(failed: Sequence[Seen], running: Sequence[Seen], timeout_s: float) -> bool:
+def _others_wait(failed: Sequence[Seen], running: Sequence[Seen]) -> bool:
     """The rest must stand still before the run is set back under them: until then they write metrics and checkpoints.
 
-    An island that talks rarely notices late, one that never talks not at all: hence the time-out.
-    """
-    lost = {seen.island for seen in failed}
-    if max(seen.failed_for_s for seen in failed) > timeout_s:
-        return True
-    return all(lost & set(seen.waiting_for) or not seen.says_state for seen in running)
+    An island may stand still behind another one, as in a ring. One that talks rarely notices late, and one that never talks at
+    the final merge: no clock is a reason to take away the steps that it makes until then."""
+    stuck = {seen.island for seen in failed}
+    moving = [seen for seen in running if seen.says_state]
+    while behind := [seen for seen in moving if stuck & set(seen.waiting_for)]:
+        stuck |= {seen.island for seen in behind}
+        moving = [seen for seen in moving if seen.island not in stuck]
+    return not moving
 
 
 def _names(islands: Sequence[Seen]) -> str:

@@ -13,6 +13,7 @@ from dtrain.config import Job
 from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
 from dtrain.metrics import ErrorNote, read_error
 
+_TRACEBACK = "Traceback (most recent call last)"
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
 _NEWS = ("status.json", "error.json", "part.json")
 
@@ -91,17 +92,25 @@ def last_word(run: Path, island: int) -> ErrorNote:
 
 
 def last_lines(run: Path, island: int, count: int = 12) -> tuple[Path, list[str]]:
-    """The end of what the island's newest start wrote to stderr, or, where no rank came that far, of torchrun's own log."""
-    starts = sorted(folder(run, island).glob("torchrun/*"), key=lambda p: p.stat().st_mtime_ns)
-    ranks = sorted(starts[-1].glob("attempt_0/*/stderr.log")) if starts else []
-    for log in [*ranks, folder(run, island) / "agent.log"]:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        if lines:
-            return log, lines[-count:]
-    return folder(run, island), []
+    """The end of what the island's newest start wrote to stderr, or, where no rank came that far, of torchrun's own log.
+
+    Of several ranks with a traceback the first to end is shown: what the others say is its echo."""
+    starts = sorted(folder(run, island).glob("torchrun/*"), key=_changed)
+    ranks = sorted(starts[-1].glob("attempt_0/*/stderr.log"), key=_changed) if starts else []
+    texts = [(log, log.read_text(encoding="utf-8", errors="replace")) for log in ranks]
+    texts.sort(key=lambda entry: _TRACEBACK not in entry[1])
+    agent = folder(run, island) / "agent.log"
+    if agent.exists():
+        texts.append((agent, agent.read_text(encoding="utf-8", errors="replace")))
+    log, text = next(((log, text) for log, text in texts if text.strip()), (folder(run, island), ""))
+    return log, text.splitlines()[-count:]
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def stdout_log(run: Path, island: int, epoch: int) -> Path | None:
     """Where rank 0 of an island's start prints to; None before torchrun made the file."""
     logs = list(folder(run, island).glob(f"torchrun/epoch{epoch}_*/attempt_0/0/stdout.log"))
-    return max(logs, key=lambda p: p.stat().st_mtime_ns) if logs else None
+    return max(logs, key=_changed) if logs else None

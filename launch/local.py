@@ -23,7 +23,7 @@ from dtrain.config import Job
 from dtrain.launch import islands, meeting, processes
 from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
-from dtrain.launch.run_folder import resume_step_of
+from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
         for line in printed.lines(fleet.epoch):
             view.line(line)
         trained = any(island.loss is not None and island.step > fleet.step for island in fleet.views)
-        match decide(seen, trained=trained, timeout_s=launch.job.link.timeout_s):
+        match decide(seen, trained=trained, script=bool(launch.script)):
             case Done():
                 for line in printed.lines(fleet.epoch):
                     view.line(line)

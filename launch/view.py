@@ -5,35 +5,55 @@ The functions are pure (islands -> what is shown); LiveView owns the screen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.launch.progress import IslandView
+from dtrain.launch.progress import IslandView, slowest_step
 from dtrain.units import show_bytes, show_seconds
 
 PLAIN_EVERY_S = 10.0
 
+# Two lines for each of more islands would not fit on a screen.
+_MOST_WITH_TWO_LINES = 8
+_NAMED = 3  # islands waited for that are named one by one
+_BAR_COLUMNS = (3, 40)  # the shortest that still shows something, and the longest
+_GAP = 2
+_WORDS_COLUMNS = 36  # kept free for "waiting for island 1, 12 s of 300", so that bars do not jump when an island begins to wait
 
-def picture(islands: Sequence[IslandView]) -> RenderableType:
-    """A progress bar an island, with what it learns, sends and waits for."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("island")
-    table.add_column("progress", min_width=10, ratio=1)
-    for name in ("step", "loss", "tokens/s", "sent", "waited for link"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("now", no_wrap=True)
-    for view in islands:
-        bar = ProgressBar(total=max(view.steps, 1), completed=view.step, width=None)
-        lost = bool(view.note) or view.state == "waiting"
-        table.add_row(str(view.island), bar, _steps(view), *_numbers(view), Text(now(view), style="yellow" if lost else "green"))
-    return table
+
+def picture(islands: Sequence[IslandView], columns: int, rows: int | None = None) -> RenderableType:
+    """A progress bar an island, what it does, and what it learns, sends and waits for, in at most ``rows`` lines.
+
+    It is laid out by hand: a table of rich's gives up the columns that are hard to do without, the bar first."""
+    fit = len(islands) if rows is None or len(islands) < rows else max(rows - 2, 1)
+    shown, left = islands[:fit], islands[fit:]
+    two_lines = len(islands) <= _MOST_WITH_TWO_LINES and (rows is None or 2 * len(islands) < rows)
+    heads, steps = [f"island {view.island}" for view in shown], [_steps(view) for view in shown]
+    name, counted = _longest(heads), _longest(steps)
+    least, most = _BAR_COLUMNS
+    room = columns - name - counted - 3 * _GAP  # for the bar and the words
+    words = [now(view) if two_lines else _with_loss(view, room - least) for view in shown]
+    bar = min(max(room - max(_longest(words), _WORDS_COLUMNS), least), most)
+    lines: list[RenderableType] = []
+    for view, head, count, word in zip(shown, heads, steps, words, strict=True):
+        row = Table.grid(padding=(0, _GAP))
+        for width in (name, bar, counted, len(word)):
+            row.add_column(width=width, no_wrap=True)
+        done = ProgressBar(total=max(view.steps, 1), completed=view.step, width=bar)
+        row.add_row(head, done, Text(count, justify="right"), Text(word, style="yellow" if _troubled(view) else "green"))
+        lines.append(row)
+        if two_lines and view.loss is not None:
+            lines.append(Text(f"    {'  '.join(_numbers(view))}", style="dim", no_wrap=True))
+    if left:
+        lines.append(Text(f"and {len(left)} more, at step {slowest_step(left)} or later", style="dim"))
+    return Group(*lines)
 
 
 def plain_line(islands: Sequence[IslandView]) -> str:
@@ -47,8 +67,7 @@ def now(view: IslandView) -> str:
         return view.note
     if not view.waiting_for:
         return view.state
-    names = ", ".join(str(island) for island in view.waiting_for)
-    return f"waiting for island{'s' if len(view.waiting_for) > 1 else ''} {names}, {view.waited_s:.0f} s of {view.timeout_s:.0f}"
+    return f"waiting for {_names(view.waiting_for)}, {view.waited_s:.0f} s of {view.timeout_s:.0f}"
 
 
 class LiveView:
@@ -73,7 +92,7 @@ class LiveView:
     def show(self, islands: Sequence[IslandView], now_s: float) -> None:
         """Redraw; where the output is no terminal, one line every 10 s at most, and none that repeats the last."""
         if self._live is not None:
-            self._live.update(picture(islands), refresh=True)
+            self._live.update(picture(islands, self._console.width, self._console.height), refresh=True)
             return
         if self._said_at is not None and now_s - self._said_at < PLAIN_EVERY_S:
             return
@@ -89,18 +108,38 @@ class LiveView:
 
 def _plain(view: IslandView) -> str:
     words = f"island {view.island}: {now(view)}"
-    if view.loss is None:
-        return words
-    loss, speed, sent, waited = _numbers(view)
-    return f"{words}, step {_steps(view)}, loss {loss}, {speed} tokens/s, sent {sent}, waited {waited}"
+    return words if view.loss is None else ", ".join((words, f"step {_steps(view)}", *_numbers(view)))
+
+
+def _names(islands: Sequence[int]) -> str:
+    if len(islands) == 1:
+        return f"island {islands[0]}"
+    if len(islands) <= _NAMED:
+        return f"islands {', '.join(map(str, islands))}"
+    return f"island {islands[0]} and {len(islands) - 1} more"
+
+
+def _with_loss(view: IslandView, columns: int) -> str:
+    """Where there is no second line the loss stands here, unless the words take all the room."""
+    words = now(view)
+    both = words if view.loss is None else f"loss {view.loss:.3f}  {words}"
+    return both if len(both) <= columns else words
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
+
+
+def _troubled(view: IslandView) -> bool:
+    return bool(view.note) or view.state == "waiting"
 
 
 def _steps(view: IslandView) -> str:
     return f"{view.step}/{view.steps}"
 
 
-def _numbers(view: IslandView) -> tuple[str, str, str, str]:
-    if view.loss is None:
-        return "-", "-", "-", "-"
-    speed = "-" if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
-    return f"{view.loss:.3f}", speed, show_bytes(view.wire_bytes_sent), show_seconds(round(view.wait_s, 1))
+def _numbers(view: IslandView) -> tuple[str, ...]:
+    assert view.loss is not None
+    waited = f"waited for link {show_seconds(round(view.wait_s, 1))}"
+    speed = () if view.tokens_per_s is None else (f"{view.tokens_per_s:,.0f} tokens/s",)
+    return (f"loss {view.loss:.3f}", *speed, f"sent {show_bytes(view.wire_bytes_sent)}", waited)

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Shard = Literal["iid", "by_file"]
 
 HOLD_OUT_EVERY = 50
 BLOCK_BYTES = 64 * 1024  # of a single text file: hundreds of sequences, so that few of them lose their beginning to a cut
@@ -47,15 +49,62 @@ class Corpus:
 
 def load_corpus(source: str) -> Corpus:
     """``"stdlib"`` (the running Python's own library), or the path of a text file, a folder of text files, or a token file."""
-    if source == "stdlib":
-        return _from_files(source, _stdlib_files())
-    path = Path(source)
+    try:
+        return _from_files(source, _stdlib_files()) if source == "stdlib" else _from_path(Path(source))
+    except OSError as e:
+        at = "" if e.filename is None or str(e.filename) == source else f" at {e.filename}"
+        raise ValueError(
+            f'data.source = "{source}" cannot be read{at}: {e.strerror or e}; use "stdlib", or a path that can be read'
+        ) from None
+
+
+def check_fits(corpus: Corpus, *, context: int, num_islands: int, shard: Shard) -> None:
+    """Raises ValueError, with one line, where an island could not draw a batch or the held-out text is too short."""
+    for island in range(num_islands if shard == "by_file" else 1):
+        num_starts(corpus, own_files(corpus, island, num_islands, shard), island=island, context=context)
+    num_heldout_starts(corpus, context)
+
+
+def own_files(corpus: Corpus, island: int, num_islands: int, shard: Shard) -> NDArray[np.int64]:
+    """The training files that an island draws from, by their number."""
+    if shard == "iid":
+        return np.arange(corpus.num_files)
+    if corpus.num_files < num_islands:
+        raise ValueError(
+            f'islands.shard = "by_file" needs a training file for each of {num_islands} islands, '
+            f'"{corpus.source}" has {corpus.num_files}; use islands.shard = "iid" or more files'
+        )
+    return np.arange(island, corpus.num_files, num_islands)
+
+
+def num_starts(corpus: Corpus, own: NDArray[np.int64], *, island: int, context: int) -> int:
+    """At how many places a training sequence can start in an island's files, laid end to end."""
+    num_tokens = int(np.diff(corpus.file_starts)[own].sum())
+    if num_tokens <= context:
+        raise ValueError(
+            f'data.source = "{corpus.source}" has {num_tokens} training tokens for island {island}, '
+            f"too few for model.context = {context}; use a shorter context or more text"
+        )
+    return num_tokens - context
+
+
+def num_heldout_starts(corpus: Corpus, context: int) -> int:
+    """At how many places a held-out sequence can start."""
+    if len(corpus.heldout) <= context:
+        raise ValueError(
+            f'data.source = "{corpus.source}" holds out {len(corpus.heldout)} tokens, '
+            f"too few for model.context = {context}; use a shorter context or more text"
+        )
+    return len(corpus.heldout) - context
+
+
+def _from_path(path: Path) -> Corpus:
     if path.is_dir():
-        return _from_files(source, _text_files(path))
+        return _from_files(str(path), _text_files(path))
     if not path.is_file():
-        raise ValueError(f'data.source = "{source}" does not exist; use "stdlib", a text file, a folder, or a .bin token file')
+        raise ValueError(f'data.source = "{path}" does not exist; use "stdlib", a text file, a folder, or a .bin token file')
     if path.stat().st_size == 0:
-        raise ValueError(f'data.source = "{source}" is an empty file; use one that holds text or tokens')
+        raise ValueError(f'data.source = "{path}" is an empty file; use one that holds text or tokens')
     return _from_token_file(path) if path.suffix == ".bin" else _from_text_file(path)
 
 

@@ -4,16 +4,14 @@ run needs no data state; held-out sequences are fixed, so every run is measured 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtrain.data.corpus import Corpus
-
-Shard = Literal["iid", "by_file"]
+from dtrain.data.corpus import Corpus, Shard, num_heldout_starts, num_starts, own_files
 
 
 def sample_batch(
@@ -30,15 +28,10 @@ def sample_batch(
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, (batch, context) int64 each. ``"iid"`` draws from all files, ``"by_file"`` from the island's own."""
-    own = _own_files(corpus, island, num_islands) if shard == "by_file" else np.arange(corpus.num_files)
+    own = own_files(corpus, island, num_islands, shard)
     lengths = np.diff(corpus.file_starts)[own]
-    num_starts = int(lengths.sum()) - context
-    if num_starts < 1:
-        raise ValueError(
-            f'data.source = "{corpus.source}" has {num_starts + context} training tokens for island {island}, '
-            f"too few for model.context = {context}; use a shorter context or more text"
-        )
-    starts = (_random_words(seed, island, rank, step, micro, batch) % np.uint64(num_starts)).astype(np.int64)
+    count = num_starts(corpus, own, island=island, context=context)
+    starts = (_random_words(seed, island, rank, step, micro, batch) % np.uint64(count)).astype(np.int64)
     positions = starts[:, None] + np.arange(context + 1)  # (batch, context + 1), in the island's files laid end to end
     if shard == "by_file":
         ends = np.cumsum(lengths)
@@ -52,23 +45,8 @@ def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[T
 
     No token is predicted twice where count * context + 1 tokens are held out; where there are fewer, sequences overlap evenly.
     """
-    num_starts = len(corpus.heldout) - context
-    if num_starts < 1:
-        raise ValueError(
-            f'data.source = "{corpus.source}" holds out {len(corpus.heldout)} tokens, '
-            f"too few for model.context = {context}; use a shorter context or more text"
-        )
-    starts = np.arange(count, dtype=np.int64) * (num_starts - 1) // max(1, count - 1)
+    starts = np.arange(count, dtype=np.int64) * (num_heldout_starts(corpus, context) - 1) // max(1, count - 1)
     return _inputs_and_targets(corpus.heldout, starts[:, None] + np.arange(context + 1))
-
-
-def _own_files(corpus: Corpus, island: int, num_islands: int) -> NDArray[np.int64]:
-    if corpus.num_files < num_islands:
-        raise ValueError(
-            f'islands.shard = "by_file" needs a training file for each of {num_islands} islands, '
-            f'"{corpus.source}" has {corpus.num_files}; use islands.shard = "iid" or more files'
-        )
-    return np.arange(island, corpus.num_files, num_islands)
 
 
 def _random_words(seed: int, island: int, rank: int, step: int, micro: int, count: int) -> NDArray[np.uint64]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dtrain import checkpoint
 
@@ -60,7 +63,7 @@ def test_an_interrupted_write_is_no_checkpoint_and_is_removed(tmp_path: Path) ->
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest", "torn manifest"])
 def test_damage_is_one_line_and_never_loaded(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 1)
     folder = checkpoint.island_folder(tmp_path, 1, 1)
@@ -73,6 +76,8 @@ def test_damage_is_one_line_and_never_loaded(tmp_path: Path, damage: str) -> Non
         data.write_bytes(content)
     elif damage == "remove":
         data.unlink()
+    elif damage == "torn manifest":
+        (folder / "manifest.json").write_text('{"step": 1, "fil')
     else:
         (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="step_00000001") as said:
@@ -93,9 +98,10 @@ def test_another_model_is_refused_by_name_and_shapes(tmp_path: Path) -> None:
 
 def test_other_islands_start_from_the_mean_and_are_told_what_is_dropped(tmp_path: Path) -> None:
     save(tmp_path, 4, islands=3)
-    said = checkpoint.merge_for_resume(tmp_path, 4, 3)
+    checkpoint.merge_for_resume(tmp_path, 4, 3)
+    said = checkpoint.merged_note(tmp_path / "init.safetensors")
     assert "3 islands at step 4" in said
-    assert "momentum" in said
+    assert "dropped: inner optimizer state" in said
     merged = checkpoint.load_weights(tmp_path / "init.safetensors")
     assert checkpoint.weights_step(tmp_path / "init.safetensors") == 4
     for name in ("weight", "half"):
@@ -103,6 +109,58 @@ def test_other_islands_start_from_the_mean_and_are_told_what_is_dropped(tmp_path
         # One rounding from float64: half a unit in the last place of the stored type.
         unit = torch.finfo(merged[name].dtype).eps
         assert torch.all((merged[name].to(torch.float64) - exact).abs() <= unit / 2 * exact.abs().clamp_min(1e-30) * 2)
+
+
+def test_merged_weights_know_the_training_time_of_the_slowest_island(tmp_path: Path) -> None:
+    for island, time_s in enumerate((12.5, 99.25, None)):
+        clock = {} if time_s is None else {"clock.time_s": torch.tensor(time_s, dtype=torch.float64)}
+        checkpoint.save_island(tmp_path, 4, island, tensors(island) | clock, rank=0, num_ranks=1)
+    merged = tmp_path / "init.safetensors"
+    checkpoint.merge_for_resume(tmp_path, 4, 2)
+    assert checkpoint.weights_time_s(merged) == 99.25
+    checkpoint.save_island(tmp_path, 5, 0, tensors(0), rank=0, num_ranks=1)
+    checkpoint.merge_for_resume(tmp_path, 5, 1)
+    assert checkpoint.weights_time_s(merged) == 0.0
+    checkpoint.save_weights(merged, {}, step=6)
+    assert checkpoint.weights_time_s(merged) == 0.0, "weights that were saved otherwise have no clock"
+
+
+def test_a_commit_knows_its_number_of_islands(tmp_path: Path) -> None:
+    save(tmp_path, 4, islands=3)
+    checkpoint.commit_ready(tmp_path, 3, keep=1)
+    assert checkpoint.commit_islands(tmp_path, 4) == 3
+    (checkpoint.step_folder(tmp_path, 4) / "COMMIT").write_text("")
+    with pytest.raises(ValueError, match=r"COMMIT is damaged; remove .*step_00000004 to resume"):
+        checkpoint.commit_islands(tmp_path, 4)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, **options: object) -> None:
+        raise CheckpointException("write", {0: (OSError(28, "No space left on device"), StackSummary())})
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match=r"island0 could not be written; is the disk full\? \(.*No space left on device\)"):
+        save(tmp_path, 1)
+    assert not checkpoint.island_folder(tmp_path, 1, 0).exists()
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_weights(path, {"w": torch.zeros(100)}, step=1)
+    path.write_bytes(path.read_bytes()[:-40])
+    for read in (checkpoint.load_weights, checkpoint.weights_step):
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged .*; remove it") as said:
+            read(path)
+        assert "\n" not in str(said.value)
+
+
+def test_torch_does_not_warn_that_an_island_of_one_rank_has_no_group(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path, 1)
+        checkpoint.load_island(tmp_path, 1, 0)
 
 
 def test_a_torch_optimizer_comes_back_whole() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
-from dtrain.data.sampler import Shard
+from dtrain.data.corpus import Corpus, Shard, check_fits, load_corpus
+from dtrain.data.sampler import heldout_sequences, sample_batch
 
 HELD, TRAINED = ord("H"), ord("t")
 
@@ -257,6 +259,21 @@ def test_sources_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_what_the_system_does_not_let_one_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r'^data.source = "x+" cannot be read: File name too long; use "stdlib"'):
+        load_corpus("x" * 300)
+    (tmp_path / "file.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"file.txt/below\" does not exist"):
+        load_corpus(str(tmp_path / "file.txt" / "below"))
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)  # not by mode bits: root may read everything
+    with pytest.raises(ValueError, match=r"texts\" cannot be read at .*texts/part00/0.txt: Permission denied"):
+        load_corpus(str(folder(tmp_path, 2)))
+
+
 def test_a_corpus_too_short_for_the_context_is_one_line(tmp_path: Path) -> None:
     corpus = load_corpus(str(folder(tmp_path, 4, num_bytes=40)))  # 120 to train on, 40 held out; 80 and 40 by file
     with pytest.raises(ValueError, match=r"has 120 training tokens .* model.context = 120"):
@@ -267,6 +284,24 @@ def test_a_corpus_too_short_for_the_context_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds out 40 tokens, .* model.context = 40"):
         heldout_sequences(corpus, context=40)
     assert heldout_sequences(corpus, context=39)[0].shape == (512, 39)
+
+
+def test_the_launchers_check_refuses_what_an_island_would_refuse(tmp_path: Path) -> None:
+    corpus = load_corpus(str(folder(tmp_path, 4, num_bytes=40)))  # 120 to train on, 40 held out; 80 and 40 by file
+    check_fits(corpus, context=39, num_islands=3, shard="by_file")
+    for context, num_islands, shard, message in (
+        (120, 2, "iid", "has 120 training tokens for island 0"),
+        (40, 2, "by_file", "has 40 training tokens for island 1"),
+        (40, 2, "iid", "holds out 40 tokens"),
+        (8, 4, "by_file", "a training file for each of 4 islands"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_fits(corpus, context=context, num_islands=num_islands, shard=shard)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_check_needs_no_torch() -> None:
+    probe = "import sys; from dtrain.data.corpus import check_fits; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_more_islands_than_files_is_one_line(tmp_path: Path) -> None:

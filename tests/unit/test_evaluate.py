@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.evaluate import bits_per_byte, evaluate
+from dtrain.evaluate import evaluate
+from dtrain.units import bits_per_byte
 
 
 class Bigram(nn.Module):

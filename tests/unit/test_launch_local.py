@@ -17,7 +17,7 @@ import pytest
 import dtrain
 from dtrain.config import LinkSection, parse_job
 from dtrain.launch import meeting, processes
-from dtrain.launch.islands import Launch, command, environment
+from dtrain.launch.islands import Launch, command, environment, last_lines
 
 PACKAGE_ROOT = Path(dtrain.__file__).parents[1]
 DEADLINE_S = 60.0  # a launch takes 5 s on two idle cores: three imports of torch
@@ -132,7 +132,7 @@ def test_a_killed_island_is_started_again_in_the_next_epoch(start: Start, tmp_pa
 
 
 @pytest.mark.timeout(90)
-def test_a_users_error_on_one_island_ends_all_with_its_line(start: Start, tmp_path: Path) -> None:
+def test_an_error_of_a_script_ends_all_with_its_traceback_and_its_line(start: Start, tmp_path: Path) -> None:
     launcher = start(
         "import os, time\n"
         "if os.environ['DTRAIN_ISLAND'] == '1':\n"
@@ -140,7 +140,12 @@ def test_a_users_error_on_one_island_ends_all_with_its_line(start: Start, tmp_pa
         "time.sleep(600)\n"
     )
     _, err = launcher.communicate(timeout=DEADLINE_S)
-    assert (launcher.returncode, err) == (2, 'dtrain: island 1: data.source = "x" is not there; name a file\n')
+    assert launcher.returncode == 2
+    lines = err.splitlines()
+    assert lines[0].startswith("the end of ")
+    assert lines[0].endswith("stderr.log:")
+    assert any("script.py" in line and "line 3" in line for line in lines), "where it was raised"
+    assert lines[-1] == 'dtrain: island 1: data.source = "x" is not there; name a file'
     assert members(tmp_path) == []
 
 
@@ -241,6 +246,23 @@ def test_a_port_that_is_taken_and_an_interface_that_is_not_there_are_one_line() 
             meeting.listen(LinkSection.model_validate({"port": port}))
     with pytest.raises(ValueError, match=r"link.interface = 'nope0' is not an interface of this machine; it has .*lo"):
         meeting.listen(LinkSection.model_validate({"interface": "nope0"}))
+
+
+def test_the_rank_that_failed_first_is_shown_and_not_its_echo(tmp_path: Path) -> None:
+    def write(rank: int, text: str, at_s: int) -> Path:
+        log = tmp_path / "logs" / "island1" / "torchrun" / "epoch0_x" / "attempt_0" / str(rank) / "stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(text)
+        os.utime(log, (at_s, at_s))
+        return log
+
+    assert last_lines(tmp_path, 1) == (tmp_path / "logs" / "island1", [])
+    traceback = "Traceback (most recent call last):\n"
+    write(0, "a warning\n", 1)
+    write(1, traceback + "RuntimeError: connection closed by peer\n", 9)
+    cause = write(2, traceback + "ZeroDivisionError: division by zero\n", 8)
+    log, lines = last_lines(tmp_path, 1)
+    assert (log, lines[-1]) == (cause, "ZeroDivisionError: division by zero")
 
 
 def test_threads_share_the_cores_and_torchrun_runs_the_resolved_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

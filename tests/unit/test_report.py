@@ -217,6 +217,7 @@ def test_runs_stand_side_by_side() -> None:
     assert header == ["", "one", "two"]
     assert ["recipe", "diloco", "local"] in rows
     assert ["bits per byte", "0.5000", "0.5100"] in rows
+    assert ["waited for the link", "1.5 s, 15.0 %", "1.5 s, 15.0 %"] in rows, "of training, as the closing table says"
     assert ["above the best", "best", "+2.00 %"] in rows
     assert {len(row) for row in rows} == {3}
 
@@ -260,6 +261,39 @@ def test_both_pictures_are_drawn_in_full_size(tmp_path: Path) -> None:
     assert (run / "loss.png").stat().st_size > 20_000
     assert (tmp_path / "compare.png").stat().st_size > 20_000
     assert not [entry for entry in run.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_run_whose_metrics_were_emptied_is_drawn_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [FIRST, SECOND])
+    (run / "metrics.jsonl").write_text("")
+    report.write_summary(run, 2)
+    plots.plot_compare([report.load_run(run), record("other")], tmp_path / "compare.png")
+    assert png_size(run / "loss.png") == (1650, 690)
+    assert png_size(tmp_path / "compare.png") == (2475, 690)
+
+
+def test_a_summary_that_lacks_something_is_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [FIRST, SECOND])
+    summary = report.write_summary(run, 2)
+    for name in ("recipe", "eval_loss", "train_s"):
+        metrics.write_json(run / "summary.json", {key: value for key, value in summary.items() if key != name})
+        with pytest.raises(ValueError, match=rf"summary\.json lacks {name}; write it again with: dtrain run .* --resume"):
+            report.load_run(run)
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks recipe, islands, ranks"):
+        report.load_run(run)
+
+
+def test_the_tables_and_pictures_need_no_more_of_a_summary_than_is_checked(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [FIRST, SECOND])
+    summary = report.write_summary(run, 2)
+    shown = {name: summary[name] for name in report._SHOWN}
+    metrics.write_json(run / "summary.json", shown)
+    loaded = report.load_run(run)
+    report.compare_rows([loaded])
+    report.closing_rows(shown)
+    plots.plot_run(loaded.lines, shown, tmp_path / "loss.png")
+    plots.plot_compare([loaded], tmp_path / "compare.png")
 
 
 @pytest.mark.parametrize(("islands", "steps"), [(1, 1), (9, 3)])

@@ -1,0 +1,65 @@
+"""Would every island of this job fail at once? What can be known before anything is written is said here, in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dtrain.config import Job, load_job
+from dtrain.launch import meeting
+from dtrain.recipes import AXES, of_section
+
+How = Literal["run", "script", "sim"]
+"""By torchrun, somebody's own script by torchrun, or in this process."""
+
+
+def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """``load_job``, with one line also for a path that the system refuses."""
+    try:
+        return load_job(path, overrides)
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror or e}; name a job file that can") from None
+
+
+def resolved(job: Job) -> Job:
+    """The job with every answer of its recipe written out, so that a run stays what it is when a recipe's row changes.
+
+    Raises ValueError for answers that do not fit together."""
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
+    return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
+
+
+def with_absolute_source(job: Job) -> Job:
+    """The job as a run keeps it: it must find its text again from any working directory."""
+    if job.data.source == "stdlib":
+        return job
+    return job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+
+
+def check_input(job: Job, how: How) -> None:
+    """Raises ValueError for what would make every island fail; writes nothing."""
+    if how == "sim":
+        if job.islands.ranks != 1:
+            raise ValueError(
+                f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
+            )
+    else:
+        _check_link(job)
+    if how != "script":  # a script reads data of its own
+        from dtrain.data.corpus import check_fits, load_corpus
+
+        corpus = load_corpus(job.data.source)
+        check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
+
+
+def _check_link(job: Job) -> None:
+    listener, _ = meeting.listen(job.link)
+    listener.close()
+    if job.link.transport == "nccl":
+        import torch  # 2 s, which only this transport is worth
+
+        if not torch.cuda.is_available():
+            raise ValueError('link.transport = "nccl" needs CUDA GPUs, and this machine shows none; use "c10d"')

@@ -1,0 +1,160 @@
+"""From where does a run go on, and what may be different when it does?
+
+A resumed run keeps the job that its folder holds; only those keys may change that do not change what is being trained. Whatever
+moment the launcher is killed at, the folder can be resumed again and nothing is lost but what was said to be dropped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dtrain import metrics
+from dtrain.config import Job, dump_job
+from dtrain.launch.checks import read_job, resolved, with_absolute_source
+from dtrain.launch.islands import folder
+
+_MAY_CHANGE = {
+    ("train", "steps"),
+    ("train", "checkpoint_every"),
+    ("train", "keep"),
+    ("train", "eval_every"),
+    ("train", "consensus_every"),
+    ("islands", "count"),
+    ("islands", "max_restarts"),
+    ("islands", "threads"),
+}
+# what the end of a run leaves, and what would pass for the result of one that goes on
+_RESULTS = ("summary.json", "loss.png", "model.safetensors", "islands")
+
+
+def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
+    """The folder's job with the overrides; raises ValueError naming a key that may not change."""
+    old, new = (with_absolute_source(read_job(run / "job.toml", changes)) for changes in ((), overrides))
+    if old.sync.algorithm is not None:  # not a script's
+        new = resolved(new)
+    for section in Job.model_fields:
+        before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
+        for key in before:
+            if before[key] != after[key] and section != "link" and (section, key) not in _MAY_CHANGE:
+                allowed = ", ".join(f"{s}.{k}" for s, k in sorted(_MAY_CHANGE))
+                raise ValueError(
+                    f"{section}.{key} = {after[key]!r} differs from the run's {before[key]!r}; a resumed run may change "
+                    f"{allowed} and link.*; start another run with --fresh-name"
+                )
+    return new
+
+
+def is_finished(run: Path, job: Job) -> bool:
+    """Whether nothing is left to do for the islands."""
+    return (run / "model.safetensors").exists() and _steps_done(run, job.islands.count) == job.train.steps
+
+
+def go_on(run: Path, kept: Job) -> tuple[int, tuple[str, ...]]:
+    """Make the folder ready to go on with the job ``kept``: the step to go on from, and what a person should know.
+
+    Raises ValueError before anything is lost. The order counts: job.toml changes after all that reads by the old number of
+    islands is done, and before checkpoints of the old number are put aside, which a resume that finds them does again."""
+    from dtrain import checkpoint
+
+    old = read_job(run / "job.toml")
+    checkpoint.commit_ready(run, old.islands.count, old.train.keep)  # the launcher may have been killed just before it did
+    commit = checkpoint.newest_commit(run)
+    _refuse_going_back(run, old, kept)
+    num_islands = kept.islands.count if commit is None else checkpoint.commit_islands(run, commit)
+    if commit is not None and num_islands != kept.islands.count:
+        checkpoint.merge_for_resume(run, commit, num_islands)
+    checkpoint.discard_partial(run)
+    write_job(run, kept)
+    if num_islands != kept.islands.count:
+        _set_aside(run, num_islands)
+    step = resume_step_of(run)
+    notes = [*_changes(old, kept)]
+    if checkpoint.newest_commit(run) is None and (run / "init.safetensors").exists():
+        notes.append(checkpoint.merged_note(run / "init.safetensors"))
+    notes.append(f"resuming from step {step}" if step else "there is no checkpoint yet: starting from step 0")
+    if step < kept.train.steps:
+        remove(run / name for name in _RESULTS)
+    metrics.cut_back(run / "metrics.jsonl", step)
+    return step, tuple(notes)
+
+
+def resume_step_of(run: Path) -> int:
+    """The step that a start goes on from: the newest commit, else merged weights of another number of islands, else 0."""
+    if not (run / "checkpoints").is_dir() and not (run / "init.safetensors").exists():
+        return 0
+    from dtrain.checkpoint import newest_commit, weights_step
+
+    step = newest_commit(run)
+    if step is not None:
+        return step
+    merged = run / "init.safetensors"
+    return weights_step(merged) if merged.exists() else 0
+
+
+def write_job(run: Path, job: Job) -> None:
+    metrics.write_whole(run / "job.toml", dump_job(job).encode())
+
+
+def remove(entries: Iterable[Path]) -> None:
+    """Each whole or not at all: a kill in between leaves no folder that lacks half of its files and still looks like one."""
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            gone = entry.with_name(f".removing-{entry.name}")
+            if gone.exists():
+                shutil.rmtree(gone)
+            entry.rename(gone)
+            shutil.rmtree(gone)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _refuse_going_back(run: Path, old: Job, kept: Job) -> None:
+    start, steps = resume_step_of(run), kept.train.steps
+    reached = max(start, _steps_done(run, old.islands.count) or 0)
+    if steps < reached:
+        raise ValueError(
+            f"train.steps = {steps} is less than the {reached} steps that {run} has behind it; use {reached} or more, or start "
+            f"another run with --fresh-name"
+        )
+    if (steps, kept.islands.count) == (old.train.steps, old.islands.count) or not (run / "model.safetensors").exists():
+        return
+    from dtrain.checkpoint import weights_step
+
+    ended = weights_step(run / "model.safetensors")
+    if ended > start:
+        raise ValueError(
+            f"{run} ended at step {ended} and kept no checkpoint to go on from, so that its training would be thrown away; "
+            f"begin again with --fresh and train.checkpoint_every above 0"
+        )
+
+
+def _steps_done(run: Path, num_islands: int) -> int | None:
+    """The steps after which all islands ended; None where one has not, or the number of islands was another."""
+    steps: list[int] = []
+    for island in range(num_islands):
+        try:
+            part = metrics.read_part(folder(run, island))
+        except ValueError:  # not there, or of another version
+            return None
+        if part.islands != num_islands:
+            return None
+        steps.append(part.steps)
+    return min(steps)
+
+
+def _changes(old: Job, kept: Job) -> Iterator[str]:
+    """What a changed key does that one would not expect of it."""
+    if kept.train.steps != old.train.steps:
+        yield (
+            f"train.steps is {kept.train.steps}, was {old.train.steps}: the learning rate follows the schedule of the new length "
+            f"from here on"
+        )
+    if kept.islands.threads != old.islands.threads:
+        yield f"islands.threads is {kept.islands.threads}, was {old.islands.threads}: results may differ in the last bits"
+
+
+def _set_aside(run: Path, num_islands: int) -> None:
+    names = (f"checkpoints.islands{num_islands}", *(f"checkpoints.islands{num_islands}-{n}" for n in range(2, 10_000)))
+    (run / "checkpoints").rename(run / next(name for name in names if not (run / name).exists()))

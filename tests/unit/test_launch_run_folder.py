@@ -1,0 +1,124 @@
+"""Is a run never written over, and is nothing deleted that a person did not give up?"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from dtrain.config import load_job
+from dtrain.launch.run_folder import Choice, open_run
+from tests.unit.small_run import RUN, commit, finish, killed_anywhere, opened, refused, write_job_file, write_metrics
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_job_file()
+
+
+def test_a_run_is_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    run = opened().run
+    write_metrics(run, 3)
+    assert refused(capsys, "run", "job.toml").startswith("runs/small holds a run already; go on with --resume")
+    assert refused(capsys, "sim", "job.toml").startswith("runs/small holds a run already")
+
+
+def test_fresh_removes_the_run_and_leaves_what_is_not_its_own() -> None:
+    run = opened().run
+    write_metrics(run, 3)
+    commit(run, 2, 2)
+    (run / "my-notes.txt").write_text("mine")
+    assert opened("train.steps=7", fresh=True).job.train.steps == 7
+    assert sorted(path.name for path in run.iterdir()) == ["job.toml", "my-notes.txt"]
+
+
+def test_a_kill_inside_fresh_leaves_a_run_that_fresh_and_resume_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened().run
+    commit(run, 5, 2)
+    finish(run, 10)
+    for _ in killed_anywhere(run, lambda: opened(fresh=True), monkeypatch):
+        shutil.copytree(run, "killed")
+        assert opened(resume=True).resume_step in (0, 5)
+        shutil.rmtree(run)
+        shutil.move("killed", run)
+        assert opened(fresh=True).resume_step == 0
+        assert [path.name for path in run.iterdir()] == ["job.toml"]
+
+
+def test_fresh_removes_what_a_kill_left_half_written() -> None:
+    run = opened().run
+    finish(run, 5)
+    for name in (".metrics.jsonl.77", ".summary.json.77", ".loss.png.77", ".job.toml.77", ".writing-model.safetensors"):
+        (run / name).touch()
+    (run / "best.safetensors").write_text("mine")
+    opened(fresh=True)
+    assert sorted(path.name for path in run.iterdir()) == ["best.safetensors", "job.toml"]
+
+
+def test_a_launch_killed_before_it_wrote_its_first_job_can_be_started_again() -> None:
+    RUN.mkdir(parents=True)
+    (RUN / ".job.toml.77").write_text("[jo")
+    opened()
+    assert [path.name for path in RUN.iterdir()] == ["job.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "data.source=gone.txt"], 'data.source = "gone.txt" does not exist'),
+        (["run", "data.source=short.txt"], 'data.source = "short.txt" holds out 3 tokens, too few for model.context = 128'),
+        (["run", "data.source=texts", "islands.count=3", "islands.shard=by_file"], 'islands.shard = "by_file" needs'),
+        (["run", "link.port=1", "link.interface=nope0"], "link.interface = 'nope0' is not an interface"),
+        (["run", "link.transport=nccl"], 'link.transport = "nccl" needs CUDA GPUs'),
+        (["sim", "islands.ranks=2"], "islands.ranks = 2: dtrain sim gives every virtual island one rank"),
+        (["sim", "data.source=short.txt"], 'data.source = "short.txt" holds out 3 tokens'),
+    ],
+)
+def test_bad_input_with_fresh_leaves_the_old_run_as_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Path("short.txt").write_text("x" * 140)
+    Path("texts").mkdir()
+    for number in range(3):
+        Path("texts", f"{number}.txt").write_text("text " * 100)
+    command, *changes = arguments
+    finish(opened().run, 5)
+    assert refused(capsys, command, "job.toml", *changes, "--fresh").startswith(said)
+    Path("none.toml").write_text('[job]\nname = "none"\n')
+    assert refused(capsys, command, "none.toml", *changes).startswith(said), "and no folder is made for it"
+
+
+def test_a_port_that_is_taken_leaves_the_old_run_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    finish(opened().run, 5)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = f"link.port={taken.getsockname()[1]}"
+        assert "cannot be opened on 127.0.0.1" in refused(capsys, "run", "job.toml", port, "--fresh")
+
+
+def test_the_run_keeps_the_absolute_path_of_its_text(tmp_path: Path) -> None:
+    Path("book.txt").write_text("text " * 10_000)
+    run = opened("data.source=book.txt").run
+    assert load_job(run / "job.toml").data.source == str(tmp_path / "book.txt")
+    assert opened("data.source=book.txt", resume=True).notes == ("there is no checkpoint yet: starting from step 0",)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/small").mkdir(parents=True)
+    Path("runs/small/thesis.tex").write_text("years of work")
+    for flags in ([], ["--fresh"]):
+        assert refused(capsys, "run", "job.toml", *flags).startswith("runs/small is not empty and holds no run")
+
+
+def test_fresh_name_takes_the_next_free_one() -> None:
+    assert [opened(fresh_name=True).run.name for _ in range(3)] == ["small", "small-2", "small-3"]
+    assert load_job(Path("runs/small-3/job.toml")).job.name == "small-3"
+
+
+def test_a_run_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_run(Path("job.toml"), [], Choice()):
+        for flag in ("--resume", "--fresh"):
+            assert refused(capsys, "run", "job.toml", flag).startswith("runs/small is in use by another dtrain")
