@@ -26,7 +26,7 @@ from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
 from dtrain.evaluate import evaluate
 from dtrain.launch.cli import run_command
 from dtrain.metrics import Part, read_part
-from dtrain.models.gpt import GPT
+from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
 from dtrain.sim import simulate
 from dtrain.train import build_model
@@ -185,6 +185,16 @@ def test_a_run_is_its_seed_whatever_its_name(texts: Path, tmp_path: Path) -> Non
     for island in range(2):
         assert same(weights_of(one, island), weights_of(other, island))
     assert not same(weights_of(one, 0), weights_of(one, 1))
+
+
+def test_the_model_is_the_jobs_and_starts_from_its_seed(texts: Path) -> None:
+    changes = ("model.layers=2", "model.width=24", "model.heads=3", "model.context=12")
+    model = build_model(job_of(texts, "job.seed=5", *changes), load_corpus(str(texts)))
+    assert model.config == GPTConfig(vocab=256, layers=2, width=24, heads=3, context=12)
+    expected = GPT(model.config)
+    assert not same(expected.state_dict(), model.state_dict())
+    expected.init_weights(5)
+    assert same(expected.state_dict(), model.state_dict())
 
 
 def test_accumulation_is_the_mean_of_its_micro_batches(texts: Path, tmp_path: Path) -> None:
