@@ -347,14 +347,14 @@ def test_a_checkpoint_is_written_each_so_many_steps_and_at_the_end(
 
 def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sync = ('sync.recipe="fedavg"', "sync.every=2", 'sync.codec="bf16"')
-    job = job_of(texts, f'job.dir="{tmp_path / "runs"}"', *sync, "train.checkpoint_every=3", "train.consensus_every=3")
+    job = job_of(texts, f'job.dir="{tmp_path / "runs"}"', *sync, "train.steps=7", "train.checkpoint_every=3", "train.consensus_every=3")
     (tmp_path / "job.toml").write_text(dump_job(job), encoding="utf-8")
     assert run_command(["sim", str(tmp_path / "job.toml")]) == 0, capsys.readouterr().err
     run = tmp_path / "runs" / "run"
     for name in ("job.toml", "metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "checkpoints"):
         assert (run / name).exists(), name
     lines = metrics.read(run / "metrics.jsonl")
-    assert sorted((line["step"], line["island"]) for line in lines) == [(step, i) for step in range(1, 7) for i in range(2)]
+    assert sorted((line["step"], line["island"]) for line in lines) == [(step, i) for step in range(1, 8) for i in range(2)]
     keys = {"step", "island", "loss", "tokens", "tokens_per_s", "wire_bytes_sent", "wire_bytes_received", "wait_s", "lr"}
     for line in lines:
         assert keys <= set(line)
@@ -364,15 +364,15 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
         rounds = line["step"] // 2
         assert line["wire_bytes_sent"] == line["wire_bytes_received"] == rounds * 2 * PARAMETERS
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    sent, ring = 3 * 2 * PARAMETERS, 6 * 4 * PARAMETERS  # 3 rounds of 2 bytes an element; 6 all-reduces of 4
+    sent, ring = 3 * 2 * PARAMETERS, 7 * 4 * PARAMETERS  # 3 rounds of 2 bytes an element; 7 all-reduces of 4
     corpus = load_corpus(str(texts))
     known = {
         "recipe": "fedavg",
         "islands": 2,
         "ranks": 1,
         "parameters": PARAMETERS,
-        "steps": 6,
-        "tokens": 2 * 6 * 4 * 16,
+        "steps": 7,
+        "tokens": 2 * 7 * 4 * 16,
         "wire_bytes_sent": sent,
         "wire_bytes_start": 32,
         "wire_bytes_merge": 3 * 4 * (PARAMETERS + 1),  # the merge and two measurements of the distance, each with its number
@@ -391,6 +391,7 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
     for file in (run / "model.safetensors", *(run / "islands" / f"island{i}.safetensors" for i in range(2))):
         model.load_state_dict(load_file(file))
         losses.append(evaluate(model, heldout_sequences(corpus, 16)))
+    assert len(set(losses)) == 3, "a step after the last round the islands are apart"
     assert summary["eval_loss"] == losses[0]
     assert summary["eval_bits_per_byte"] == pytest.approx(losses[0] / math.log(2), rel=1e-12)
     assert summary["eval_bits_per_byte_islands"] == pytest.approx([loss / math.log(2) for loss in losses[1:]], rel=1e-12)
