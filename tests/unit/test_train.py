@@ -347,7 +347,8 @@ def test_a_checkpoint_is_written_each_so_many_steps_and_at_the_end(
 
 def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sync = ('sync.recipe="fedavg"', "sync.every=2", 'sync.codec="bf16"')
-    job = job_of(texts, f'job.dir="{tmp_path / "runs"}"', *sync, "train.steps=7", "train.checkpoint_every=3", "train.consensus_every=3")
+    often = ("train.steps=7", "train.checkpoint_every=3", "train.consensus_every=3")
+    job = job_of(texts, f'job.dir="{tmp_path / "runs"}"', *sync, *often)
     (tmp_path / "job.toml").write_text(dump_job(job), encoding="utf-8")
     assert run_command(["sim", str(tmp_path / "job.toml")]) == 0, capsys.readouterr().err
     run = tmp_path / "runs" / "run"
