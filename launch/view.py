@@ -18,7 +18,7 @@ from rich.text import Text
 from dtrain.launch.progress import IslandView, slowest_step
 from dtrain.units import show_bytes, show_seconds
 
-PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S, TROUBLE_EVERY_S = 10.0, 2.0
 
 # Two lines for each of more islands would not fit on a screen.
 _MOST_WITH_TWO_LINES = 8
@@ -79,6 +79,7 @@ class LiveView:
         self._live = Live(console=console, auto_refresh=False) if bars and console.is_terminal else None
         self._said_at: float | None = None
         self._said = ""
+        self._troubled: set[int] = set()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -90,16 +91,19 @@ class LiveView:
             self._live.stop()
 
     def show(self, islands: Sequence[IslandView], now_s: float) -> None:
-        """Redraw; where the output is no terminal, one line every 10 s at most, and none that repeats the last."""
+        """Redraw; where the output is no terminal, one line every 10 s at most (2 s where an island has begun to wait or was
+        lost), and none that repeats the last."""
         if self._live is not None:
             self._live.update(picture(islands, self._console.width, self._console.height), refresh=True)
             return
-        if self._said_at is not None and now_s - self._said_at < PLAIN_EVERY_S:
+        troubled = {view.island for view in islands if _troubled(view)}
+        pause_s = TROUBLE_EVERY_S if troubled - self._troubled else PLAIN_EVERY_S
+        if self._said_at is not None and now_s - self._said_at < pause_s:
             return
         line = plain_line(islands)
         if line != self._said:
             self.line(line)
-            self._said_at, self._said = now_s, line
+            self._said_at, self._said, self._troubled = now_s, line, troubled
 
     def line(self, text: str) -> None:
         """One line of text, above the bars."""

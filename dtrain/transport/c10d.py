@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import Work, break_off, gloo_group
+from dtrain.transport.gloo import Work, break_off, gloo_group, reason
 
 _IDLE_S, _BROKEN_S = 0.25, 5.0
 """For threads without a work to end, and for those that wait to notice that their pair is closed; both do at once."""
@@ -36,7 +36,7 @@ class GlooTransport:
         try:
             work = self._group.send([host], peer, _number(tag))
         except RuntimeError as e:  # gloo raises it where the peer's socket is already closed
-            self.inbox.lose(peer, _first_line(e))
+            self.inbox.lose(peer, reason(e))
             return
         self._sends[peer].add(work, None, host)
 
@@ -45,7 +45,7 @@ class GlooTransport:
         try:
             work = self._group.recv([host], peer, _number(tag))
         except RuntimeError as e:
-            self.inbox.lose(peer, _first_line(e))
+            self.inbox.lose(peer, reason(e))
             return
         self._receives[peer].add(work, tag, host)
 
@@ -112,7 +112,7 @@ class _Waiter:
             try:
                 work.wait()
             except RuntimeError as e:  # gloo's only way to say that the pair is closed
-                self._inbox.lose(self._peer, _first_line(e))
+                self._inbox.lose(self._peer, reason(e))
                 return
             with self._lock:
                 if tag in self._forgotten:
@@ -125,7 +125,3 @@ class _Waiter:
 def _number(tag: Tag) -> int:
     """31 bits, as gloo's tags are: kind 2, round 11 (only one of a bucket is under way), bucket 12, phase 6."""
     return tag.kind << 29 | (tag.round % 2048) << 18 | tag.bucket << 6 | tag.phase
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).splitlines()[0] if str(e) else type(e).__name__

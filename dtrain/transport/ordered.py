@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import PointToPoint, Work, break_off, gloo_group
+from dtrain.transport.gloo import PointToPoint, Work, break_off, gloo_group, reason
 
 _BROKEN_S = 5.0
 """For a receiver to notice that its control channel is closed; it does at once."""
@@ -115,7 +115,7 @@ class _Sender:
                 self._control.send([torch.tensor([*tag, wire.numel()])], self._peer, 0).wait()
                 _carry(lambda wire=wire: self._group.send([wire], 1, 0), stream, written)
             except RuntimeError as e:  # the only way in which a group says that its peer is gone
-                self._inbox.lose(self._peer, str(e).splitlines()[0])
+                self._inbox.lose(self._peer, reason(e))
                 return
 
 
@@ -140,7 +140,7 @@ class _Receiver:
                 _carry(lambda wire=wire: self._group.recv([wire], 0, 0), stream, free)
                 self._inbox.deliver(self._peer, Tag(kind, index, bucket, phase), wire)
         except RuntimeError as e:  # the only way in which a group says that its peer is gone
-            self._inbox.lose(self._peer, str(e).splitlines()[0])
+            self._inbox.lose(self._peer, reason(e))
 
 
 def _carry(issue: Callable[[], Work], stream: torch.cuda.Stream | None, after: torch.Event | None) -> None:

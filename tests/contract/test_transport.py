@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from dtrain.transport.base import MERGE, ROUND, START, Inbox, Left, Tag, Transport, nobody
 from dtrain.transport.c10d import GlooTransport
-from dtrain.transport.gloo import PointToPoint, gloo_group
+from dtrain.transport.gloo import PointToPoint, gloo_group, reason
 from dtrain.transport.local import LocalHub
 from dtrain.transport.ordered import OrderedTransport, nccl_group
 from dtrain.transport.throttle import MemoryUplink, SharedUplink, Throttle
@@ -182,6 +182,13 @@ def test_closing_does_not_wait_for_a_peer_that_has_left_without_asking(kind: str
         begun = time.monotonic()
         one.close(drain_s=600.0, left=lambda: {1})
         assert time.monotonic() - begun < WITHIN_S
+
+
+def test_what_gloo_says_is_cut_to_what_helps() -> None:
+    long = "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4711. This is typically caused by\nmore"
+    assert reason(RuntimeError(long)) == "Connection closed by peer [10.0.0.2]:4711"
+    assert reason(RuntimeError("Timed out waiting 1ms")) == "Timed out waiting 1ms"
+    assert reason(RuntimeError()) == "RuntimeError"
 
 
 def test_nccl_without_a_gpu_is_refused() -> None:

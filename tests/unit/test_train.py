@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain import checkpoint, metrics
 from dtrain.config import Job, dump_job, parse_job
-from dtrain.data import Corpus, heldout_sequences, load_corpus, sample_batch
+from dtrain.data.corpus import Corpus, load_corpus
+from dtrain.data.sampler import heldout_sequences, sample_batch
 from dtrain.evaluate import evaluate
 from dtrain.launch.cli import run_command
 from dtrain.metrics import Part, read_part
@@ -32,6 +33,8 @@ from dtrain.sim import simulate
 from dtrain.train import build_model
 
 U = 2.0**-24  # half the distance of 1 to the next fp32 number: the relative error of one rounding
+DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8
+"""A sha256; what islands compare at the start (recipe, model, ranks, seed); an island's distance and step in an average."""
 PARAMETERS = 2 * 256 * 16 + 1 * 12 * 16**2  # embedding and head; and in a layer q, k, v, out and the two of the MLP
 
 
@@ -317,10 +320,11 @@ def test_islands_that_never_talk_send_what_starting_and_merging_take(texts: Path
     for island, part in enumerate(parts):
         assert (part.wire_bytes_sent, part.wire_bytes_received) == (0, 0)
         assert {(line["wire_bytes_sent"], line["wire_bytes_received"]) for line in lines_of(run, island)} == {(0, 0)}
-        assert part.wire_bytes_start == 32 * (num_islands - 1), "one bucket: a sha256 to each of the others"
+        told = (PROMISE_BYTES + DIGEST_BYTES) * (num_islands - 1)
+        assert part.wire_bytes_start == told, "the promises, and the hash of one bucket, to each of the others"
         assert part.parameters == PARAMETERS
-    # Every element goes to its owner from all others, and its mean back to them, and so does one number, the distance: 4 bytes.
-    total = 2 * (num_islands - 1) * 4 * (PARAMETERS + 1)
+    # Every element goes to its owner from all others, and its mean back to them; each island tells all others its note.
+    total = 2 * (num_islands - 1) * 4 * PARAMETERS + num_islands * (num_islands - 1) * NOTE_BYTES
     assert sum(part.wire_bytes_merge for part in parts) == total
     if num_islands == 2:
         assert [part.wire_bytes_merge for part in parts] == [total // 2] * 2, "what one island does not own, the other does"
@@ -375,8 +379,9 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
         "steps": 7,
         "tokens": 2 * 7 * 4 * 16,
         "wire_bytes_sent": sent,
-        "wire_bytes_start": 32,
-        "wire_bytes_merge": 3 * 4 * (PARAMETERS + 1),  # the merge and two measurements of the distance, each with its number
+        "wire_bytes_start": PROMISE_BYTES + DIGEST_BYTES,
+        "wire_bytes_merge": 4 * PARAMETERS + NOTE_BYTES,
+        "wire_bytes_consensus": 2 * (4 * PARAMETERS + NOTE_BYTES),  # measured twice on the way
         "allreduce_wire_bytes": ring,
         "wire_reduction": ring / sent,
         "corpus_hash": corpus.hash,

@@ -147,6 +147,16 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_at_most() -> None:
     assert out.getvalue().splitlines()[1:] == ["island 1: waiting for island 0, 22 s of 300"]
 
 
+def test_without_a_terminal_a_new_wait_is_said_soon_and_once() -> None:
+    out = io.StringIO()
+    training = replace(WAITING, state="training", waiting_for=())
+    with LiveView(Console(file=out)) as view:
+        view.show([training], 0.0)
+        for tenth in range(1, 90):
+            view.show([replace(WAITING, waited_s=tenth / 10)], tenth / 10)
+    assert out.getvalue().splitlines() == ["island 1: training", "island 1: waiting for island 0, 2 s of 300"]
+
+
 def test_a_plain_line_is_one_line() -> None:
     line = plain_line([TRAINING, WAITING])
     assert "\n" not in line
