@@ -74,7 +74,7 @@ def go_on(run: Path, kept: Job) -> tuple[int, tuple[str, ...]]:
     if checkpoint.newest_commit(run) is None and (run / "init.safetensors").exists():
         notes.append(checkpoint.merged_note(run / "init.safetensors"))
     notes.append(f"resuming from step {step}" if step else "there is no checkpoint yet: starting from step 0")
-    if step < kept.train.steps:
+    if step < kept.train.steps or num_islands != kept.islands.count:
         remove(run / name for name in _RESULTS)
     metrics.cut_back(run / "metrics.jsonl", step)
     return step, tuple(notes)

@@ -80,7 +80,8 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
 
 def _folder_of(job_path: Path, job: Job, choice: Choice) -> Path:
     """Where the job says; but a run that is resumed by its own job.toml may have been renamed or moved since."""
-    if choice.resume and job_path.name == "job.toml" and (job_path.parent / "logs").is_dir():
+    # A job file of a person's own may lie beside a folder named logs; none of hers holds an island.
+    if choice.resume and job_path.name == "job.toml" and (job_path.parent / "logs" / "island0").is_dir():
         return job_path.parent
     run = Path(job.job.dir, job.job.name)
     if not choice.fresh_name:

@@ -180,7 +180,7 @@ def test_a_folder_that_was_renamed_is_resumed_by_its_own_job_file(monkeypatch: p
     Path("book.txt").write_text("text " * 10_000)
     run = opened("data.source=book.txt").run
     commit(run, 5, 2)
-    (run / "logs").mkdir()
+    (run / "logs" / "island0").mkdir(parents=True)
     run.rename("renamed")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -189,3 +189,19 @@ def test_a_folder_that_was_renamed_is_resumed_by_its_own_job_file(monkeypatch: p
         assert (again.run, again.resume_step, again.notes) == (job_file.parent, 5, ("resuming from step 5",))
         assert again.job.data.source == str(tmp_path / "book.txt")
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_job_file_beside_a_folder_of_ones_own_logs_is_no_run() -> None:
+    Path("logs").mkdir()
+    commit(opened().run, 5, 2)
+    before = Path("job.toml").read_bytes()
+    assert opened(resume=True).run == Path("runs/small")
+    assert Path("job.toml").read_bytes() == before
+
+
+def test_models_of_another_number_of_islands_are_removed() -> None:
+    run = opened().run
+    finish(run, 20)
+    commit(run, 20, 2)
+    assert opened("islands.count=1", resume=True).resume_step == 20
+    assert not (run / "islands").exists(), "there is no island 1 any more"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dtrain
 from dtrain.config import load_job
 from dtrain.launch.run_folder import Choice, open_run
 from tests.unit.small_run import RUN, commit, finish, killed_anywhere, opened, refused, write_job_file, write_metrics
@@ -97,6 +101,17 @@ def test_a_port_that_is_taken_leaves_the_old_run_as_it_was(capsys: pytest.Captur
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"link.port={taken.getsockname()[1]}"
         assert "cannot be opened on 127.0.0.1" in refused(capsys, "run", "job.toml", port, "--fresh")
+
+
+def test_a_run_is_begun_without_torch(tmp_path: Path) -> None:
+    """Importing it takes 2 s, in which the islands are already on their way."""
+    probe = (
+        "import sys; from pathlib import Path; from dtrain.launch.run_folder import Choice, open_run\n"
+        "with open_run(Path('job.toml'), [], Choice()): sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(dtrain.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", probe], env=environment, check=False, timeout=60).returncode == 0
+    assert (tmp_path / "runs" / "small" / "job.toml").exists()
 
 
 def test_the_run_keeps_the_absolute_path_of_its_text(tmp_path: Path) -> None:
