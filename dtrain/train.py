@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
+from dtrain.clock import Clock
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
 from dtrain.data.corpus import Corpus, load_corpus
@@ -26,6 +27,7 @@ from dtrain.data.sampler import heldout_sequences, sample_batch
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
+from dtrain.island.device import own_device
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
@@ -45,9 +47,7 @@ def run_island(job: Job, place: Place) -> None:
     back."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job))
-    device = _device(place)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what NCCL and torch's checkpoints use without being told
+    device = own_device(place)
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     corpus = load_corpus(job.data.source)
@@ -71,42 +71,6 @@ def run_island(job: Job, place: Place) -> None:
         dist.destroy_process_group()
 
 
-def _device(place: Place) -> torch.device:
-    """A GPU of its own for each rank of each island on this machine, as far as there are enough; else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", (place.island * place.num_ranks + local_rank) % torch.cuda.device_count())
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds of the training loop and of the whole run, going on over a resume; what is spent on evaluation, measuring
-    and checkpoints is counted apart."""
-
-    base_s: float
-    begun: float
-    aside_s: float
-    wall_base_s: float
-    wall_begun: float
-
-    def time_s(self) -> float:
-        return self.base_s + time.monotonic() - self.begun
-
-    def train_s(self) -> float:
-        return self.time_s() - self.aside_s
-
-    def wall_s(self) -> float:
-        """Starting, evaluation and checkpoints included; not what was lost when an island was."""
-        return self.wall_base_s + time.monotonic() - self.wall_begun
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        self.aside_s += time.monotonic() - begun
-
-
 @dataclass(frozen=True, slots=True)
 class _Island:
     """What one rank trains with."""
@@ -122,7 +86,7 @@ class _Island:
     sync: Sync
     heldout: tuple[Tensor, Tensor]
     device: torch.device
-    clock: _Clock
+    clock: Clock
     first_step: int
     """Where these islands began: 0, or where those before them, of another number, were merged."""
 
@@ -174,7 +138,7 @@ def _begin(
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
-    clock = _Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
+    clock = Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
     recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
     sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
