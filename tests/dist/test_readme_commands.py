@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -44,8 +45,17 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     listed = commands()
     assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
+    said: dict[str, str] = {}
     for words in listed:
         trained = words[1] in ("run", "sim") and "--resume" not in words
-        dtrain(tmp_path, [*words[1:], *(SMALLER if trained else ())])
+        said[words[1]] = dtrain(tmp_path, [*words[1:], *(SMALLER if trained else ())])
     assert (tmp_path / "both.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
+    names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}
+    assert len(names) == 2
+    assert names <= set(said["report"].splitlines()[0].split()), "a column a run"
+    (merged,) = [line.split() for line in said["eval"].splitlines() if line.startswith("merged")]
+    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text(encoding="utf-8"))
+    # Four digits are printed; sums in fp32 may come in another order where another number of threads makes them.
+    expected = [summary["eval_loss"], summary["eval_bits_per_byte"]]
+    assert [float(number) for number in merged[1:]] == pytest.approx(expected, rel=0, abs=0.5e-4 + 1e-5)

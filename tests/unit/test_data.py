@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.data.corpus import Corpus, Shard, check_fits, load_corpus
+from dtrain.data.corpus import Corpus, Shard, _stdlib_files, check_fits, load_corpus
 from dtrain.data.sampler import heldout_sequences, sample_batch
 
 HELD, TRAINED = ord("H"), ord("t")
@@ -61,6 +62,39 @@ def test_stdlib_is_large_clean_and_has_a_name() -> None:
     text = corpus.train.tobytes() + corpus.heldout.tobytes()
     assert b"def wraps(wrapped" in text, "functools.py belongs"
     assert b"build_time_vars = {" not in text, "_sysconfigdata tells where Python was built, so it differs between machines"
+
+
+NOT_OF_THE_LIBRARY = (
+    "test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"
+)  # fmt: skip
+
+
+def test_stdlib_leaves_out_tests_tools_and_what_pip_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of one module in each place where one could stand; only these five belong."""
+    kept = ["abc.py", "email/__init__.py", "email/mime/text.py", "latest/a.py", "test_support.py"]
+    left_out = [f"{parent}{folder}/deep/a.py" for folder in NOT_OF_THE_LIBRARY for parent in ("", "email/")]
+    left_out += ["_sysconfigdata__linux_x86_64.py", "LICENSE.txt", "lib-dynload/math.so", ".hidden.py", ".git/a.py"]
+    for name in (*kept, *left_out):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    (tmp_path / "empty.py").touch()
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+    assert [path.relative_to(tmp_path).as_posix() for path in _stdlib_files()] == kept
+
+
+def test_stdlib_is_what_a_walk_of_its_own_finds() -> None:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = _stdlib_files()
+    every = {path for path in root.rglob("*.py") if path.is_file() and path.stat().st_size > 0}
+    names = {path: path.relative_to(root).parts for path in every}
+    left_out = {path for path, parts in names.items() if set(parts) & set(NOT_OF_THE_LIBRARY)}
+    left_out |= {path for path, parts in names.items() if parts[-1].startswith("_sysconfigdata")}
+    left_out |= {path for path, parts in names.items() if any(part.startswith(".") for part in parts)}
+    assert set(found) == every - left_out
+    assert len(found) == len(set(found)) > 300
+    assert left_out, "pip at least stands beside the library"
+    corpus = load_corpus("stdlib")
+    assert len(corpus.train) + len(corpus.heldout) == sum(path.stat().st_size for path in found)
 
 
 def test_folder_holds_out_every_50th_file_in_the_order_of_paths(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.config import load_job
+from dtrain.data.corpus import load_corpus
 from dtrain.models.gpt import GPT, ROTARY_BASE, Block, GPTConfig, flops_per_token, num_parameters, rotary_tables, rotate
+from dtrain.recipes import DEFAULT_RECIPE, of_section
+from dtrain.train import build_model
 
 SMALL = GPTConfig(vocab=50, layers=2, width=24, heads=3, context=16)
-QUICKSTART = GPTConfig(vocab=256, layers=4, width=96, heads=4, context=128)
+QUICKSTART = Path(__file__).parents[2] / "launch" / "jobs" / "quickstart.toml"
+LARGER = GPTConfig(vocab=256, layers=4, width=96, heads=4, context=128)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +125,7 @@ def test_rotary_dot_products_see_only_the_distance() -> None:
     torch.testing.assert_close(turned_q.norm(dim=-1), q[0, :, 0, 0].norm(dim=-1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("config", [SMALL, QUICKSTART])
+@pytest.mark.parametrize("config", [SMALL, LARGER])
 def test_parameters_and_flops_closed_form(config: GPTConfig) -> None:
     model = GPT(config)
     matrices = 12 * config.layers * config.width**2 + config.vocab * config.width
@@ -132,8 +138,15 @@ def test_parameters_and_flops_closed_form(config: GPTConfig) -> None:
     assert counted == flops_per_token(config) * x.numel()
 
 
-def test_quickstart_fits_half_a_million() -> None:
-    assert num_parameters(GPT(QUICKSTART)) <= 500_000
+def test_the_quickstart_is_small_and_long_enough_for_its_recipe() -> None:
+    job = load_job(QUICKSTART)
+    model = build_model(job, load_corpus(job.data.source))
+    assert (model.config.layers, model.config.width) == (job.model.layers, job.model.width)
+    assert num_parameters(model) <= 500_000
+    assert job.train.steps >= 1_500
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    assert recipe.name == DEFAULT_RECIPE
+    assert job.train.steps // recipe.every >= 40, "outer rounds"
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dtrain.kernels import operations
+from tests.gpu import __main__ as runner
 from tests.gpu import islands, kernels
 from tests.gpu.checks import Outcome, run, write
 
@@ -85,6 +88,38 @@ def test_without_a_gpu_one_line_says_so() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "sees no CUDA device" in done.stderr
+
+
+@pytest.fixture
+def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine with a GPU on whose path these commands are, and no others."""
+
+    def have(*commands: str, cc: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(shutil, "which", {command: f"/usr/bin/{command}" for command in commands}.get)
+        monkeypatch.delenv("CC", raising=False)
+        if cc is not None:
+            monkeypatch.setenv("CC", cc)
+
+    return have
+
+
+@pytest.mark.parametrize(("commands", "cc"), [((), None), (("icx",), None), ((), "icx")])
+def test_without_a_c_compiler_one_line_says_what_to_install(
+    gpu_with: Callable[..., None], capsys: pytest.CaptureFixture[str], commands: tuple[str, ...], cc: str | None
+) -> None:
+    gpu_with(*commands, cc=cc)
+    assert runner.main() == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "needs a C compiler" in err
+    assert err.endswith("apt-get install gcc\n")
+
+
+@pytest.mark.parametrize(("commands", "cc"), [(("cc",), None), (("gcc",), None), (("clang",), None), (("icx",), "icx")])
+def test_with_any_c_compiler_nothing_is_refused(gpu_with: Callable[..., None], commands: tuple[str, ...], cc: str | None) -> None:
+    gpu_with(*commands, cc=cc)
+    assert runner.refusal() is None
 
 
 def test_the_two_island_check_holds_between_two_cpu_runs() -> None:

@@ -33,8 +33,7 @@ from dtrain.sim import simulate
 from dtrain.train import build_model
 
 U = 2.0**-24  # half the distance of 1 to the next fp32 number: the relative error of one rounding
-DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8
-"""A sha256; what islands compare at the start (recipe, model, ranks, seed); an island's distance and step in an average."""
+DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8  # sha256; recipe, model, ranks, seed; distance and step
 PARAMETERS = 2 * 256 * 16 + 1 * 12 * 16**2  # embedding and head; and in a layer q, k, v, out and the two of the MLP
 
 
@@ -320,8 +319,7 @@ def test_islands_that_never_talk_send_what_starting_and_merging_take(texts: Path
     for island, part in enumerate(parts):
         assert (part.wire_bytes_sent, part.wire_bytes_received) == (0, 0)
         assert {(line["wire_bytes_sent"], line["wire_bytes_received"]) for line in lines_of(run, island)} == {(0, 0)}
-        told = (PROMISE_BYTES + DIGEST_BYTES) * (num_islands - 1)
-        assert part.wire_bytes_start == told, "the promises, and the hash of one bucket, to each of the others"
+        assert part.wire_bytes_start == (PROMISE_BYTES + DIGEST_BYTES) * (num_islands - 1), "to each of the others"
         assert part.parameters == PARAMETERS
     # Every element goes to its owner from all others, and its mean back to them; each island tells all others its note.
     total = 2 * (num_islands - 1) * 4 * PARAMETERS + num_islands * (num_islands - 1) * NOTE_BYTES
@@ -360,9 +358,8 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
         assert (run / name).exists(), name
     lines = metrics.read(run / "metrics.jsonl")
     assert sorted((line["step"], line["island"]) for line in lines) == [(step, i) for step in range(1, 8) for i in range(2)]
-    keys = {"step", "island", "loss", "tokens", "tokens_per_s", "wire_bytes_sent", "wire_bytes_received", "wait_s", "lr"}
     for line in lines:
-        assert keys <= set(line)
+        assert {"step", "island", "loss", "tokens", "tokens_per_s", "wire_bytes_sent", "wait_s", "lr"} <= set(line)
         assert ("consensus_distance" in line) == (line["step"] in (3, 6))
         assert line["tokens"] == 4 * 16
         assert line["tokens_per_s"] > 0

@@ -1,0 +1,93 @@
+"""Does the README name what is there, and nothing else? Its tables beside the code, its links beside the files."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from dtrain import codec_name
+from dtrain.config import Job, Sync
+from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORDS = {name: set(get_args(hint)) for name, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
+"""The answers of the questions that are answered in words."""
+
+
+def table(first_column: str) -> list[list[str]]:
+    """The rows of the README's table whose header begins so."""
+    lines = README.splitlines()
+    (at,) = [k for k, line in enumerate(lines) if line.startswith(f"| {first_column} |")]
+    rows: list[list[str]] = []
+    for line in lines[at + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def ticked(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_the_recipes_are_those_of_the_code_and_one_is_the_default() -> None:
+    rows = table("recipe")
+    assert [ticked(cells[0]) for cells in rows] == [[name] for name in RECIPES]
+    assert [ticked(cells[0])[0] for cells in rows if "default" in cells[0]] == [DEFAULT_RECIPE]
+
+
+def test_the_questions_are_answered_by_keys_and_words_of_the_code() -> None:
+    rows = table("question")
+    assert len(rows) == 8
+    keys = [key for _, names, _ in rows for key in ticked(names)]
+    assert len(keys) == len(set(keys)), "a key answers one question"
+    assert set(keys) == set(AXES) - {"bucket_bytes"}, "each key but the one that does not change what is learned"
+    assert set(keys) <= set(Sync.model_fields)
+    for _, names, answers in rows:
+        known = set[str]().union(*(WORDS[key] for key in ticked(names) if key in WORDS))
+        for word in ticked(answers):
+            if "codec" in ticked(names):
+                codec_name.parse(word)
+            else:
+                assert word in known, f"{word} is no answer of {names}"
+
+
+@pytest.mark.parametrize("axis", ["topology", "outer", "landing", "reduce"])
+def test_an_axis_of_words_is_shown_with_all_of_them(axis: str) -> None:
+    (answers,) = [answers for _, names, answers in table("question") if axis in ticked(names)]
+    assert set(ticked(answers)) == WORDS[axis] - {"none"}
+
+
+def test_every_key_with_a_section_is_a_key_of_the_job_file() -> None:
+    named = re.findall(rf"\b({'|'.join(Job.model_fields)})\.([a-z_]+)(?:=|`)", README)
+    assert ("link", "timeout_s") in named
+    for section, key in (pair for pair in named if pair[1] not in ("py", "safetensors", "toml")):  # names of files
+        assert key in type(getattr(Job(), section)).model_fields, f"{section}.{key}"
+
+
+def test_every_file_that_is_linked_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", README) if not re.match(r"[a-z]+:", link)]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+    assert [shown for shown, link in re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", README) if shown != link] == []
+
+
+def test_the_files_to_read_open_with_a_question_and_methods_with_their_equations() -> None:
+    reading = README.partition("## Reading the code")[2]
+    files = re.findall(r"\(([a-z_/]+\.py)\)", reading)
+    assert len(files) >= 10
+    for file in files:
+        docstring = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
+        if file.startswith("dtrain/algorithms/"):
+            assert "<-" in docstring, file
+        else:
+            assert "?" in docstring.partition("\n\n")[0], file
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert re.findall(r"^.*\b(?:RESULTS|TODO|TBD|FIXME|XXX)\b.*$", README, flags=re.MULTILINE) == []
