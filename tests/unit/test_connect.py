@@ -242,8 +242,9 @@ def test_a_launch_meets_at_the_jobs_port_and_tells_its_islands(monkeypatch: pyte
         raise FileNotFoundError("no torchrun in this test")
 
     monkeypatch.setattr(islands, "start", start)
-    with pytest.raises(FileNotFoundError, match="no torchrun"):
+    with pytest.raises(FileNotFoundError, match="no torchrun") as caught:
         local.run_local(_link_of(f"link.port={port}"), tmp_path, resume_step=0, script=(), console=Console(quiet=True))
     assert told == [f"127.0.0.1:{port}"]
-    with pytest.raises(ConnectionRefusedError):  # and is gone with it
+    with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=10)
+    assert caught.tb is not None, "its frames hold whatever the launch left open"

@@ -30,6 +30,7 @@ from dtrain.metrics import Part, read_part
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
 from dtrain.sim import simulate
+from dtrain.topology import random_pairs
 from dtrain.train import build_model
 
 U = 2.0**-24  # half the distance of 1 to the next fp32 number: the relative error of one rounding
@@ -197,6 +198,21 @@ def test_the_model_is_the_jobs_and_starts_from_its_seed(texts: Path) -> None:
     assert not same(expected.state_dict(), model.state_dict())
     expected.init_weights(5)
     assert same(expected.state_dict(), model.state_dict())
+
+
+def test_the_seed_draws_the_pairs(texts: Path, tmp_path: Path) -> None:
+    """After a step of D-PSGD each island holds the mean of its own update and of its partner's."""
+    pairs = {seed: [random_pairs(seed)(0, island, 4).recvs[0][0] for island in range(4)] for seed in range(9)}
+    seed = next(seed for seed in pairs if pairs[seed] != pairs[0])
+    gossip = ('sync.recipe="dpsgd"', 'sync.topology="random_pairs"', "sync.delay=0")
+    job = job_of(texts, f"job.seed={seed}", "islands.count=4", "train.steps=1", *gossip)
+    run = train(job, tmp_path / "run")
+    alone = [flat(by_hand(job, load_corpus(str(texts)), island).weights) for island in range(4)]
+    for island, partner in enumerate(pairs[seed]):
+        expected = (alone[island] + alone[partner]) / 2
+        # weights are below 8, of which three roundings are 3 * 8 * 2^-24
+        torch.testing.assert_close(flat(weights_of(run, island)), expected, rtol=0, atol=24 * U)
+        assert (alone[island] - alone[partner]).abs().max() > 1e-3
 
 
 def test_accumulation_is_the_mean_of_its_micro_batches(texts: Path, tmp_path: Path) -> None:
