@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from dtrain import units
+from dtrain.errors import PeerLost
 from dtrain.island.replicas import Alone, Island, Replicas
 from dtrain.membership import (
+    SAY_EVERY_S,
     Hub,
     Membership,
     MemoryMembership,
@@ -23,11 +27,15 @@ from dtrain.membership import (
     place_from_env,
 )
 from dtrain.transport.base import Transport
+from dtrain.transport.gloo import reason
 from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import MemoryUplink, SharedUplink, Throttle
 
 if TYPE_CHECKING:
     from dtrain.config import LinkSection
+
+
+_POLL_S = 0.25
 
 
 def _log_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
@@ -88,10 +96,46 @@ def connect(
     store = meeting_store(place.meet, settings.timeout_s)
     membership = StoreMembership(store, node=place.island, num_nodes=place.num_islands, rank=place.rank, epoch=now)
     membership.gather(settings.timeout_s, on_wait)
-    transport = _transport(place, settings, store, now, device)
+    # A connection to the meeting point of its own: who waits in one keeps everybody else out of it.
+    own = meeting_store(place.meet, settings.timeout_s)
+    transport = _linked(lambda: _transport(place, settings, own, now, device), place, membership, settings.timeout_s, on_wait)
     return Connection(
         place.island, place.num_islands, transport, membership, ranks, settings.timeout_s, on_wait, recipe, axes
     )
+
+
+def _linked(
+    make: Callable[[], Transport], place: Place, membership: Membership, timeout_s: float, on_wait: OnWait
+) -> Transport:
+    """Make the transport, which all islands do at once, without waiting blindly for one that was lost just now.
+
+    Raises Regroup where it has come back, and PeerLost after timeout_s. The thread that is left behind then ends by the
+    same limit."""
+    made: list[Transport] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except Exception as e:  # noqa: BLE001  (raised again below, on the caller's thread)
+            failed.append(e)
+
+    thread = threading.Thread(target=run, name="dtrain-connect", daemon=True)
+    thread.start()
+    others = tuple(n for n in range(place.num_islands) if n != place.island)
+    begun, say_at_s = time.monotonic(), SAY_EVERY_S
+    while thread.is_alive():
+        thread.join(timeout=_POLL_S)
+        membership.check_regroup()
+        waited_s = time.monotonic() - begun
+        if thread.is_alive() and waited_s > say_at_s:
+            on_wait(others, waited_s, timeout_s)
+            say_at_s = waited_s + SAY_EVERY_S
+    if not failed:
+        return made[0]
+    if isinstance(failed[0], RuntimeError):  # gloo's way to say that somebody did not come
+        raise PeerLost(others, f"no link to all of them within {timeout_s:g} s ({reason(failed[0])})") from failed[0]
+    raise failed[0]
 
 
 def connect_local(
@@ -155,7 +199,12 @@ def _gloo(place: Place, settings: LinkSettings, store: Store, epoch: int, device
     from dtrain.transport.c10d import GlooTransport  # torch.distributed's gloo is not built everywhere
 
     return GlooTransport(
-        store, f"link/{epoch}/{place.rank}", place.island, place.num_islands, interface=place.interface
+        store,
+        f"link/{epoch}/{place.rank}",
+        place.island,
+        place.num_islands,
+        interface=place.interface,
+        connect_s=settings.timeout_s,
     )
 
 
@@ -170,4 +219,5 @@ def _nccl(place: Place, settings: LinkSettings, store: Store, epoch: int, device
         make_group=nccl_group(device),
         interface=place.interface,
         device=device,
+        connect_s=settings.timeout_s,
     )

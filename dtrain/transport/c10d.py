@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import Work, break_off, gloo_group, reason
+from dtrain.transport.gloo import NEVER, Work, break_off, gloo_group, reason
 
 _IDLE_S, _BROKEN_S = 0.25, 5.0
 """For threads without a work to end, and for those that wait to notice that their pair is closed; both do at once."""
@@ -25,9 +25,9 @@ _IDLE_S, _BROKEN_S = 0.25, 5.0
 class GlooTransport:
     """Point-to-point gloo between the islands' ranks of one number."""
 
-    def __init__(self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str) -> None:
+    def __init__(self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str, connect_s: float) -> None:
         self.inbox = Inbox()
-        self._group = gloo_group(PrefixStore(prefix, store), node, num_nodes, interface=interface)
+        self._group = gloo_group(PrefixStore(prefix, store), node, num_nodes, interface=interface, connect_s=connect_s)
         self._receives = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
         self._sends = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
 
@@ -110,7 +110,7 @@ class _Waiter:
                     continue
                 self._current = tag
             try:
-                work.wait()
+                work.wait(NEVER)
             except RuntimeError as e:  # gloo's only way to say that the pair is closed
                 self._inbox.lose(self._peer, reason(e))
                 return

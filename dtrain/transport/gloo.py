@@ -50,10 +50,13 @@ def reason(e: RuntimeError) -> str:
     return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". ")[0] or type(e).__name__
 
 
-def gloo_group(store: Store, rank: int, size: int, *, interface: str) -> PointToPoint:
-    """Connect size processes over the addresses of one network interface; returns when all are connected."""
+def gloo_group(store: Store, rank: int, size: int, *, interface: str, connect_s: float) -> PointToPoint:
+    """Connect size processes over the addresses of one network interface; returns when all are connected.
+
+    Raises RuntimeError when one has not come within connect_s. Wait for its works with ``NEVER``: the group's own limit
+    is connect_s."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=interface)]
-    options._timeout = NEVER
+    options._timeout = timedelta(seconds=connect_s)
     return cast(PointToPoint, gloo(store, rank, size, options))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
-from dtrain.transport.gloo import PointToPoint, Work, break_off, gloo_group, reason
+from dtrain.transport.gloo import NEVER, PointToPoint, Work, break_off, gloo_group, reason
 
 _BROKEN_S = 5.0
 """For a receiver to notice that its control channel is closed; it does at once."""
@@ -54,10 +54,12 @@ class OrderedTransport:
         make_group: MakeGroup,
         interface: str,
         device: torch.device,
+        connect_s: float,
     ) -> None:
         self.inbox = Inbox()
         self._device = device
-        control = gloo_group(PrefixStore(f"{prefix}/control", store), node, num_nodes, interface=interface)
+        meet = PrefixStore(f"{prefix}/control", store)
+        control = gloo_group(meet, node, num_nodes, interface=interface, connect_s=connect_s)
         self._control = control
         self._receivers: dict[int, _Receiver] = {}
         self._senders: dict[int, _Sender] = {}
@@ -112,7 +114,7 @@ class _Sender:
         while (item := self._queue.get()) is not None:
             tag, wire, written = item
             try:
-                self._control.send([torch.tensor([*tag, wire.numel()])], self._peer, 0).wait()
+                self._control.send([torch.tensor([*tag, wire.numel()])], self._peer, 0).wait(NEVER)
                 _carry(lambda wire=wire: self._group.send([wire], 1, 0), stream, written)
             except RuntimeError as e:  # the only way in which a group says that its peer is gone
                 self._inbox.lose(self._peer, reason(e))
@@ -132,7 +134,7 @@ class _Receiver:
         announced = torch.empty(5, dtype=torch.int64)
         try:
             while True:
-                self._control.recv([announced], self._peer, 0).wait()
+                self._control.recv([announced], self._peer, 0).wait(NEVER)
                 kind, index, bucket, phase, wire_bytes = announced.tolist()
                 wire = torch.empty(wire_bytes, dtype=torch.uint8, device=self._device)
                 # Its memory may have been freed by a kernel that this thread's stream has not come to yet.
@@ -147,7 +149,7 @@ def _carry(issue: Callable[[], Work], stream: torch.cuda.Stream | None, after: t
     """Issue a transfer and wait until its bytes are there; on a GPU on a stream of its own, behind what wrote the
     wire."""
     if stream is None:
-        issue().wait()
+        issue().wait(NEVER)
         return
     with torch.cuda.stream(stream):
         if after is not None:

@@ -45,17 +45,19 @@ def _local(num_nodes: int) -> Opened:
 
 def _gloo(num_nodes: int) -> Opened:
     store = HashStore()
-    return _each(num_nodes, lambda node: GlooTransport(store, "link", node, num_nodes, interface="lo"))
+    return _each(num_nodes, lambda node: GlooTransport(store, "link", node, num_nodes, interface="lo", connect_s=WITHIN_S))
 
 
 def _ordered(num_nodes: int) -> Opened:
     store = HashStore()
 
     def group(store: Store, rank: int, size: int) -> PointToPoint:
-        return gloo_group(PrefixStore("pair", store), rank, size, interface="lo")
+        return gloo_group(PrefixStore("pair", store), rank, size, interface="lo", connect_s=WITHIN_S)
 
     def make(node: int) -> Transport:
-        return OrderedTransport(store, "link", node, num_nodes, make_group=group, interface="lo", device=CPU)
+        return OrderedTransport(
+            store, "link", node, num_nodes, make_group=group, interface="lo", device=CPU, connect_s=WITHIN_S
+        )
 
     return _each(num_nodes, make)
 
@@ -182,6 +184,30 @@ def test_closing_does_not_wait_for_a_peer_that_has_left_without_asking(kind: str
         begun = time.monotonic()
         one.close(drain_s=600.0, left=lambda: {1})
         assert time.monotonic() - begun < WITHIN_S
+
+
+def test_a_peer_that_never_comes_is_not_waited_for_without_end() -> None:
+    with pytest.raises(RuntimeError):
+        GlooTransport(HashStore(), "link", 0, 2, interface="lo", connect_s=0.5)
+
+
+def test_a_wire_may_take_longer_than_connecting() -> None:
+    """gloo has one limit for both unless told otherwise, and closes the pair when it has passed."""
+    store, tag, connect_s = HashStore(), Tag(ROUND, 1, 0, 0), 1.0
+
+    def make(node: int) -> Transport:
+        return GlooTransport(store, "link", node, 2, interface="lo", connect_s=connect_s)
+
+    one, other = _each(2, make)
+    try:
+        other.expect(0, tag, 100)
+        with other.inbox.changed:
+            assert not other.inbox.changed.wait_for(lambda: 0 in other.inbox.lost(), timeout=2 * connect_s)
+        one.post(1, tag, bytes_of(3, 100))
+        assert torch.equal(arrived(other, 0, tag), bytes_of(3, 100))
+    finally:
+        one.close(drain_s=0.0)
+        other.close(drain_s=0.0)
 
 
 def test_what_gloo_says_is_cut_to_what_helps() -> None:

@@ -20,11 +20,12 @@ from torch._C._distributed_c10d import TCPStore
 import dtrain
 from dtrain import connect as connecting
 from dtrain.config import Job, LinkSection, parse_job
-from dtrain.connect import Connection, connect, connect_local, settings_of
+from dtrain.connect import Connection, LinkSettings, connect, connect_local, settings_of
+from dtrain.errors import PeerLost, Regroup
 from dtrain.launch import islands, local, meeting
 from dtrain.launch.islands import Launch
 from dtrain.launch.processes import TAG_VARIABLE
-from dtrain.membership import Place, place_from_env
+from dtrain.membership import OnWait, Place, place_from_env
 from dtrain.recipes import DEFAULT_RECIPE, RECIPES
 from dtrain.transport.base import Transport
 from dtrain.transport.throttle import Throttle, Uplink
@@ -212,6 +213,30 @@ def test_islands_of_one_process_are_slowed_alike(opened: list[Connection]) -> No
     assert [throttle.rtt_s for throttle in throttles(opened)] == [0.02, 0.02]
     for throttle in throttles(opened):
         reserve_at_one_mbit(throttle.uplink)
+
+
+def lost_while_linking(store: tuple[TCPStore, str], timeout_s: float, on_wait: OnWait) -> Connection:
+    """Island 0 links up with an island that came to the meeting point and was killed at once."""
+    store[0].set("ready/0/0/1", "1")
+    place = replace(place_from_env({}), num_islands=2, meet=store[1])
+    return connect(place, LinkSettings(timeout_s=timeout_s), on_wait=on_wait)
+
+
+def test_an_island_lost_while_linking_is_waited_for_visibly_and_not_for_ever(store: tuple[TCPStore, str]) -> None:
+    said: list[tuple[int, ...]] = []
+    with pytest.raises(PeerLost, match=r"^lost island 1: no link to all of them within 2 s"):
+        lost_while_linking(store, 2.0, lambda missing, waited_s, limit_s: said.append(missing))
+    assert said
+    assert set(said) == {(1,)}
+
+
+def test_an_island_that_comes_back_while_the_others_link_regroups_them(store: tuple[TCPStore, str]) -> None:
+    def back(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
+        store[0].set("regroup", "1:40")  # the launcher, when it has started island 1 again
+
+    with pytest.raises(Regroup) as again:
+        lost_while_linking(store, 20.0, back)
+    assert (again.value.epoch, again.value.step) == (1, 40)
 
 
 def test_two_islands_without_a_launcher_are_one_line() -> None:

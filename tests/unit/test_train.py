@@ -8,33 +8,42 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain import checkpoint, metrics
-from dtrain.config import Job, dump_job, parse_job
-from dtrain.data.corpus import Corpus, load_corpus
-from dtrain.data.sampler import heldout_sequences, sample_batch
+from dtrain.config import dump_job
+from dtrain.data.corpus import load_corpus
+from dtrain.data.sampler import heldout_sequences
 from dtrain.evaluate import evaluate
 from dtrain.launch.cli import run_command
-from dtrain.metrics import Part, read_part
 from dtrain.models.gpt import GPT, GPTConfig
-from dtrain.optim.adam import adamw, cosine_lr, set_lr
-from dtrain.sim import simulate
 from dtrain.topology import random_pairs
 from dtrain.train import build_model
+from tests.unit.by_hand import (
+    DIGEST_BYTES,
+    NOTE_BYTES,
+    PROMISE_BYTES,
+    by_hand,
+    first_loss,
+    flat,
+    job_of,
+    lines_of,
+    micro_batch,
+    part_of,
+    same,
+    train,
+    weights_of,
+    write_texts,
+)
 
 U = 2.0**-24  # half the distance of 1 to the next fp32 number: the relative error of one rounding
-DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8  # sha256; recipe, model, ranks, seed; distance and step
 PARAMETERS = 2 * 256 * 16 + 1 * 12 * 16**2  # embedding and head; and in a layer q, k, v, out and the two of the MLP
 
 
@@ -49,108 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Nine files, each over letters of its own, so that an island's files can be told from another's; the ninth is held out."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for k in range(9):
-        letters = generator.integers(20 * k, 20 * k + 30, 600).astype(np.uint8)
-        (folder / f"{k}.txt").write_bytes(letters.tobytes())
-    return folder
-
-
-def job_of(source: Path, *changes: str) -> Job:
-    """Six steps of a model of 11 thousand parameters on two islands that never talk."""
-    base = (
-        "islands.threads=1 model.layers=1 model.width=16 model.heads=2 model.context=16 train.steps=6 train.batch=4 "
-        'train.lr=0.01 train.warmup=2 train.eval_every=0 train.checkpoint_every=0 sync.recipe="local"'
-    )
-    last = {change.partition("=")[0]: change for change in (*base.split(), f'data.source="{source}"', *changes)}
-    return parse_job({}, tuple(last.values()))
-
-
-def train(job: Job, run: Path) -> Path:
-    for island in range(job.islands.count):
-        (run / "logs" / f"island{island}").mkdir(parents=True)
-    simulate(job, run, resume_step=0)
-    return run
-
-
-def lines_of(run: Path, island: int) -> list[dict[str, Any]]:
-    return [line for line in metrics.read(run / "metrics.jsonl") if line["island"] == island]
-
-
-def part_of(run: Path, island: int) -> Part:
-    return read_part(run / "logs" / f"island{island}")
-
-
-def weights_of(run: Path, island: int) -> dict[str, Tensor]:
-    """An island's own model at the end, before the merge."""
-    return load_file(run / "islands" / f"island{island}.safetensors")
-
-
-def flat(weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([weights[name].flatten() for name in sorted(weights)])
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
-
-
-@dataclass(frozen=True)
-class ByHand:
-    losses: list[float]
-    norms: list[float]
-    """Of the gradients, before they are clipped."""
-    evals: list[float]
-    """On the held-out text, after each step."""
-    weights: dict[str, Tensor]
-
-
-def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -> ByHand:
-    """The run of one island on its own: gradients of each micro-batch apart, their mean, clipped, an update."""
-    model = build_model(job, corpus)
-    parameters = list(model.parameters())
-    optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
-    heldout = heldout_sequences(corpus, job.model.context)
-    losses, norms, evals = [], [], []
-    for step in range(job.train.steps):
-        parts = [micro_loss(job, model, corpus, island, step, micro) for micro in range(job.train.accumulate)]
-        losses.append(sum(float(part.detach()) for part in parts) / len(parts))
-        each = [torch.autograd.grad(part, parameters) for part in parts]
-        for parameter, *gradients in zip(parameters, *each, strict=True):
-            parameter.grad = torch.as_tensor(sum(gradients) / len(gradients))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, job.train.clip or math.inf)))
-        set_lr(optimizer, cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr))
-        optimizer.step()
-        evals += [evaluate(model, heldout)] if evaluated else []
-    return ByHand(losses, norms, evals, {name: value.clone() for name, value in model.state_dict().items()})
-
-
-def micro_loss(job: Job, model: GPT, corpus: Corpus, island: int, step: int, micro: int) -> Tensor:
-    inputs, targets = micro_batch(job, corpus, island, step, micro)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
-        logits = model(inputs)
-    return cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def micro_batch(job: Job, corpus: Corpus, island: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
-    return sample_batch(
-        corpus,
-        seed=job.job.seed,
-        island=island,
-        num_islands=job.islands.count,
-        rank=0,
-        step=step,
-        micro=micro,
-        batch=job.train.batch // job.train.accumulate,
-        context=job.model.context,
-        shard=job.islands.shard,
-    )
-
-
-def first_loss(job: Job, corpus: Corpus, island: int, micro: int = 0) -> float:
-    return micro_loss(job, build_model(job, corpus), corpus, island, 0, micro).item()
+    return write_texts(tmp_path / "texts")
 
 
 @pytest.mark.parametrize(
