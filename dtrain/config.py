@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 class JobSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder's name under dir")
-    seed: int = Field(0, ge=0, lt=2**31, description="seeds weights, data order and stochastic codecs")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds weights, data order and random pairs")
     dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
 
 

@@ -1,0 +1,88 @@
+"""Do the programs behind the README's numbers compute what they say? Run on made-up runs whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import overlap, quality, runs
+
+
+def write_metrics(run: Path, islands: dict[int, list[tuple[float, float]]]) -> None:
+    """(time_s, cumulative wait_s) a step."""
+    run.mkdir(parents=True)
+    lines = [
+        {"step": step, "island": island, "time_s": time_s, "wait_s": wait_s}
+        for island, steps in islands.items()
+        for step, (time_s, wait_s) in enumerate(steps, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_links_own_wait_is_from_the_last_to_come_to_the_last_to_have(tmp_path: Path) -> None:
+    """Step 2: island 0 comes at 2.0 s, island 1 at 3.0 s, and both have the round at 3.5 and 3.25 s. Step 3: nobody waits."""
+    write_metrics(tmp_path / "run", {0: [(1.0, 0.0), (3.5, 1.5), (4.5, 1.5)], 1: [(1.5, 0.0), (3.25, 0.25), (5.0, 0.25)]})
+    assert overlap.link_wait_s(tmp_path / "run") == 0.5
+
+
+def test_overlap_prints_and_keeps_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """local 1000 tokens/s, overlapped 970 and no wait, delay 0: 800 and 2 s of 10 on the link."""
+    speeds = {"local": (1000.0, 0.0), "overlapped": (970.0, 0.0), "waiting": (800.0, 2.0)}
+
+    def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+        speed, wait_s = speeds[name.partition("-")[0]]
+        rate = overlap.units.bits_per_s(name.split("-")[1])
+        assert rate is not None
+        assert f"link.rate={name.split('-')[1]}" in overrides
+        write_metrics(folder / name, {i: [(1.0, 0.0), (1.0 + wait_s, wait_s)] for i in range(2)})
+        return {"tokens_per_s": speed, "train_s": 10.0, "wire_bytes_sent": int(2.0 * rate / 8)}
+
+    monkeypatch.setattr(overlap, "run_job", run_job)
+    monkeypatch.setattr(overlap, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(overlap, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    overlap.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1")]
+    assert [line.split(" | ")[0] for line in table] == ["| 100mbit", "| 10mbit", "| 1mbit"]
+    assert all(line.endswith("| 1000 | 970 | 97.0% | 800 | 2.00 s, 20% | 2.00 s | 100% |") for line in table)
+    rows = json.loads((tmp_path / "results" / "overlap.json").read_text())["rows"]
+    assert [row["of_local"] for row in rows] == [0.97] * 3
+
+
+def test_quality_compares_paired_seeds_with_the_best_rate_of_all_reduce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """all-reduce 2.0 at its best rate, ours 2.04, islands alone 2.2 and 3.0 when merged: 2 % behind, 80 % of 0.2 closed."""
+
+    def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+        merged = {"allreduce": 2.0 if "train.lr=6e-3" in overrides else 2.5, "local": 3.0}.get(name.partition("-")[0], 2.04)
+        alone = 2.2 if name.startswith("local") else merged
+        return {
+            "eval_bits_per_byte": merged,
+            "eval_bits_per_byte_islands": [alone, alone],
+            "parameters": 10,
+            "steps": 20,
+            "wire_reduction": 200.0,
+        }
+
+    monkeypatch.setattr(quality, "run_job", run_job)
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    quality.main()
+    said = capsys.readouterr().out
+    assert "+2.00 % against all-reduce (lr 6e-3), 80% of the gap to islands that never talk closed, 200x fewer bytes" in said
+    result = json.loads((tmp_path / "results" / "quality.json").read_text())
+    assert result["gap_closed"] == pytest.approx([0.8] * 3)
+    assert result["behind_allreduce_percent"] == pytest.approx([2.0] * 3)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "summary.json").write_text('{"tokens_per_s": 7}')
+    assert runs.run_job(tmp_path, "done", ["no.such=key"]) == {"tokens_per_s": 7}
