@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from dtrain import checkpoint
+from dtrain.config import load_job
+from dtrain.sim import simulate
 from tests.dist.job import (
     ROOT,
     SMALL,
@@ -135,9 +137,9 @@ def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreig
     own = checkpoint.load_island(stopped, step, 1)
     smaller = {key: value for key, value in own.items() if not key.startswith("model.blocks.1.")}
     checkpoint.save_island(stopped, step, 1, smaller, rank=0, num_ranks=1)
-    line = resume_refused(stopped)
-    assert "holds another model: blocks.1." in line
-    assert line.endswith("resume with the [model] section it was made with")
+    # In this process, which is quicker: the island looks at its checkpoint in the same way.
+    with pytest.raises(ValueError, match=r"island1 holds another model: blocks\.1\..*; resume with the \[model\] section"):
+        simulate(load_job(stopped / "job.toml"), stopped, resume_step=step)
     assert checkpoint.newest_commit(stopped) == step, "nothing was removed"
 
     checkpoint.save_island(stopped, step, 1, own, rank=0, num_ranks=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.launch.cli import run_command
 from tests.dist.job import ROOT, SMALL
 
 SMALLER = (*SMALL, "train.steps=16", "train.batch=4", "sync.every=8", "sync.delay=2")
@@ -40,15 +41,22 @@ def dtrain(folder: Path, words: list[str]) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes"}
+    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes", "keys"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:
-        trained = words[1] in ("run", "sim") and "--resume" not in words
-        said[words[1]] = dtrain(tmp_path, [*words[1:], *(SMALLER if trained else ())])
+        if words[1] in ("run", "sim"):
+            said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
+        else:  # in this process, which has imported torch already
+            assert run_command(words[1:]) == 0, capsys.readouterr().err
+            said[words[1]] = capsys.readouterr().out
+    assert "sync.every" in said["keys"]
     assert (tmp_path / "both.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}
