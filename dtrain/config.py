@@ -202,6 +202,12 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
         raise ValueError(f"{where}: {name} = {first['input']!r} is not allowed: {message}") from None
 
 
+def runs_a_script(job: Job) -> bool:
+    """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
+    answers = job.sync.model_dump()
+    return any(answers[key] is None for key in answers if key != "bucket_bytes")
+
+
 def dump_job(job: Job) -> str:
     """The job as TOML, every key written out that has a value."""
     lines: list[str] = []

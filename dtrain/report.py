@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import metrics, units
+from dtrain.config import load_job, runs_a_script
 from dtrain.metrics import Part, RunRecord
 
 Summary = dict[str, Any]
@@ -99,6 +100,8 @@ def load_run(path: Path) -> RunRecord:
             f"{path} is no run folder (it holds none of {', '.join(known)}); name one, as in runs/quickstart"
         )
     if not (path / "summary.json").is_file():
+        if (path / "job.toml").is_file() and runs_a_script(load_job(path / "job.toml")):
+            raise ValueError(f"{path} is the run of a script, which keeps its results itself; there is nothing to report")
         raise ValueError(
             f"no summary.json in {path}: still running, or stopped; resume with: dtrain run {path / 'job.toml'} --resume"
         )

@@ -5,7 +5,9 @@ bit for bit."""
 
 from __future__ import annotations
 
+import functools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,10 @@ from dtrain.train import cpu_threads, train_island
 _POLL_S = 0.2
 
 
+def _say_wait(status: StatusFile, missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
+    status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
+
+
 def simulate(job: Job, run: Path, *, resume_step: int) -> None:
     """Train all islands of a job in this process; raises the first island's error."""
     assert job.islands.ranks == 1, "the launcher refuses it, before it writes anything"
@@ -31,6 +37,7 @@ def simulate(job: Job, run: Path, *, resume_step: int) -> None:
         status = StatusFile(
             run / "logs" / f"island{connection.node}" / "status.json", job.train.steps, job.link.timeout_s
         )
+        connection = replace(connection, on_wait=functools.partial(_say_wait, status))
         try:
             train_island(job, connection, corpus, run, status, device=torch.device("cpu"), resume_step=resume_step)
         except Exception as e:  # noqa: BLE001  (a thread's error is raised again below, on the caller's thread)

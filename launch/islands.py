@@ -58,7 +58,7 @@ def command(launch: Launch, island: int, epoch: int) -> list[str]:
         "dtrain.launch.agent",
         "--nnodes=1",
         f"--nproc-per-node={launch.job.islands.ranks}",
-        f"--rdzv-id=epoch{epoch}",  # names the log folder
+        f"--rdzv-id={_start_name(launch, epoch)}",  # names the log folder
         "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
         f"--log-dir={folder(launch.run, island) / 'torchrun'}",
         "--redirects=3",  # 1 stdout + 2 stderr, to files
@@ -110,7 +110,11 @@ def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def stdout_log(run: Path, island: int, epoch: int) -> Path | None:
-    """Where rank 0 of an island's start prints to; None before torchrun made the file."""
-    logs = list(folder(run, island).glob(f"torchrun/epoch{epoch}_*/attempt_0/0/stdout.log"))
+def _start_name(launch: Launch, epoch: int) -> str:
+    return f"epoch{epoch}-{launch.tag}"
+
+
+def stdout_log(launch: Launch, island: int, epoch: int) -> Path | None:
+    """Where rank 0 of an island's start in this launch prints to; None before torchrun made the file."""
+    logs = list(folder(launch.run, island).glob(f"torchrun/{_start_name(launch, epoch)}_*/attempt_0/0/stdout.log"))
     return max(logs, key=_changed) if logs else None

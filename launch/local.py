@@ -213,7 +213,7 @@ class _Printed:
     def lines(self, epoch: int) -> list[str]:
         if not self._launch.script:
             return []
-        newest = next((log for e in range(epoch, -1, -1) if (log := islands.stdout_log(self._launch.run, 0, e))), None)
+        newest = next((log for e in range(epoch, -1, -1) if (log := islands.stdout_log(self._launch, 0, e))), None)
         if newest is not None and (self._tail is None or self._tail.path != newest):
             self._tail = Tail(newest)
         return self._tail.lines() if self._tail is not None else []

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dtrain.config import Job
+from dtrain.config import Job, runs_a_script
 from dtrain.launch.checks import How, check_input, read_job, resolved, with_absolute_source
 from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_job
 
@@ -62,6 +62,10 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
                 held.enter_context(_locked(run))
             _refuse_what_is_there(run, choice)
         kept = resumed_job(run, overrides) if choice.resume else None
+        if kept is not None and runs_a_script(kept) != (how == "script"):
+            ran = "a script" if runs_a_script(kept) else "the job's own model"
+            remedy = "name it: --resume -- SCRIPT ARGS" if runs_a_script(kept) else "leave -- SCRIPT out"
+            raise ValueError(f"{run} is a run of {ran}; to go on with it {remedy}")
         if kept is not None and is_finished(run, kept):
             said = f"all {kept.train.steps} steps are done: nothing is left but to show what came out"
             yield Opened(kept, run, kept.train.steps, (said, *_kept_note(job, kept)), finished=True)

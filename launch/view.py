@@ -57,8 +57,12 @@ def picture(islands: Sequence[IslandView], columns: int, rows: int | None = None
 
 
 def plain_line(islands: Sequence[IslandView]) -> str:
-    """All islands in one line of a log."""
-    return " | ".join(_plain(view) for view in islands)
+    """All islands in one line of a log; of many only those in trouble are named."""
+    if len(islands) <= _MOST_WITH_TWO_LINES:
+        return " | ".join(_plain(view) for view in islands)
+    steps = [view.step for view in islands]
+    troubled = [f"island {view.island}: {now(view)}" for view in islands if _troubled(view)][:_NAMED]
+    return " | ".join([f"{len(islands)} islands, steps {min(steps)} to {max(steps)} of {islands[0].steps}", *troubled])
 
 
 def now(view: IslandView) -> str:

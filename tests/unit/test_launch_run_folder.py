@@ -133,6 +133,19 @@ def test_fresh_name_takes_the_next_free_one() -> None:
     assert load_job(Path("runs/small-3/job.toml")).job.name == "small-3"
 
 
+def test_a_scripts_run_is_not_taken_for_one_of_the_jobs_own_model(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("script.py").write_text("")
+    with open_run(Path("job.toml"), [], Choice(), how="script"):
+        pass
+    said = refused(capsys, "run", "job.toml", "--resume")
+    assert said == "runs/small is a run of a script; to go on with it name it: --resume -- SCRIPT ARGS"
+    assert refused(capsys, "report", "runs/small").startswith("runs/small is the run of a script")
+    assert refused(capsys, "eval", "runs/small").startswith("runs/small is the run of a script")
+    opened(fresh=True)
+    said = refused(capsys, "run", "job.toml", "--resume", "--", "script.py")
+    assert said == "runs/small is a run of the job's own model; to go on with it leave -- SCRIPT out"
+
+
 def test_a_run_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with open_run(Path("job.toml"), [], Choice()):
         for flag in ("--resume", "--fresh"):

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from dtrain import metrics, plots, report
+from dtrain.config import dump_job, parse_job
+from dtrain.launch.checks import resolved
 from dtrain.metrics import MetricsWriter, Part, RunRecord
 
 # Two islands of a 1,000,000 parameter model for 50 steps. By hand: all-reduce on two islands sends 2 (2-1)/2 = 1 times
@@ -58,7 +60,7 @@ SECOND = replace(
 def write_run(run: Path, parts: list[Part], steps: int = 50) -> Path:
     """A finished run as its islands leave it, but for the summary."""
     run.mkdir()
-    (run / "job.toml").write_text("")
+    (run / "job.toml").write_text(dump_job(resolved(parse_job({}))))
     for part in parts:
         folder = run / "logs" / f"island{part.island}"
         folder.mkdir(parents=True)

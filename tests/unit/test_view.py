@@ -157,6 +157,11 @@ def test_without_a_terminal_a_new_wait_is_said_soon_and_once() -> None:
     assert out.getvalue().splitlines() == ["island 1: training", "island 1: waiting for island 0, 2 s of 300"]
 
 
+def test_a_plain_line_of_many_islands_names_those_in_trouble() -> None:
+    islands = [replace(TRAINING, island=i, step=300 + i) for i in range(1, 16)]
+    assert plain_line([LOST, *islands]) == "16 islands, steps 7 to 315 of 1500 | island 3: lost; will be started again (1 of 3)"
+
+
 def test_a_plain_line_is_one_line() -> None:
     line = plain_line([TRAINING, WAITING])
     assert "\n" not in line
