@@ -151,7 +151,3 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     different = [k for k in a if not torch.equal(a[k], b[k])]
     assert not different, f"{len(different)} of {len(a)} tensors differ, {different[0]} first"
-
-
-def words(*parts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(word for part in parts for word in part)
