@@ -76,7 +76,7 @@ class _BoundCast:
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         if self.dtype == torch.bfloat16:
-            operations().cast_bf16(x, wire)
+            operations(wire.device).cast_bf16(x, wire)
         else:
             wire.view(self.dtype).copy_(x)
         # After the cast: fp32 above 3.39e38 becomes inf in bf16.
@@ -86,7 +86,7 @@ class _BoundCast:
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         _check_length(wire, self.wire_bytes)
         if self.dtype == torch.bfloat16:
-            operations().add_bf16(wire, y, weight)
+            operations(wire.device).add_bf16(wire, y, weight)
         else:
             y.add_(wire.view(self.dtype), alpha=weight)
 
@@ -129,7 +129,7 @@ class _BoundBlocks:
         return {}
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        ops = operations()
+        ops = operations(wire.device)
         quantize = ops.quantize_int8 if self.bits == 8 else ops.quantize_int4
         scales, codes = self._split(wire)
         at_scale = at_code = 0
@@ -145,7 +145,7 @@ class _BoundBlocks:
         scales, codes = self._split(wire)
         if not torch.isfinite(scales).all():
             raise WireError("a block's scale on the wire is inf or NaN")
-        ops = operations()
+        ops = operations(wire.device)
         dequantize_add = ops.dequantize_add_int8 if self.bits == 8 else ops.dequantize_add_int4
         at_scale = at_code = 0
         for a, b in self.runs:

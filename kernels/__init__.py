@@ -1,6 +1,22 @@
-"""Compression kernels: which implementation runs, and what each operation means (``reference.py`` is the
-specification)."""
+"""Compression, gossip and optimizer kernels: what each operation means is ``reference.py``; which backend runs is
+``dispatch.py``; what their bytes mean is ``WIRE.md``."""
 
-from dtrain.kernels.dispatch import operations
+from dtrain.kernels.dispatch import BACKENDS, OPERATIONS, backend, operations
+from dtrain.kernels.operands import MAX_BLOCK, MIN_BLOCK, SUM_TILE, Adam, Coded, Format, Noise, Piece, Public, zones
 
-__all__ = ["operations"]
+__all__ = [
+    "BACKENDS",
+    "MAX_BLOCK",
+    "MIN_BLOCK",
+    "OPERATIONS",
+    "SUM_TILE",
+    "Adam",
+    "Coded",
+    "Format",
+    "Noise",
+    "Piece",
+    "Public",
+    "backend",
+    "operations",
+    "zones",
+]

@@ -1,21 +1,47 @@
 """Which backend runs the kernels?
 
-``DTRAIN_KERNELS`` forces one by name; a backend that was asked for and is not there is an error, never a fallback.
-"""
+Triton on a GPU, numba on a CPU. ``DTRAIN_KERNELS`` forces one by name; a backend that was asked for and is not there is an
+error, never a fallback."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
-from dtrain.kernels import reference
+import torch
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS = {
+    "reference": "dtrain.kernels.reference",
+    "numba": "dtrain.kernels._numba",
+    "triton": "dtrain.kernels._triton",
+}
+_BY_DEVICE: dict[str, str] = {}
+
+_BLOCK_FORMATS = ("int8", "int4", "e3m0", "lut4", "sign")
+OPERATIONS = (
+    *(f"quantize_{kind}" for kind in _BLOCK_FORMATS),
+    *(f"dequantize_add_{kind}" for kind in _BLOCK_FORMATS),
+    *("cast_bf16", "add_bf16", "topk_chunks", "topk_add", "encode", "decode_add"),
+    *("encode_difference", "encode_feedback", "choco_encode", "choco_mix", "mix"),
+    *("accum_adam", "gossip_adam", "choco_gossip_adam", "outer_step"),
+    *("sum_of_squares", "scale", "checksum", "flag_non_finite"),
+)
+"""What every backend has, with the signatures of ``reference.py``."""
 
 
-def operations() -> ModuleType:
-    """The module whose functions are the operations."""
-    name = os.environ.get("DTRAIN_KERNELS", "reference")
-    if name not in _BACKENDS:
-        raise ValueError(f"DTRAIN_KERNELS={name!r} is not a backend; available: {', '.join(sorted(_BACKENDS))}")
-    return _BACKENDS[name]
+def operations(device: torch.device) -> ModuleType:
+    """The module whose functions are the operations for tensors of a device."""
+    return backend(os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference"))
+
+
+def backend(name: str) -> ModuleType:
+    """A backend by name; raises ValueError where there is no such, or its package is not installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"DTRAIN_KERNELS = {name!r} is not a backend; use one of {', '.join(sorted(BACKENDS))}")
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == "dtrain":
+            raise
+        raise ValueError(f"the {name} kernels need the package {e.name}; install it, or set DTRAIN_KERNELS=reference") from e

@@ -26,13 +26,13 @@ FEW_SIZES = (1, 65, 1_000)
 
 def _copy_of_operations() -> ModuleType:
     copy = ModuleType("copy")
-    copy.__dict__.update({name: getattr(operations(), name) for name in kernels.CASES})
+    copy.__dict__.update({name: getattr(operations(torch.device("cpu")), name) for name in kernels.CASES})
     return copy
 
 
 def _on_the_second_call(op: str, fault: str) -> ModuleType:
     """Operations of which one, on every second call (the GPU's), flips the lowest bit of what it wrote."""
-    ops, honest, calls = _copy_of_operations(), getattr(operations(), op), [0]
+    ops, honest, calls = _copy_of_operations(), getattr(operations(torch.device("cpu")), op), [0]
 
     def faulty(*operands: Tensor | float) -> None:
         honest(*operands)

@@ -178,7 +178,7 @@ from tests.gpu import islands, kernels
 for check in tests.gpu.__main__.CHECKS:
     print(check.__name__)
 islands.NUMEL = 1_001
-print(kernels.compare(operations(), torch.device("cpu"), (1, 65)))
+print(kernels.compare(operations(torch.device("cpu")), torch.device("cpu"), (1, 65)))
 print(islands.two_islands_equal_cpu(torch.device("cpu")))
 print(sorted({name.partition(".")[0] for name in sys.modules} & BEYOND))
 """
