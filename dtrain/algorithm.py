@@ -3,7 +3,8 @@
 ``send`` is a generator. Until its first yield it may read and change the parameters; after it, it runs in the
 background and touches only State and Link, and it may yield again for a further phase. ``land`` runs on the main
 thread when its step has come. What survives a yield lies in State, which ``init`` creates whole, so that checkpoint
-keys agree on every rank from step 0. ``grad`` rewrites gradients before the update."""
+keys agree on every rank from step 0. ``grad`` rewrites gradients before the update. ``fused`` is landing, optimizer step
+and sending in one pass over the parameters, for methods that have it."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dtrain.bucket import Bucket, Layout
-from dtrain.codec import State
+from dtrain.codec import State, Update
 from dtrain.link import Link, Peers
+
+Fused = Callable[[Bucket, State, Link, Update, bool], Iterator[None]]
+"""(bucket, state, link, the optimizer's step, whether a round that arrived lands first): like ``land``, the step and ``send``."""
 
 
 class Algorithm(NamedTuple):
@@ -20,6 +24,7 @@ class Algorithm(NamedTuple):
     send: Callable[[Bucket, State, Link], Iterator[None]] | None = None
     land: Callable[[Bucket, State], None] | None = None
     grad: Callable[[Bucket, State, Link], Iterator[None]] | None = None
+    fused: Fused | None = None
 
 
 Method = Callable[[Layout, Peers], Algorithm]

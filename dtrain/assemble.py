@@ -13,6 +13,7 @@ from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.choco import choco
 from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
+from dtrain.algorithms.gossip import gossip
 from dtrain.algorithms.local import local
 from dtrain.outer import Outer
 from dtrain.recipes import Recipe
@@ -55,10 +56,12 @@ def _method(r: Recipe) -> Method:
             return local()
         case "allreduce":
             return allreduce(_reduce(r))
+        case "dpsgd" if r.reduce == "neighbours":
+            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.topology)
         case "dpsgd":
             return dpsgd(_reduce(r))
         case "choco":
-            return choco(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gamma)
+            return choco(codecs.plain(r.codec), r.gamma, r.topology)
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))
@@ -66,7 +69,7 @@ def _method(r: Recipe) -> Method:
 
 def _reduce(r: Recipe) -> Reduce:
     codec = codecs.by_name(r.codec, error_feedback=r.error_feedback)
-    table = {"neighbours": reduces.neighbours, "gather": reduces.gather, "all_to_all": reduces.all_to_all}
+    table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 
 

@@ -1,23 +1,27 @@
 """How is a bucket encoded on the wire, and how is it read back?
 
-A codec is bound to a layout once: sizes and blocks are fixed then. Blocks never cross a parameter. A wire is
-[scales][codes], without a header: both sides know its length from the layout. Non-finite input is refused by the
-encoder, a non-finite scale by the decoder."""
+A codec is bound to a layout once: sizes and blocks are fixed then. Blocks never cross a parameter. A wire that arrives is
+checked whole (``check``) before any of it is used; the other methods take wires that were, or one's own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
-from dtrain.errors import NonFinite, WireError
-from dtrain.kernels import operations
+from dtrain.kernels import Adam, Format, Noise, Piece, Public, operations
+from dtrain.spans import span
+from dtrain.wire import WireFormat, refuse_non_finite
 
 State = dict[str, Tensor]
+
+_NODE_STRIDE = 0x9E3779B1
+"""Odd, so that no two islands draw the same random bits in the same round."""
 
 
 class BoundCodec(Protocol):
@@ -25,16 +29,34 @@ class BoundCodec(Protocol):
     def wire_bytes(self) -> int: ...
 
     def init(self, device: torch.device) -> State:
-        """Residuals; {} when stateless."""
+        """Residuals and counters; {} when stateless."""
         ...
 
+    def new_wire(self, device: torch.device) -> Tensor: ...
+
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        """fp32 x -> wire (uint8, wire_bytes)."""
+        """x -> wire (uint8, wire_bytes). On a CPU inf or NaN raise NonFinite here, on a GPU where the bytes are taken."""
+        ...
+
+    def check(self, wire: Tensor) -> None:
+        """Raises WireError where a wire that arrived (host memory) is not what was agreed."""
         ...
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        """y += weight * decode(wire)."""
+        """y += weight * decode(wire), for fp32 y."""
         ...
+
+    def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
+        """x += sum_j weights_j decode(wires_j), in one pass."""
+        ...
+
+
+class Update(NamedTuple):
+    """One AccumAdamW step of one bucket, to be done on the way from one round to the next."""
+
+    pieces: Sequence[Piece]
+    adam: Adam
+    grad_scale: Tensor
 
 
 class Codec(Protocol):
@@ -43,125 +65,158 @@ class Codec(Protocol):
         """Elements; a bucket may be cut at multiples of it within a parameter."""
         ...
 
-    def bind(self, layout: Layout) -> BoundCodec: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """fp32 as it is."""
-
-    grain: int = 1
-
-    def bind(self, layout: Layout) -> BoundCodec:
-        return _BoundCast(4 * layout.numel, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Bf16:
-    """Half the bytes: bf16, round to nearest even."""
-
-    grain: int = 1
-
-    def bind(self, layout: Layout) -> BoundCodec:
-        return _BoundCast(2 * layout.numel, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class _BoundCast:
-    wire_bytes: int
-    dtype: torch.dtype
-
-    def init(self, device: torch.device) -> State:
-        return {}
-
-    def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        if self.dtype == torch.bfloat16:
-            operations(wire.device).cast_bf16(x, wire)
-        else:
-            wire.view(self.dtype).copy_(x)
-        # After the cast: fp32 above 3.39e38 becomes inf in bf16.
-        if not torch.isfinite(wire.view(self.dtype)).all():
-            raise NonFinite("the payload holds inf or NaN")
-
-    def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        _check_length(wire, self.wire_bytes)
-        if self.dtype == torch.bfloat16:
-            operations(wire.device).add_bf16(wire, y, weight)
-        else:
-            y.add_(wire.view(self.dtype), alpha=weight)
+    def bind(self, layout: Layout, node: int = 0) -> BoundCodec:
+        """``node`` seeds random rounding."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """int8 or int4 codes with one bf16 scale a block: 8 or 4 bits + 16 / block bits an element."""
+    """The formats of ``kernels/WIRE.md``, by the kernels."""
 
-    bits: int
-    grain: int = 64
+    fmt: Format
+    stochastic: bool = False
 
-    def bind(self, layout: Layout) -> BoundCodec:
-        """Runs of parameters that fill whole blocks are coded in one call."""
-        runs: list[tuple[int, int]] = []
-        open_run = False
-        for span in layout.spans:
-            if open_run:
-                runs[-1] = (runs[-1][0], span.stop)
-            else:
-                runs.append((span.start, span.stop))
-            open_run = span.numel % self.grain == 0
-        num_blocks = sum(-(-(b - a) // self.grain) for a, b in runs)
-        num_code_bytes = sum(_code_bytes(b - a, self.bits) for a, b in runs)
-        return _BoundBlocks(2 * num_blocks + num_code_bytes, self.bits, self.grain, tuple(runs), num_blocks)
+    @property
+    def grain(self) -> int:
+        return self.fmt.block
+
+    def bind(self, layout: Layout, node: int = 0) -> BoundBlocks:
+        return BoundBlocks(self.fmt, layout, node, stochastic=self.stochastic)
 
 
-def _code_bytes(numel: int, bits: int) -> int:
-    return -(-numel * bits // 8)
+class BoundBlocks:
+    """Runs of parameters that fill whole blocks are coded in one call."""
 
-
-@dataclass(frozen=True, slots=True)
-class _BoundBlocks:
-    wire_bytes: int
-    bits: int
-    block: int
-    runs: tuple[tuple[int, int], ...]
-    num_blocks: int
+    def __init__(self, fmt: Format, layout: Layout, node: int, *, stochastic: bool) -> None:
+        self.fmt, self.stochastic = fmt, stochastic
+        self._runs = _runs(layout, fmt.block)
+        self._first = layout.spans[0].global_offset if layout.spans else 0
+        self._seed = node * _NODE_STRIDE
+        self._spans = tuple((s.start, s.stop) for s in layout.spans)
+        self._numel = layout.numel
+        self._wire = WireFormat(fmt, tuple(b - a for a, b in self._runs))
+        self.wire_bytes = self._wire.wire_bytes
+        self.fuses = fmt.kind != "topk"
+        """Whether ``gossip_adam`` and its CHOCO form write this format."""
 
     def init(self, device: torch.device) -> State:
-        return {}
+        return {"draws": torch.zeros(1, dtype=torch.int64)} if self.stochastic else {}
+
+    def new_wire(self, device: torch.device) -> Tensor:
+        return self._wire.new(device)
+
+    def check(self, wire: Tensor) -> None:
+        self._wire.check(wire)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        ops = operations(wire.device)
-        quantize = ops.quantize_int8 if self.bits == 8 else ops.quantize_int4
-        scales, codes = self._split(wire)
-        at_scale = at_code = 0
-        for a, b in self.runs:
-            num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
-            quantize(x[a:b], codes[at_code : at_code + num_bytes], scales[at_scale : at_scale + num_scales], self.block)
-            at_scale, at_code = at_scale + num_scales, at_code + num_bytes
-        if not torch.isfinite(scales).all():
-            raise NonFinite("the payload holds inf or NaN")
+        with span("encode", x.element_size() * x.numel() + wire.numel()):
+            ops, noise = operations(wire.device), self._draw(state)
+            for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
+                ops.encode(x[a:b], part, self.fmt, _moved(noise, a))
+            self._seal(wire)
+
+    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
+        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+        with span("encode", (x.element_size() + 8) * x.numel() + wire.numel()):
+            ops, noise = operations(wire.device), self._draw(state)
+            for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
+                ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
+            self._seal(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        _check_length(wire, self.wire_bytes)
-        scales, codes = self._split(wire)
-        if not torch.isfinite(scales).all():
-            raise WireError("a block's scale on the wire is inf or NaN")
-        ops = operations(wire.device)
-        dequantize_add = ops.dequantize_add_int8 if self.bits == 8 else ops.dequantize_add_int4
-        at_scale = at_code = 0
-        for a, b in self.runs:
-            num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
-            part = codes[at_code : at_code + num_bytes]
-            dequantize_add(part, scales[at_scale : at_scale + num_scales], y[a:b], weight, self.block)
-            at_scale, at_code = at_scale + num_scales, at_code + num_bytes
+        with span("decode", wire.numel() + 8 * y.numel()):
+            ops = operations(wire.device)
+            for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
+                ops.decode_add(part, y[a:b], weight, self.fmt)
 
-    def _split(self, wire: Tensor) -> tuple[Tensor, Tensor]:
-        end = 2 * self.num_blocks
-        return wire[:end].view(torch.bfloat16), wire[end:]
+    def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
+        with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
+            ops, parts = operations(x.device), [self._wire.parts(wire) for wire in wires]
+            for i, (a, b) in enumerate(self._runs):
+                ops.mix(x[a:b], 1.0, [part[i] for part in parts], weights, self.fmt)
+
+    def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
+        """wire = C(x - xhat);  xhat += decode(wire);  s += self_weight decode(wire)."""
+        with span("encode", (x.element_size() + 16) * x.numel() + wire.numel()):
+            ops, noise = operations(wire.device), self._draw(state)
+            for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
+                ops.choco_encode(x[a:b], xhat[a:b], s[a:b], self_weight, part, self.fmt, _moved(noise, a))
+            self._seal(wire)
+
+    def choco_mix(
+        self, x: Tensor, xhat: Tensor, s: Tensor, gamma: float, wires: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
+        """s += sum_j weights_j decode(wires_j);  x += gamma (s - xhat)."""
+        with span("decode", (2 * x.element_size() + 12) * x.numel() + len(wires) * self.wire_bytes):
+            ops, parts = operations(x.device), [self._wire.parts(wire) for wire in wires]
+            for i, (a, b) in enumerate(self._runs):
+                ops.choco_mix(x[a:b], xhat[a:b], s[a:b], gamma, [part[i] for part in parts], weights, self.fmt)
+
+    def adam(self, update: Update) -> None:
+        """The optimizer's step alone."""
+        with span("optimizer", self._update_bytes(update)):
+            operations(update.grad_scale.device).accum_adam(*update)
+
+    def gossip_adam(
+        self, update: Update, wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State
+    ) -> None:
+        """``mix``, the optimizer's step, and ``encode``, in one pass over the parameters."""
+        with span("gossip_adam", self._update_bytes(update) + (len(wires) + 1) * self.wire_bytes):
+            bodies = [self._wire.body(w) for w in wires]
+            operations(wire.device).gossip_adam(
+                *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
+                *(self._wire.body(wire), self.fmt, self._draw(state)),
+            )
+            self._seal(wire)
+
+    def choco_gossip_adam(
+        self, update: Update, xhat: Tensor, s: Tensor, gamma: float, self_weight: float,
+        wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State,
+    ) -> None:  # fmt: skip
+        """``choco_mix``, the optimizer's step, and ``choco_encode``, in one pass."""
+        with span("gossip_adam", self._update_bytes(update) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
+            bodies = [self._wire.body(w) for w in wires]
+            public = [Public(xhat[a:b], s[a:b]) for a, b in self._spans]
+            operations(wire.device).choco_gossip_adam(
+                *(update.pieces, public, update.adam, update.grad_scale, gamma, self_weight, bodies, weights),
+                *(self._wire.body(wire), self.fmt, self._draw(state)),
+            )
+            self._seal(wire)
+
+    def _seal(self, wire: Tensor) -> None:
+        self._wire.seal(wire)
+        if wire.device.type == "cpu":
+            refuse_non_finite(wire)
+
+    def _draw(self, state: State) -> Noise | None:
+        """New random bits at each encoding; the count lies in State, so that a resumed run draws the same."""
+        if not self.stochastic:
+            return None
+        state["draws"] += 1
+        return Noise((self._seed + int(state["draws"])) % 2**32, self._first)
+
+    def _update_bytes(self, update: Update) -> int:
+        """x, m, v (and the accumulator) are read and written, the gradient is read."""
+        return sum(
+            p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in update.pieces
+        )
 
 
-def _check_length(wire: Tensor, expected: int) -> None:
-    if wire.numel() != expected:
-        raise WireError(f"a wire of {wire.numel()} bytes, {expected} were agreed")
+def _runs(layout: Layout, block: int) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    open_run = False
+    for s in layout.spans:
+        if open_run:
+            runs[-1] = (runs[-1][0], s.stop)
+        else:
+            runs.append((s.start, s.stop))
+        open_run = s.numel % block == 0
+    return tuple(runs)
+
+
+def _moved(noise: Noise | None, elements: int) -> Noise | None:
+    return None if noise is None else Noise(noise.seed, noise.first + elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,44 +227,39 @@ class ErrorFeedback:
     e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv
     1901.09847)"""
 
-    inner: Codec
+    inner: Blocks
 
     @property
     def grain(self) -> int:
         return self.inner.grain
 
-    def bind(self, layout: Layout) -> BoundCodec:
-        return _BoundErrorFeedback(self.inner.bind(layout), layout.numel)
+    def bind(self, layout: Layout, node: int = 0) -> BoundCodec:
+        return _BoundErrorFeedback(self.inner.bind(layout, node), layout.numel)
 
 
 class _BoundErrorFeedback:
-    def __init__(self, inner: BoundCodec, numel: int) -> None:
-        self.inner = inner
-        self.numel = numel
+    def __init__(self, inner: BoundBlocks, numel: int) -> None:
+        self._inner, self._numel = inner, numel
         self.wire_bytes = inner.wire_bytes
+        self.new_wire, self.check = inner.new_wire, inner.check
+        self.decode_add, self.mix = inner.decode_add, inner.mix
 
     def init(self, device: torch.device) -> State:
-        return {"residual": torch.zeros(self.numel, device=device)}
+        return {"residual": torch.zeros(self._numel, device=device)} | self._inner.init(device)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        residual = state["residual"]
-        residual.add_(x)
-        self.inner.encode(residual, wire, {})
-        self.inner.decode_add(wire, residual, weight=-1.0)
-
-    def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        self.inner.decode_add(wire, y, weight=weight)
+        self._inner.encode_feedback(x, state["residual"], wire, state)
 
 
 def by_name(name: str, *, error_feedback: bool) -> Codec:
-    """``"identity"``, ``"bf16"``, ``"int8"``, ``"int4:32"`` -> Codec; raises ValueError for anything else."""
-    base, block = codec_name.parse(name)
-    codec: Codec
-    match base:
-        case "int8" | "int4":
-            codec = Blocks(int(base[3:]), block)
-        case "bf16":
-            codec = Bf16()
-        case _:
-            codec = Identity()
+    """``"identity"``, ``"int4:32"``, ``"topk:64/4096:2"`` -> Codec; raises ValueError for anything else."""
+    codec = plain(name)
     return ErrorFeedback(codec) if error_feedback else codec
+
+
+def plain(name: str) -> Blocks:
+    """Without error feedback."""
+    parsed = codec_name.parse(name)
+    kind = parsed.base
+    assert kind in ("identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", "topk"), kind
+    return Blocks(Format(kind, parsed.block, parsed.k, parsed.bits), parsed.stochastic)

@@ -4,26 +4,61 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_BLOCK = 4096
+MIN_BLOCK, MAX_BLOCK = 32, 4096
 DEFAULT_BLOCK = 64
+CASTS = ("identity", "bf16")
+BLOCKS = ("int8", "int4", "e3m0", "lut4", "sign")
+STOCHASTIC = "stochastic"
 
 
 class CodecName(NamedTuple):
     base: str
-    block: int
-    """Elements a scale; 1 where there are no scales."""
+    block: int = 1
+    """Elements a scale; 1 where there are no scales; for top-k the chunk."""
+    k: int = 0
+    bits: int = 0
+    stochastic: bool = False
 
 
 def parse(name: str) -> CodecName:
-    """``"identity"``, ``"bf16"``, ``"int8"``, ``"int4:32"`` -> CodecName; raises ValueError for anything else."""
-    base, colon, block_text = name.partition(":")
-    if base in ("int8", "int4"):
-        block = int(block_text) if block_text.isdecimal() else 0 if colon else DEFAULT_BLOCK
-        if block < 2 or block % 2 or MAX_BLOCK % block:
-            raise ValueError(f"codec {name!r}: the block is a power of two from 2 to {MAX_BLOCK}, as in {base}:64")
-        return CodecName(base, block)
-    if name not in ("identity", "bf16"):
+    """``"bf16"``, ``"int8"``, ``"int4:32"``, ``"e3m0:64:stochastic"``, ``"topk:64/4096:2"`` -> CodecName; raises ValueError for
+    anything else."""
+    base, *rest = name.split(":")
+    if base in CASTS and not rest:
+        return CodecName(base)
+    if base == "topk":
+        return _topk(name, rest)
+    if base not in BLOCKS:
         raise ValueError(
-            f'codec {name!r} is not known; use "identity", "bf16", "int8", "int4", with a block size as in "int4:64"'
+            f'codec {name!r} is not known; use "identity", "bf16", one of {", ".join(BLOCKS)} with a block size as in "int4:64", '
+            'or "topk:64/4096:2"'
         )
-    return CodecName(name, 1)
+    stochastic = bool(rest) and rest[-1] == STOCHASTIC
+    sizes = rest[:-1] if stochastic else rest
+    block = _size(sizes[0]) if len(sizes) == 1 else 0 if sizes else DEFAULT_BLOCK
+    if not _is_power(block, MIN_BLOCK, MAX_BLOCK):
+        raise ValueError(
+            f"codec {name!r}: the block is a power of two from {MIN_BLOCK} to {MAX_BLOCK}, as in {base}:64; behind it may stand "
+            f":{STOCHASTIC}"
+        )
+    return CodecName(base, block, stochastic=stochastic)
+
+
+def _topk(name: str, rest: list[str]) -> CodecName:
+    kept, slash, chunk_text = (rest[0] if rest else "64/4096").partition("/")
+    k, chunk, bits = _size(kept), _size(chunk_text), _size(rest[1]) if len(rest) > 1 else 2
+    powers = _is_power(chunk, MIN_BLOCK, MAX_BLOCK) and _is_power(k, 4, chunk)
+    if len(rest) > 2 or not slash or bits not in (2, 8) or not powers:
+        raise ValueError(
+            f'codec {name!r}: write "topk:K/CHUNK:BITS", as in "topk:64/4096:2"; K and CHUNK are powers of two, CHUNK from '
+            f"{MIN_BLOCK} to {MAX_BLOCK}, K from 4 to CHUNK, and BITS is 2 or 8"
+        )
+    return CodecName("topk", chunk, k, bits)
+
+
+def _size(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_power(n: int, smallest: int, largest: int) -> bool:
+    return smallest <= n <= largest and n & (n - 1) == 0

@@ -74,6 +74,9 @@ class Train(Section):
     lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
+    moments_every: int = Field(
+        1, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
+    )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
@@ -98,7 +101,9 @@ class Sync(Section):
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
-        None, description='"identity", "bf16", "int8", "int4"; block size after a colon: "int4:64"'
+        None,
+        description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
+        '"int4:64:stochastic" rounds at random; "topk:64/4096:2" keeps 64 of 4096 in 2 bits each',
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")

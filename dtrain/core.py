@@ -14,7 +14,7 @@ from torch import Tensor
 from dtrain.algorithm import Algorithm
 from dtrain.assemble import Plan
 from dtrain.bucket import Bucket
-from dtrain.codec import State
+from dtrain.codec import State, Update
 from dtrain.link import Link, Peers
 from dtrain.transport.base import ROUND, Tag
 
@@ -88,20 +88,34 @@ class Core:
 
     def start_rounds(self) -> list[Flight]:
         """The rounds that start now, after step ``self.step``."""
-        flights = []
-        for lane in self.lanes:
-            if lane.algorithm.send is None or not self.plan.when(self.step, lane.bucket.fragment, self.plan.control):
-                continue
-            assert lane.land_step < 0, "a round must land before the next of its bucket starts"
-            link = self._link(lane)
-            generator = lane.algorithm.send(lane.bucket, lane.state, link)
-            lane.flight = Flight(
-                generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step
-            )
-            lane.land_step = self.step + self.plan.delay_steps
-            lane.round += 1
-            flights.append(lane.flight)
-        return flights
+        return [self.start(lane, self.step) for lane in self.lanes if self.starts(lane, self.step)]
+
+    def starts(self, lane: Lane, step: int) -> bool:
+        """Whether a round of the lane starts after ``step``."""
+        return lane.algorithm.send is not None and self.plan.when(step, lane.bucket.fragment, self.plan.control)
+
+    def lands(self, lane: Lane, step: int) -> bool:
+        """Whether a round that was not dropped lands before the update of ``step``."""
+        return lane.land_step == step and not (lane.flight is not None and lane.flight.dropped)
+
+    def start(self, lane: Lane, step: int) -> Flight:
+        assert lane.algorithm.send is not None
+        assert lane.land_step < 0, "a round must land before the next of its bucket starts"
+        link = self._link(lane)
+        return self._fly(lane, step, lane.algorithm.send(lane.bucket, lane.state, link), link)
+
+    def start_fused(self, lane: Lane, step: int, update: Update, *, landing: bool) -> Flight:
+        """Land what is due, do the optimizer's step and start the next round, in the flight's first part."""
+        assert lane.algorithm.fused is not None
+        assert lane.land_step in (-1, step), "a round must land before the next of its bucket starts"
+        link = self._link(lane)
+        return self._fly(lane, step, lane.algorithm.fused(lane.bucket, lane.state, link, update, landing), link)
+
+    def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
+        lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
+        lane.land_step = step + self.plan.delay_steps
+        lane.round += 1
+        return lane.flight
 
     def due(self, step: int) -> list[Lane]:
         return [lane for lane in self.lanes if lane.land_step == step]
@@ -111,8 +125,7 @@ class Core:
 
     def land(self, lane: Lane) -> None:
         """Apply a round whose bytes are here; one that was dropped changes nothing."""
-        dropped = lane.flight is not None and lane.flight.dropped
-        if lane.algorithm.land is not None and not dropped:
+        if lane.algorithm.land is not None and self.lands(lane, lane.land_step):
             lane.algorithm.land(lane.bucket, lane.state)
         lane.flight, lane.land_step = None, -1
 

@@ -24,8 +24,9 @@ from dtrain.bucket import flatten, make_buckets
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
 from dtrain.exact import Exact
+from dtrain.fused import fused_steps
 from dtrain.gradients import Gradients
-from dtrain.hooks import hook
+from dtrain.hooks import hook, take_over
 from dtrain.link import Peers
 from dtrain.membership import Notice
 from dtrain.recipes import Recipe, resolve
@@ -89,7 +90,10 @@ class Sync:
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
+        self._fused = fused_steps(self.core, optimizers, self._flat) if self._ranks.num_ranks == 1 else None
         self._release = hook(optimizers, scaler, self)
+        if self._fused is not None:
+            self._release = take_over(optimizers[0], self._fused_step, self._release)
 
     # ---- what the optimizer hooks call
 
@@ -107,12 +111,15 @@ class Sync:
     def before_update(self) -> None:
         """Land the rounds that are due, exchange gradients where the method does, clip. Gradients are complete
         here. Call it and ``after_update`` yourself where hooks do not fit, and give join no optimizer then."""
-        self._land_due(self.step + 1)
+        if self._fused is None:
+            self._land_due(self.step + 1)
+        else:  # the optimizer's step lands them
+            self._wait_for([lane.flight for lane in self.core.due(self.step + 1) if lane.flight is not None])
         if self._gradients is not None and self.num_islands > 1:
             self._exchange_gradients()
         if self._clip:
             with span("clip"):
-                nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
+                self._clip_to(self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -124,9 +131,10 @@ class Sync:
             self._land_due(self.step + 1)
         self._prepared = False
         self.core.step += 1
-        if self._wait.peer_left:
-            return
-        self._launch(self.core.start_rounds())
+        if self._fused is None or skipped:
+            if self._wait.peer_left:
+                return
+            self._launch(self.core.start_rounds())
         if self.core.plan.delay_steps == 0:
             self._land_due(self.step)
 
@@ -234,6 +242,18 @@ class Sync:
             self._refuse_unequal_steps()
         with span("launch"):  # payload, encoding, and handing to the transport
             self._traffic.launch(flights)
+
+    @torch.no_grad()
+    def _fused_step(self) -> None:
+        """The optimizer's step, while it is taken over."""
+        assert self._fused is not None
+        self._launch(self._fused.step(self.step + 1, may_start=not self._wait.peer_left))
+
+    def _clip_to(self, norm: float) -> None:
+        if self._fused is None:
+            nn.utils.clip_grad_norm_(self._flat.parameters, norm)
+        else:
+            self._fused.clip(norm)
 
     def _wait_for(self, flights: Sequence[Flight]) -> None:
         with span("wait"):

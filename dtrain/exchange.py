@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.bucket import Layout
-from dtrain.codec import Identity
+from dtrain.codec import plain
 from dtrain.link import Link, Peers
 from dtrain.reduce import all_to_all
 
@@ -52,7 +52,7 @@ def align(tensors: Sequence[Tensor], link: Link) -> Iterator[None]:
 
 def merge(layout: Layout, x: Tensor, out: Tensor, link: Link) -> Iterator[None]:
     """out <- mean over islands of x, in fp32 and node order, the same bits on every island."""
-    path = all_to_all(Identity())(layout, Peers(link.node, link.num_nodes))
+    path = all_to_all(plain("identity"))(layout, Peers(link.node, link.num_nodes))
     yield from path.run(x.to(torch.float32), out, {}, link)
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from dtrain.optim.accum_adam import AccumAdamW
+
 
 class Stepped(Protocol):
     @property
@@ -46,6 +48,18 @@ def hook(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, e
             releases.pop()()
 
     return release
+
+
+def take_over(optimizer: Optimizer, step: Callable[[], None], release: Callable[[], None]) -> Callable[[], None]:
+    """Let ``step`` run in place of an AccumAdamW's own kernel. Returns what undoes this and then calls ``release``."""
+    assert isinstance(optimizer, AccumAdamW)
+    optimizer.taken_over = step
+
+    def give_back() -> None:
+        optimizer.taken_over = None
+        release()
+
+    return give_back
 
 
 def _watch_scaler(engine: Stepped, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> Callable[[], None]:

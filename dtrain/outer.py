@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from dtrain.codec import State
+from dtrain.kernels import operations
 
 
 class Outer(NamedTuple):
     init: Callable[[Tensor], State]
     update: Callable[[Tensor, Tensor, State], None]
     """(anchor, pseudo-gradient, state): the anchor moves against the pseudo-gradient."""
+    land: Callable[[Tensor, Tensor, Tensor, Tensor, State], None]
+    """(x, sent, anchor, pseudo-gradient, state): update, then x <- (x - sent) + anchor."""
 
 
 def copy() -> Outer:
@@ -29,7 +32,12 @@ def sgd(lr: float) -> Outer:
     def update(anchor: Tensor, delta: Tensor, state: State) -> None:
         anchor.add_(delta, alpha=-lr)
 
-    return Outer(lambda anchor: {}, update)
+    def land(x: Tensor, sent: Tensor, anchor: Tensor, delta: Tensor, state: State) -> None:
+        update(anchor, delta, state)
+        # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
+        x.sub_(sent).add_(anchor)
+
+    return Outer(lambda anchor: {}, update, land)
 
 
 def nesterov(lr: float, momentum: float) -> Outer:
@@ -43,4 +51,7 @@ def nesterov(lr: float, momentum: float) -> Outer:
         u.mul_(momentum).add_(delta)
         anchor.add_(delta.add(u, alpha=momentum), alpha=-lr)
 
-    return Outer(init, update)
+    def land(x: Tensor, sent: Tensor, anchor: Tensor, delta: Tensor, state: State) -> None:
+        operations(x.device).outer_step(x, sent, anchor, state["momentum"], delta, lr, momentum)
+
+    return Outer(init, update, land)

@@ -127,6 +127,9 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in ("name", "summary", "paper", "payload", "combine"))
 """What a job file or join() may override."""
 
+FUSED = frozenset({"dpsgd", "choco"})
+"""Algorithms that can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
+
 _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
 """The axes that are answered by one of a few words."""
 
@@ -135,7 +138,7 @@ _USED: Mapping[str, frozenset[str]] = {
     "local": frozenset({"bucket_bytes"}),
     "allreduce": _ROUNDS,
     "dpsgd": _ROUNDS | {"topology"},
-    "choco": _ROUNDS | {"topology", "gamma"},
+    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "gamma"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
 """The axes that say something to an algorithm; any other would be ignored, so it is refused."""

@@ -1,8 +1,8 @@
 """By what path are the islands' payloads brought together?
 
 An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly.
-Bytes an island sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n;
-neighbours (its degree) w."""
+Bytes an island sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n.
+(Gossip's path, neighbours, is part of its algorithms: what arrives is mixed where it lands.)"""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def gather(codec: Codec) -> Reduce:
     """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
-        bound = codec.bind(layout)
-        combine = mean(peers.num_nodes)
+        bound = codec.bind(layout, peers.node)
+        combine, encode = mean(peers.num_nodes), _encoder(bound)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            own = _encode(bound, x, state)
+            own = encode(x, state)
             for peer in _others(link):
                 link.post(peer, own)
-                link.expect(peer, bound.wire_bytes)
+                link.expect(peer, bound.wire_bytes, bound.check)
             yield
             combine(out, [own if j == link.node else link.received(j) for j in range(link.num_nodes)], bound)
 
@@ -60,9 +60,11 @@ def all_to_all(codec: Codec) -> Reduce:
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         cuts = layout.cuts(peers.num_nodes, codec.grain)
         parts = [slice(a, b) for a, b in pairwise(cuts)]
-        bound = [codec.bind(layout.part(p.start, p.stop)) for p in parts]
+        bound = [codec.bind(layout.part(p.start, p.stop), peers.node) for p in parts]
         combine = mean(peers.num_nodes)
-        mine = bound[peers.node]
+        encoders = [_encoder(b) for b in bound]
+        mine, encode_mine = bound[peers.node], _encoder(bound[peers.node])
+        part = _Scratch(parts[peers.node].stop - parts[peers.node].start)
 
         def init(device: torch.device) -> State:
             state = {f"to{j}.{k}": v for j, b in enumerate(bound) for k, v in b.init(device).items()}
@@ -70,18 +72,18 @@ def all_to_all(codec: Codec) -> Reduce:
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             wires = [
-                _encode(b, x[p], _under(state, f"to{j}.")) for j, (b, p) in enumerate(zip(bound, parts, strict=True))
+                encode(x[p], _under(state, f"to{j}.")) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))
             ]
             for peer in _others(link):
                 link.post(peer, wires[peer])
-                link.expect(peer, mine.wire_bytes)
+                link.expect(peer, mine.wire_bytes, mine.check)
             yield
-            part = torch.empty(parts[link.node].stop - parts[link.node].start, device=out.device)
-            combine(part, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
-            result = _encode(mine, part, _under(state, "owner."))
+            combined = part.on(out.device)
+            combine(combined, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
+            result = encode_mine(combined, _under(state, "owner."))
             for peer in _others(link):
                 link.post(peer, result)
-                link.expect(peer, bound[peer].wire_bytes)
+                link.expect(peer, bound[peer].wire_bytes, bound[peer].check)
             yield
             out.zero_()
             for j, (b, p) in enumerate(zip(bound, parts, strict=True)):
@@ -92,34 +94,30 @@ def all_to_all(codec: Codec) -> Reduce:
     return bind
 
 
-def neighbours(codec: Codec) -> Reduce:
-    """One gossip step: out = x + sum_j W_ij (decode(wire_j) - decode(wire_i)), which keeps the mean whatever the
-    codec loses."""
+def _encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
+    """Encode into a wire that is made once and written again each round."""
+    made: list[Tensor] = []
 
-    def bind(layout: Layout, peers: Peers) -> BoundReduce:
-        bound = codec.bind(layout)
+    def encode(x: Tensor, state: State) -> Tensor:
+        if not made:
+            made.append(codec.new_wire(x.device))
+        codec.encode(x, made[0], state)
+        return made[0]
 
-        def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            own = _encode(bound, x, state)
-            out.copy_(x)
-            for peer in link.row.sends:
-                link.post(peer, own)
-            for peer, _ in link.row.recvs:
-                link.expect(peer, bound.wire_bytes)
-            yield
-            bound.decode_add(own, out, weight=-sum(w for _, w in link.row.recvs))
-            for peer, weight in link.row.recvs:
-                bound.decode_add(link.received(peer), out, weight=weight)
-
-        return BoundReduce(bound.init, run)
-
-    return bind
+    return encode
 
 
-def _encode(codec: BoundCodec, x: Tensor, state: State) -> Tensor:
-    wire = torch.empty(codec.wire_bytes, dtype=torch.uint8, device=x.device)
-    codec.encode(x, wire, state)
-    return wire
+class _Scratch:
+    """fp32 that no one reads after the round, made once."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+        self._made: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        if self._made is None:
+            self._made = torch.empty(self._numel, device=device)
+        return self._made
 
 
 def _others(link: Link) -> list[int]:

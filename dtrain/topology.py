@@ -69,6 +69,11 @@ STATIC = frozenset({"complete", "ring"})
 MIN_NODES = {"complete": 1, "ring": 2, "one_peer_exponential": 2, "random_pairs": 2}
 
 
+def in_degree(name: str, num_nodes: int) -> int:
+    """The most peers that a node hears in one round."""
+    return {"complete": num_nodes - 1, "ring": min(2, num_nodes - 1)}.get(name, min(1, num_nodes - 1))
+
+
 def by_name(name: str, seed: int) -> Topology:
     table: dict[str, Topology] = {
         "complete": complete,

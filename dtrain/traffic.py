@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dtrain.core import Flight
+from dtrain.errors import WireError
 from dtrain.spans import mark
+from dtrain.staging import Pool
 from dtrain.transport.base import MERGE, ROUND, START, Left, Transport, nobody
+from dtrain.wire import refuse_non_finite
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class Traffic:
         self._transport = transport
         self._inbox = transport.inbox
         self._device = device
+        self._staging, self._on_device = Pool(transport.wires_on), Pool(device)
         # What the caller queued on its stream is done before a wire is read, and it reads what this thread decoded after it.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._active: list[Flight] = []
@@ -102,13 +107,11 @@ class Traffic:
         link = flight.link
         try:
             while not flight.done:
-                link.inbox = {peer: self._inbox.pop(peer, flight.tag()).to(self._device) for peer in link.expected}
+                link.inbox = {peer: self._take(flight, peer) for peer in link.expected}
                 received_bytes = sum(w.numel() for w in link.inbox.values())
                 self._count(self.bytes.received, flight.kind, received_bytes)
                 flight.advance()
-                for peer, wire in link.outbox:
-                    self._transport.post(peer, flight.tag(), wire)
-                    self._count(self.bytes.sent, flight.kind, wire.numel())
+                self._post(flight)
                 for peer, wire_bytes in link.expected.items():
                     self._transport.expect(peer, flight.tag(), wire_bytes)
                 mark(
@@ -122,6 +125,34 @@ class Traffic:
         except Exception as e:  # noqa: BLE001  (raised again by who waits for the flight; a dead thread would hang it)
             flight.error = e
             flight.done = True
+
+    def _take(self, flight: Flight, peer: int) -> Tensor:
+        """A wire that arrived, on this rank's device; raises WireError before anyone has seen it where it is not what was
+        agreed."""
+        wire = self._inbox.pop(peer, flight.tag())
+        if peer in flight.link.checks:
+            host = wire.cpu()
+            try:
+                flight.link.checks[peer](host)
+            except WireError as e:
+                raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {e}") from None
+        if wire.device == self._device:
+            return wire
+        there = self._on_device.take(wire.numel()) if flight.kind == ROUND else torch.empty_like(wire, device=self._device)
+        return there.copy_(wire)
+
+    def _post(self, flight: Flight) -> None:
+        """Send copies, so that a wire can be written again while an earlier one still leaves; one copy serves all peers."""
+        copies: dict[int, Tensor] = {}
+        for peer, wire in flight.link.outbox:
+            if flight.kind != ROUND:  # once in a run, and as long as the model: no buffer is kept for them
+                self._transport.post(peer, flight.tag(), wire)
+            else:
+                if id(wire) not in copies:
+                    copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire)
+                    refuse_non_finite(copies[id(wire)])
+                self._transport.post(peer, flight.tag(), copies[id(wire)])
+            self._count(self.bytes.sent, flight.kind, wire.numel())
 
     def _count(self, counts: dict[int, int], kind: int, wire_bytes: int) -> None:
         """Rounds start on the caller's thread while others go on in the background, so both count."""

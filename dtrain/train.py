@@ -31,8 +31,8 @@ from dtrain.island.device import own_device
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
-from dtrain.optim.adam import adamw, cosine_lr, set_lr
-from dtrain.recipes import of_section
+from dtrain.optim import AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
+from dtrain.recipes import FUSED, Recipe, of_section
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
@@ -135,13 +135,13 @@ def _begin(
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
     model = build_model(job, corpus).to(device)
-    optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
+    optimizer = _optimizer(job, recipe, model)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
     clock = Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
-    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
     sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
         # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
@@ -164,6 +164,14 @@ def build_model(job: Job, corpus: Corpus) -> GPT:
     model = GPT(GPTConfig(vocab=corpus.vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
     model.init_weights(job.job.seed)
     return model
+
+
+def _optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
+    t = job.train
+    if t.moments_every > 1 or recipe.algorithm in FUSED:
+        return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=t.moments_every)
+    return adamw(model, lr=t.lr, weight_decay=t.weight_decay)
 
 
 def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) -> tuple[dict[str, Tensor], int]:

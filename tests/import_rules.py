@@ -16,18 +16,20 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
 LAYERS = (
     PURE,
-    ("kernels", "transport", "spans"),
-    ("bucket", "payload", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "recipes", "optim"),
+    ("kernels", "transport", "spans", "staging"),
+    ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "recipes", "optim"),
     ("membership", "island"),
-    ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "gradients", "hooks", "traffic", "wait"),
+    ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "fused", "gradients", "hooks", "traffic", "wait"),
     (),
     ("launch",),
 )
 UNNAMED_LAYER = 5
 
 # An algorithm is mathematics: it sees the axes, never a process group, a kernel or the engine.
-ALGORITHMS_SEE = ("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "link", "outer", "payload", "reduce")
-KERNEL_USERS = ("kernels", "codec", "reduce", "combine", "outer", "link", "optim")
+ALGORITHMS_SEE = (
+    *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "link", "outer", "payload", "reduce", "topology"),
+)
+KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused")
 
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
 # islands meet at (meeting) and calls torchrun (agent).

@@ -2,7 +2,7 @@
 
 CHOCO-SGD (Koloskova et al. 2019, arXiv 1902.00340), memory-efficient form. Each island keeps its own public copy xhat
 and s_i = sum_j W_ij xhat_j:
-    q = C(x - xhat);  xhat += q;  s += W_ii q + sum_j W_ij q_j;  x += gamma (s - xhat).
+    q = C(x - xhat);  xhat += q;  s += W_ii q;      and where the round lands:   s += sum_j W_ij q_j;  x += gamma (s - xhat).
 W must be static. All islands start from the same x, so xhat = s = x needs no first exchange."""
 
 from __future__ import annotations
@@ -12,35 +12,46 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import arrivals, arrived, hear, keep
 from dtrain.bucket import Bucket, Layout
-from dtrain.codec import Codec, State
+from dtrain.codec import Blocks, State, Update
 from dtrain.link import Link, Peers
+from dtrain.topology import in_degree
 
 
-def choco(codec: Codec, gamma: float) -> Method:
+def choco(codec: Blocks, gamma: float, topology: str) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
-        bound = codec.bind(layout)
+        bound = codec.bind(layout, peers.node)
 
         def init(b: Bucket) -> State:
             x = b.x.to(torch.float32)
-            return {"xhat": x.clone(), "s": x.clone()} | bound.init(b.x.device)
+            own = {"xhat": x.clone(), "s": x.clone(), "own": bound.new_wire(b.x.device)}
+            return own | arrivals(bound, in_degree(topology, peers.num_nodes), b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
-            wire = torch.empty(bound.wire_bytes, dtype=torch.uint8, device=b.x.device)
-            bound.encode(b.x - state["xhat"], wire, state)
-            bound.decode_add(wire, state["xhat"], weight=1.0)
-            bound.decode_add(wire, state["s"], weight=link.row.self_weight)
+            bound.choco_encode(b.x, state["xhat"], state["s"], link.row.self_weight, state["own"], state)
+            yield from fly(state, link)
+
+        def fly(state: State, link: Link) -> Iterator[None]:
             for peer in link.row.sends:
-                link.post(peer, wire)
-            for peer, _ in link.row.recvs:
-                link.expect(peer, bound.wire_bytes)
+                link.post(peer, state["own"])
+            hear(link, bound)
             yield
-            for peer, weight in link.row.recvs:
-                bound.decode_add(link.received(peer), state["s"], weight=weight)
+            keep(state, link)
 
         def land(b: Bucket, state: State) -> None:
-            b.x.add_(state["s"] - state["xhat"], alpha=gamma)
+            bound.choco_mix(b.x, state["xhat"], state["s"], gamma, *arrived(state))
 
-        return Algorithm(init=init, send=send, land=land)
+        def fused(b: Bucket, state: State, link: Link, update: Update, landing: bool) -> Iterator[None]:
+            if not landing:
+                bound.adam(update)
+                yield from send(b, state, link)
+                return
+            bound.choco_gossip_adam(
+                *(update, state["xhat"], state["s"], gamma, link.row.self_weight, *arrived(state), state["own"], state)
+            )
+            yield from fly(state, link)
+
+        return Algorithm(init, send, land, fused=fused if bound.fuses else None)
 
     return bind

@@ -38,9 +38,7 @@ def diloco_keep(reduce: Reduce, outer: Outer) -> Method:
             yield from path.run(state["delta"], state["delta"], state, link)
 
         def land(b: Bucket, state: State) -> None:
-            outer.update(state["anchor"], state["delta"], state)
-            # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
-            b.x.sub_(state["sent"]).add_(state["anchor"])
+            outer.land(b.x, state["sent"], state["anchor"], state["delta"], state)
 
         return Algorithm(init=init, send=send, land=land)
 

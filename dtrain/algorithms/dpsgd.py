@@ -1,10 +1,7 @@
-"""Gossip on parameters: x_i <- sum_j W_ij x_j beside any local optimizer.
+"""The mean of all islands' parameters beside any local optimizer, by a path that reaches everyone.
 
-D-PSGD (Lian et al. 2017, arXiv 1705.09056). With delay 0 the parameters are mixed after each update. With delay 1 it
-is
-    X_{t+1} = W_t X_t - lr U(G(X_t)):
-the gradient is taken at the un-mixed parameters while the same parameters mix on the wire, so the mixing has no
-staleness."""
+D-PSGD (Lian et al. 2017, arXiv 1705.09056) on the complete graph: x_i <- x_i + mean_j x_j - x_i,sent. ``gossip.py`` is the
+form that talks to neighbours."""
 
 from __future__ import annotations
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW whose decay acts on matrices alone: not on biases and gains, and not on embeddings.
+    """torch's AdamW over ``decay_groups``."""
+    # Fused: one pass over memory. 0.5M parameters on one CPU thread take 0.6 ms, foreach 2 ms, a loop 2.5 ms; and the result
+    # does not depend on the number of threads or on alignment, bit for bit.
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups whose decay acts on matrices alone: not on biases and gains, and not on embeddings.
 
     An embedding row has a gradient only in steps that meet its token, but would decay in every step: rare tokens would fade.
     A matrix that is tied to an embedding counts as one. Frozen parameters are left out.
@@ -18,10 +26,7 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[floa
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     plain = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # Fused: one pass over memory. 0.5M parameters on one CPU thread take 0.6 ms, foreach 2 ms, a loop 2.5 ms; and the result
-    # does not depend on the number of threads or on alignment, bit for bit.
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def cosine_lr(step: int, *, steps: int, warmup: int, peak: float, floor: float = 0.1) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Set
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 START, ROUND, MERGE = 0, 1, 2
@@ -64,6 +65,8 @@ class Inbox:
 
 class Transport(Protocol):
     inbox: Inbox
+    wires_on: torch.device
+    """Where a wire lies when it is posted, and when it has arrived."""
 
     def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
         """Send a uint8 wire; returns at once. The wire must not be changed afterwards."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from dtrain.transport.base import Inbox, Left, Tag, join_sender, nobody
+from dtrain.staging import Pool
+from dtrain.transport.base import ROUND, Inbox, Left, Tag, join_sender, nobody
 from dtrain.transport.gloo import NEVER, Work, break_off, gloo_group, reason
 
 _IDLE_S, _BROKEN_S = 0.25, 5.0
@@ -26,7 +27,8 @@ class GlooTransport:
     """Point-to-point gloo between the islands' ranks of one number."""
 
     def __init__(self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str, connect_s: float) -> None:
-        self.inbox = Inbox()
+        self.inbox, self.wires_on = Inbox(), torch.device("cpu")
+        self._pool = Pool(self.wires_on)
         self._group = gloo_group(PrefixStore(prefix, store), node, num_nodes, interface=interface, connect_s=connect_s)
         self._receives = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
         self._sends = {peer: _Waiter(self.inbox, peer) for peer in range(num_nodes) if peer != node}
@@ -41,7 +43,7 @@ class GlooTransport:
         self._sends[peer].add(work, None, host)
 
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
-        host = torch.empty(wire_bytes, dtype=torch.uint8)
+        host = self._pool.take(wire_bytes) if tag.kind == ROUND else torch.empty(wire_bytes, dtype=torch.uint8)
         try:
             work = self._group.recv([host], peer, _number(tag))
         except RuntimeError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dtrain.transport.base import Inbox, Left, Tag, nobody
@@ -20,6 +21,7 @@ class LocalHub:
 class LocalTransport:
     def __init__(self, hub: LocalHub, node: int) -> None:
         self.inbox = hub.inboxes[node]
+        self.wires_on = torch.device("cpu")
         self._hub = hub
         self._node = node
 

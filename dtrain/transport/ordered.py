@@ -56,7 +56,7 @@ class OrderedTransport:
         device: torch.device,
         connect_s: float,
     ) -> None:
-        self.inbox = Inbox()
+        self.inbox, self.wires_on = Inbox(), device
         self._device = device
         meet = PrefixStore(f"{prefix}/control", store)
         control = gloo_group(meet, node, num_nodes, interface=interface, connect_s=connect_s)

@@ -75,7 +75,7 @@ class Throttle:
     """A transport that sends through another one, late."""
 
     def __init__(self, inner: Transport, *, uplink: Uplink | None, rtt_s: float) -> None:
-        self.inbox = inner.inbox
+        self.inbox, self.wires_on = inner.inbox, inner.wires_on
         self._inner = inner
         self._uplink = uplink
         self._one_way_s = rtt_s / 2

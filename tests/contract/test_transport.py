@@ -228,6 +228,8 @@ def test_nccl_without_a_gpu_is_refused() -> None:
 class _Recorder:
     """An inner transport that notes when a wire was handed on."""
 
+    wires_on = torch.device("cpu")
+
     def __init__(self) -> None:
         self.inbox = Inbox()
         self.posts: list[tuple[float, Tag]] = []

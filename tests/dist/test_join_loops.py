@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.wire import HEADER_BYTES
 from tests.dist import least_squares, loops
 from tests.dist.harness import Result, run_islands, show, values
 
@@ -37,8 +38,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
 
 
 def _round_bytes(numel: int) -> int:
-    """All-to-all of two islands in fp32: the peer's half to the peer, then the own half's mean."""
-    return 4 * numel
+    """All-to-all of two islands in fp32: the peer's half to the peer, then the own half's mean, each with a header."""
+    return 4 * numel + 2 * HEADER_BYTES
 
 
 def test_every_process_ends_well(launch: list[Result]) -> None:
@@ -82,7 +83,8 @@ def test_a_step_that_the_scaler_skips_counts_on_every_island(launch: list[Result
     assert (a["updates"], b["updates"]) == (loops.STEPS, loops.STEPS - len(loops.SKIPPED)), "island 1 overflowed twice"
     assert (a["scale"], b["scale"]) == (1024.0, 256.0)
     rounds = ROUNDS if scenario == "scaler diloco" else loops.STEPS
-    assert a["sent"] == b["sent"] == rounds * _round_bytes(CLASSIFIER_NUMEL)
+    round_bytes = _round_bytes(CLASSIFIER_NUMEL) if scenario == "scaler diloco" else 4 * CLASSIFIER_NUMEL + HEADER_BYTES
+    assert a["sent"] == b["sent"] == rounds * round_bytes
     assert a["anchors"] == b["anchors"]  # none in dpsgd
     assert a["finite"]
     assert a["merged"] == b["merged"]

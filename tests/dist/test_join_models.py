@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.wire import HEADER_BYTES
 from tests.dist import models
 from tests.dist.harness import Result, run_islands, show, values
 
@@ -54,10 +55,11 @@ def test_tied_weights_travel_once_and_stay_tied(launch: list[Result], scenario: 
     a, b = values(launch, scenario)
     # One matrix of 2,048 elements in two parts. A part in int4: half a byte an element and a bf16 scale for each 64.
     wire_bytes = 4 * TIED_NUMEL if scenario == "tied" else TIED_NUMEL // 2 + 2 * TIED_NUMEL // 64
+    wire_bytes += 2 * HEADER_BYTES
     for v in (a, b):
         assert v["sent"] == v["received"] == ROUNDS * wire_bytes
         assert v["start"] == PROMISE_BYTES + DIGEST_BYTES, "equal weights are compared, not sent"
-        assert v["merge"] == 4 * TIED_NUMEL + NOTE_BYTES, "the matrix in fp32, and the note"
+        assert v["merge"] == 4 * TIED_NUMEL + 2 * HEADER_BYTES + NOTE_BYTES, "the matrix in fp32, and the note"
         assert v["tied"]
         assert v["storage"]
     assert a["model"] == b["model"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from dtrain.bucket import GRAIN, Bucket, Flat, Layout, Span, flatten, make_buckets
 from dtrain.codec import by_name
+from dtrain.wire import HEADER_BYTES
 
 
 class Tied(nn.Module):
@@ -172,12 +173,12 @@ def test_wire_bytes_do_not_depend_on_ranks_or_islands(codec: str) -> None:
     totals = set()
     for ranks in (1, 2, 3):
         _, buckets = make(NUMELS, ranks=ranks)
-        totals.add(sum(bound.bind(b.layout).wire_bytes for r in range(ranks) for b in buckets if b.owner == r))
+        totals.add(sum(bound.bind(b.layout).wire_bytes - HEADER_BYTES for r in range(ranks) for b in buckets if b.owner == r))
         for b in buckets:
             for islands in (2, 3, 5):
                 cuts = b.layout.cuts(islands, bound.grain)
-                parts = [bound.bind(b.layout.part(x, y)).wire_bytes for x, y in pairwise(cuts)]
-                assert sum(parts) == bound.bind(b.layout).wire_bytes
+                parts = [bound.bind(b.layout.part(x, y)).wire_bytes - HEADER_BYTES for x, y in pairwise(cuts)]
+                assert sum(parts) == bound.bind(b.layout).wire_bytes - HEADER_BYTES
     assert len(totals) == 1
     # As if each parameter were coded alone.
-    assert totals == {sum(bound.bind(Layout((Span("p", (n,), 0, 0, n),))).wire_bytes for n in NUMELS)}
+    assert totals == {sum(bound.bind(Layout((Span("p", (n,), 0, 0, n),))).wire_bytes - HEADER_BYTES for n in NUMELS)}

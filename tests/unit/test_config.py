@@ -32,6 +32,7 @@ source = 'a \\ path with "quotes"'
 steps = 10
 batch = 8
 accumulate = 2
+moments_every = 4
 precision = "bf16"
 lr = 1
 warmup = 2

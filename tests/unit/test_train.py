@@ -26,6 +26,7 @@ from dtrain.launch.cli import run_command
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.topology import random_pairs
 from dtrain.train import build_model
+from dtrain.wire import HEADER_BYTES
 from tests.unit.by_hand import (
     DIGEST_BYTES,
     NOTE_BYTES,
@@ -246,7 +247,7 @@ def test_islands_that_never_talk_send_what_starting_and_merging_take(texts: Path
         assert part.wire_bytes_start == (PROMISE_BYTES + DIGEST_BYTES) * (num_islands - 1), "to each of the others"
         assert part.parameters == PARAMETERS
     # Every element goes to its owner from all others, and its mean back to them; each island tells all others its note.
-    total = 2 * (num_islands - 1) * 4 * PARAMETERS + num_islands * (num_islands - 1) * NOTE_BYTES
+    total = 2 * (num_islands - 1) * (4 * PARAMETERS + num_islands * HEADER_BYTES) + num_islands * (num_islands - 1) * NOTE_BYTES
     assert sum(part.wire_bytes_merge for part in parts) == total
     if num_islands == 2:
         assert [part.wire_bytes_merge for part in parts] == [total // 2] * 2, "what one island does not own, the other does"
@@ -288,9 +289,9 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
         assert line["tokens"] == 4 * 16
         assert line["tokens_per_s"] > 0
         rounds = line["step"] // 2
-        assert line["wire_bytes_sent"] == line["wire_bytes_received"] == rounds * 2 * PARAMETERS
+        assert line["wire_bytes_sent"] == line["wire_bytes_received"] == rounds * (2 * PARAMETERS + 2 * HEADER_BYTES)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    sent, ring = 3 * 2 * PARAMETERS, 7 * 4 * PARAMETERS  # 3 rounds of 2 bytes an element; 7 all-reduces of 4
+    sent, ring = 3 * (2 * PARAMETERS + 2 * HEADER_BYTES), 7 * 4 * PARAMETERS  # 3 rounds of 2 bytes an element; 7 all-reduces of 4
     corpus = load_corpus(str(texts))
     known = {
         "recipe": "fedavg",
@@ -301,8 +302,8 @@ def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, 
         "tokens": 2 * 7 * 4 * 16,
         "wire_bytes_sent": sent,
         "wire_bytes_start": PROMISE_BYTES + DIGEST_BYTES,
-        "wire_bytes_merge": 4 * PARAMETERS + NOTE_BYTES,
-        "wire_bytes_consensus": 2 * (4 * PARAMETERS + NOTE_BYTES),  # measured twice on the way
+        "wire_bytes_merge": 4 * PARAMETERS + 2 * HEADER_BYTES + NOTE_BYTES,
+        "wire_bytes_consensus": 2 * (4 * PARAMETERS + 2 * HEADER_BYTES + NOTE_BYTES),  # measured twice on the way
         "allreduce_wire_bytes": ring,
         "wire_reduction": ring / sent,
         "corpus_hash": corpus.hash,

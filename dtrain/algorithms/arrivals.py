@@ -1,0 +1,35 @@
+"""Where do a gossip round's wires wait until they land? In State, with their weights, so that a checkpoint holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtrain.codec import BoundCodec, State
+from dtrain.link import Link
+
+
+def arrivals(codec: BoundCodec, in_degree: int, device: torch.device) -> State:
+    """Room for as many wires as a round can bring; a weight of 0 marks one that this round has not."""
+    wires = {f"in{k}": codec.new_wire(device) for k in range(in_degree)}
+    return wires | {"weights": torch.zeros(in_degree, dtype=torch.float64)}
+
+
+def hear(link: Link, codec: BoundCodec) -> None:
+    """Expect one wire from each peer of this round."""
+    for peer, _ in link.row.recvs:
+        link.expect(peer, codec.wire_bytes, codec.check)
+
+
+def keep(state: State, link: Link) -> None:
+    """Put what arrived into State."""
+    state["weights"].zero_()
+    for k, (peer, weight) in enumerate(link.row.recvs):
+        state[f"in{k}"].copy_(link.received(peer))
+        state["weights"][k] = weight
+
+
+def arrived(state: State) -> tuple[list[Tensor], list[float]]:
+    """The wires of the round that lands, and their weights."""
+    weights = state["weights"].tolist()
+    return [state[f"in{k}"] for k, w in enumerate(weights) if w], [w for w in weights if w]

@@ -1,0 +1,58 @@
+"""Gossip on parameters with one's neighbours, in one pass where it lands.
+
+D-PSGD (Lian et al. 2017, arXiv 1705.09056), with any codec C and the mean of all islands unchanged whatever C loses:
+    x_i <- x_i + sum_j W_ij (C(x_j) - C(x_i)).
+With delay 1 it is X_{t+1} = W_t X_t - lr U(G(X_t)): the gradient is taken at the un-mixed parameters while the same
+parameters mix on the wire, so the mixing has no staleness; and mixing, optimizer and the next encoding are one pass (arXiv
+2410.11998). Arrived wires lie in State until they land."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import arrivals, arrived, hear, keep
+from dtrain.bucket import Bucket, Layout
+from dtrain.codec import BoundBlocks, Codec, State, Update
+from dtrain.link import Link, Peers
+from dtrain.topology import in_degree
+
+
+def gossip(codec: Codec, topology: str) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        bound = codec.bind(layout, peers.node)
+
+        def init(b: Bucket) -> State:
+            own = {name: bound.new_wire(b.x.device) for name in ("own", "next")}
+            return own | arrivals(bound, in_degree(topology, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            bound.encode(b.x, state["own"], state)
+            yield from fly(state, link)
+
+        def fly(state: State, link: Link) -> Iterator[None]:
+            for peer in link.row.sends:
+                link.post(peer, state["own"])
+            hear(link, bound)
+            yield
+            keep(state, link)
+
+        def to_mix(state: State) -> tuple[list[Tensor], list[float]]:
+            wires, weights = arrived(state)
+            return [state["own"], *wires], [-sum(weights), *weights]
+
+        def land(b: Bucket, state: State) -> None:
+            bound.mix(b.x, *to_mix(state))
+
+        def fused(b: Bucket, state: State, link: Link, update: Update, landing: bool) -> Iterator[None]:
+            assert isinstance(bound, BoundBlocks)
+            wires, weights = to_mix(state) if landing else ([], [])
+            bound.gossip_adam(update, wires, weights, state["next"], state)
+            state["own"], state["next"] = state["next"], state["own"]
+            yield from fly(state, link)
+
+        return Algorithm(init, send, land, fused=fused if isinstance(bound, BoundBlocks) and bound.fuses else None)
+
+    return bind

@@ -1,0 +1,118 @@
+"""How does one island train among gossiping ones? AdamW whose moments can live on the time scale of s accumulated gradients.
+
+AccumAdamW (arXiv 2410.11998); s = 1 is AdamW (arXiv 1711.05101). The equations are ``kernels.reference.accum_adam``'s. Its
+step can be taken over by ``dtrain.join``, which mixes and encodes in the same pass over the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.kernels import Adam, Piece, operations
+
+Step = Callable[[], None]
+
+
+class AccumAdamW(torch.optim.Optimizer):
+    """``every`` is s. State of a parameter: ``exp_avg`` and ``exp_avg_sq`` (fp32, stored already decayed), ``accumulated`` (fp32,
+    empty where s = 1), and ``step``, which counts the optimizer's steps and is the same for all parameters.
+
+    A parameter without a gradient is left alone, as torch's AdamW does. Raises ValueError for settings out of range."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        every: int = 1,
+    ) -> None:
+        ranges = (
+            ("lr", lr, lr >= 0, "0 or more"),
+            ("betas", betas, all(0 <= b < 1 for b in betas), "two numbers from 0 to less than 1"),
+            ("eps", eps, eps > 0, "more than 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("every", every, isinstance(every, int) and every >= 1, "a whole number from 1"),
+        )
+        for name, value, allowed, words in ranges:
+            if not allowed:
+                raise ValueError(f"{name} = {value!r} is not allowed; use {words}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.every = every
+        self.taken_over: Step | None = None
+        """Called in place of this optimizer's own kernel; it does ``begin`` and updates all pieces itself."""
+        self._ones: dict[torch.device, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.taken_over is not None:
+            self.taken_over()
+            return loss
+        adams = self.begin()
+        for group, adam in zip(self.param_groups, adams, strict=True):
+            pieces = [self.piece(p, group) for p in group["params"] if p.grad is not None]
+            if pieces:
+                device = pieces[0].x.device
+                operations(device).accum_adam(pieces, adam, self._one(device))
+        return loss
+
+    def begin(self) -> list[Adam]:
+        """Count the step; returns its numbers for each group."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state(p)["step"] += 1
+        t = self.steps()
+        k = -(-t // self.every)
+        numbers = [(g["lr"], g["betas"][0], g["betas"][1], g["eps"]) for g in self.param_groups]
+        return [Adam(lr, b1, b2, eps, b1**k, b2**k, self.every, t % self.every == 0) for lr, b1, b2, eps in numbers]
+
+    def steps(self) -> int:
+        """Steps so far."""
+        return int(self._state(self.param_groups[0]["params"][0])["step"])
+
+    def piece(self, p: Tensor, group: dict[str, Any], part: slice = slice(None)) -> Piece:
+        """A parameter's part with its moments, flat."""
+        state = self._state(p)
+        assert p.grad is not None
+        tensors = (p.detach(), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        x, g, m, v = (t.view(-1)[part] for t in tensors)
+        accumulated = state["accumulated"].view(-1)
+        return Piece(x, g, m, v, accumulated[part] if self.every > 1 else accumulated, group["weight_decay"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay fp32 where parameters are bf16."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, saved in state_dict["state"].items():
+            p = parameters[index]
+            self.state[p] |= {key: value.to("cpu" if key == "step" else p.device, copy=True) for key, value in saved.items()}
+
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros(p.shape, device=p.device) for _ in range(2))
+            state["accumulated"] = torch.zeros(p.shape if self.every > 1 else (0,), device=p.device)
+        return state
+
+    def _one(self, device: torch.device) -> Tensor:
+        if device not in self._ones:
+            self._ones[device] = torch.ones(1, device=device)
+        return self._ones[device]
+
+
+def owned(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> AccumAdamW | None:
+    """The AccumAdamW that alone updates these parameters, if there is one."""
+    if len(optimizers) != 1 or not isinstance(optimizers[0], AccumAdamW):
+        return None
+    held = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+    return optimizers[0] if all(id(p) in held for p in parameters) else None
