@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtrain import codec_name
+from dtrain import codec_name, spans
 from dtrain.bucket import Layout
 from dtrain.errors import NonFinite, WireError
 from dtrain.kernels import operations
@@ -75,20 +75,22 @@ class _BoundCast:
         return {}
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        if self.dtype == torch.bfloat16:
-            operations().cast_bf16(x, wire)
-        else:
-            wire.view(self.dtype).copy_(x)
-        # After the cast: fp32 above 3.39e38 becomes inf in bf16.
-        if not torch.isfinite(wire.view(self.dtype)).all():
-            raise NonFinite("the payload holds inf or NaN")
+        with spans.span("encode", 4 * x.numel() + wire.numel()):
+            if self.dtype == torch.bfloat16:
+                operations().cast_bf16(x, wire)
+            else:
+                wire.view(self.dtype).copy_(x)
+            # After the cast: fp32 above 3.39e38 becomes inf in bf16.
+            if not torch.isfinite(wire.view(self.dtype)).all():
+                raise NonFinite("the payload holds inf or NaN")
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        _check_length(wire, self.wire_bytes)
-        if self.dtype == torch.bfloat16:
-            operations().add_bf16(wire, y, weight)
-        else:
-            y.add_(wire.view(self.dtype), alpha=weight)
+        with spans.span("decode", wire.numel() + 8 * y.numel()):
+            _check_length(wire, self.wire_bytes)
+            if self.dtype == torch.bfloat16:
+                operations().add_bf16(wire, y, weight)
+            else:
+                y.add_(wire.view(self.dtype), alpha=weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +131,32 @@ class _BoundBlocks:
         return {}
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        ops = operations()
-        quantize = ops.quantize_int8 if self.bits == 8 else ops.quantize_int4
-        scales, codes = self._split(wire)
-        at_scale = at_code = 0
-        for a, b in self.runs:
-            num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
-            quantize(x[a:b], codes[at_code : at_code + num_bytes], scales[at_scale : at_scale + num_scales], self.block)
-            at_scale, at_code = at_scale + num_scales, at_code + num_bytes
-        if not torch.isfinite(scales).all():
-            raise NonFinite("the payload holds inf or NaN")
+        with spans.span("encode", 4 * x.numel() + wire.numel()):
+            ops = operations()
+            quantize = ops.quantize_int8 if self.bits == 8 else ops.quantize_int4
+            scales, codes = self._split(wire)
+            at_scale = at_code = 0
+            for a, b in self.runs:
+                num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
+                quantize(x[a:b], codes[at_code : at_code + num_bytes], scales[at_scale : at_scale + num_scales], self.block)
+                at_scale, at_code = at_scale + num_scales, at_code + num_bytes
+            if not torch.isfinite(scales).all():
+                raise NonFinite("the payload holds inf or NaN")
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        _check_length(wire, self.wire_bytes)
-        scales, codes = self._split(wire)
-        if not torch.isfinite(scales).all():
-            raise WireError("a block's scale on the wire is inf or NaN")
-        ops = operations()
-        dequantize_add = ops.dequantize_add_int8 if self.bits == 8 else ops.dequantize_add_int4
-        at_scale = at_code = 0
-        for a, b in self.runs:
-            num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
-            part = codes[at_code : at_code + num_bytes]
-            dequantize_add(part, scales[at_scale : at_scale + num_scales], y[a:b], weight, self.block)
-            at_scale, at_code = at_scale + num_scales, at_code + num_bytes
+        with spans.span("decode", wire.numel() + 8 * y.numel()):
+            _check_length(wire, self.wire_bytes)
+            scales, codes = self._split(wire)
+            if not torch.isfinite(scales).all():
+                raise WireError("a block's scale on the wire is inf or NaN")
+            ops = operations()
+            dequantize_add = ops.dequantize_add_int8 if self.bits == 8 else ops.dequantize_add_int4
+            at_scale = at_code = 0
+            for a, b in self.runs:
+                num_scales, num_bytes = -(-(b - a) // self.block), _code_bytes(b - a, self.bits)
+                part = codes[at_code : at_code + num_bytes]
+                dequantize_add(part, scales[at_scale : at_scale + num_scales], y[a:b], weight, self.block)
+                at_scale, at_code = at_scale + num_scales, at_code + num_bytes
 
     def _split(self, wire: Tensor) -> tuple[Tensor, Tensor]:
         end = 2 * self.num_blocks
@@ -192,10 +196,11 @@ class _BoundErrorFeedback:
         return {"residual": torch.zeros(self.numel, device=device)}
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        residual = state["residual"]
-        residual.add_(x)
-        self.inner.encode(residual, wire, {})
-        self.inner.decode_add(wire, residual, weight=-1.0)
+        with spans.span("encode", 12 * x.numel() + wire.numel()):
+            residual = state["residual"]
+            residual.add_(x)
+            self.inner.encode(residual, wire, {})
+            self.inner.decode_add(wire, residual, weight=-1.0)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         self.inner.decode_add(wire, y, weight=weight)

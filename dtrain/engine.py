@@ -29,6 +29,7 @@ from dtrain.hooks import hook
 from dtrain.link import Peers
 from dtrain.membership import Notice
 from dtrain.recipes import Recipe, resolve
+from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
 
@@ -110,7 +111,8 @@ class Sync:
         if self._gradients is not None and self.num_islands > 1:
             self._exchange_gradients()
         if self._clip:
-            nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
+            with span("clip"):
+                nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -230,10 +232,12 @@ class Sync:
         if flights:
             self._flat.check_in_place(self._model)
             self._refuse_unequal_steps()
-        self._traffic.launch(flights)
+        with span("launch"):  # payload, encoding, and handing to the transport
+            self._traffic.launch(flights)
 
     def _wait_for(self, flights: Sequence[Flight]) -> None:
-        self._wait.all(self.step, self._exact.merges, flights)
+        with span("wait"):
+            self._wait.all(self.step, self._exact.merges, flights)
 
     def _land_due(self, step: int) -> None:
         fragments = self._fragments_due(step)
@@ -241,10 +245,11 @@ class Sync:
             return
         lanes = self.core.due(step)
         self._wait_for([lane.flight for lane in lanes if lane.flight is not None])
-        for lane in lanes:
-            self.core.land(lane)
-        # After a drop ranks may differ in which rounds landed; this makes them equal again.
-        self._ranks.refresh([b for b in self.buckets if b.fragment in fragments], gradients=False)
+        with span("land"):
+            for lane in lanes:
+                self.core.land(lane)
+            # After a drop ranks may differ in which rounds landed; this makes them equal again.
+            self._ranks.refresh([b for b in self.buckets if b.fragment in fragments], gradients=False)
 
     def _fragments_due(self, step: int) -> set[int]:
         """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without
@@ -256,12 +261,14 @@ class Sync:
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None
-        self._gradients.read()
+        with span("gradients"):
+            self._gradients.read()
         flights = [] if self._wait.peer_left else self.core.start_gradients()
         self._launch(flights)
         self._wait_for(flights)
-        self._ranks.refresh(self.buckets, gradients=True)
-        self._gradients.write()
+        with span("gradients"):
+            self._ranks.refresh(self.buckets, gradients=True)
+            self._gradients.write()
 
     def _average(self) -> float:
         averaged = self._exact.average(self.step)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dtrain.core import Flight
+from dtrain.spans import mark
 from dtrain.transport.base import MERGE, ROUND, START, Left, Transport, nobody
 
 
@@ -102,13 +103,20 @@ class Traffic:
         try:
             while not flight.done:
                 link.inbox = {peer: self._inbox.pop(peer, flight.tag()).to(self._device) for peer in link.expected}
-                self._count(self.bytes.received, flight.kind, sum(w.numel() for w in link.inbox.values()))
+                received_bytes = sum(w.numel() for w in link.inbox.values())
+                self._count(self.bytes.received, flight.kind, received_bytes)
                 flight.advance()
                 for peer, wire in link.outbox:
                     self._transport.post(peer, flight.tag(), wire)
                     self._count(self.bytes.sent, flight.kind, wire.numel())
                 for peer, wire_bytes in link.expected.items():
                     self._transport.expect(peer, flight.tag(), wire_bytes)
+                mark(
+                    *(flight.kind, flight.index, flight.bucket),
+                    sent_bytes=sum(wire.numel() for _, wire in link.outbox),
+                    received_bytes=received_bytes,
+                    done=flight.done,
+                )
                 if link.expected:
                     return
         except Exception as e:  # noqa: BLE001  (raised again by who waits for the flight; a dead thread would hang it)

@@ -33,8 +33,10 @@ from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
 from dtrain.recipes import of_section
+from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
+_ADAM_BYTES = 28  # a parameter of fp32 and its two moments are read and written, its gradient is read
 
 
 def cpu_threads(job: Job) -> int:
@@ -230,30 +232,33 @@ def _step(island: _Island, step: int) -> float:
     island.optimizer.zero_grad()
     total = 0.0
     for micro in range(job.train.accumulate):
-        inputs, targets = sample_batch(
-            island.corpus,
-            seed=job.job.seed,
-            island=island.connection.node,
-            num_islands=island.connection.num_nodes,
-            rank=ranks.rank,
-            step=step,
-            micro=micro,
-            batch=micro_batch,
-            context=job.model.context,
-            shard=job.islands.shard,
-        )
-        inputs, targets = inputs.to(island.device), targets.to(island.device)
+        with span("data"):
+            inputs, targets = sample_batch(
+                island.corpus,
+                seed=job.job.seed,
+                island=island.connection.node,
+                num_islands=island.connection.num_nodes,
+                rank=ranks.rank,
+                step=step,
+                micro=micro,
+                batch=micro_batch,
+                context=job.model.context,
+                shard=job.islands.shard,
+            )
+            inputs, targets = inputs.to(island.device), targets.to(island.device)
         if isinstance(island.trained, DistributedDataParallel):
             island.trained.require_backward_grad_sync = micro == job.train.accumulate - 1
-        with torch.autocast(island.device.type, dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
-            logits = island.trained(inputs)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / job.train.accumulate
-        loss.backward()
-        total += float(loss.detach())
+        with span("forward_backward"):
+            with torch.autocast(island.device.type, dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
+                logits = island.trained(inputs)
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / job.train.accumulate
+            loss.backward()
+            total += float(loss.detach())
     total = ranks.total([total])[0] / ranks.num_ranks
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
-    island.optimizer.step()
+    with span("optimizer", _ADAM_BYTES * sum(b.x.numel() for b in island.sync.buckets)):
+        island.optimizer.step()
     return total
 
 

@@ -16,7 +16,7 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
 LAYERS = (
     PURE,
-    ("kernels", "transport"),
+    ("kernels", "transport", "spans"),
     ("bucket", "payload", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "recipes", "optim"),
     ("membership", "island"),
     ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "gradients", "hooks", "traffic", "wait"),
