@@ -87,11 +87,11 @@ def run(
 
 
 @app.command(hidden=True)
-def train(job_file: JobFile) -> None:
-    """What torchrun runs on every rank; "dtrain run" starts it."""
+def train(job_file: JobFile, window: Annotated[str | None, typer.Option("--profile")] = None) -> None:
+    """What torchrun runs on every rank; "dtrain run" and "dtrain profile" start it."""
     from dtrain.launch.worker import train as train_rank
 
-    train_rank(job_file)
+    train_rank(job_file, window)
 
 
 @app.command()

@@ -1,0 +1,121 @@
+"""How do the ranks of a profiled run become one picture? Read what each left, write one trace that chrome://tracing and Perfetto
+draw.
+
+A process is a rank. All clocks are the wall clock's, so what two ranks did at once stands one above the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.metrics import read_json, write_whole
+from dtrain.moved_bytes import moved_bytes
+from dtrain.spans import Mark, Span
+from dtrain.trace import GPU, Event, Rank, rounds
+
+_STREAMS = 1 << 32
+"""Lanes from here on are a GPU's streams; a thread's number is below."""
+_ROUNDS = 1 << 40
+_STEPS = 1 << 41
+_KEPT_ARGUMENTS = ("Input Dims", "Input type", "External id", "correlation", "stream", "grid", "block")
+
+Trace = dict[str, Any]
+
+
+def read_rank(path: Path) -> tuple[Rank, Trace]:
+    """One rank's file, and torch.profiler's own trace that lies beside it."""
+    content = read_json(path)
+    trace = read_json(path.with_name(content["trace"]))
+    rank = Rank(
+        island=content["island"],
+        rank=content["rank"],
+        main_thread=content["main_thread"],
+        plain=tuple(content["plain"]),
+        traced=tuple(content["traced"]),
+        spans=tuple(Span(*span) for span in content["spans"]),
+        marks=tuple(Mark(*mark) for mark in content["marks"]),
+        events=tuple(_events(trace)),
+    )
+    return rank, trace
+
+
+def _events(trace: Trace) -> Iterator[Event]:
+    base_ns = int(trace["baseTimeNanoseconds"])
+    for raw in trace["traceEvents"]:
+        if raw.get("ph") != "X" or not isinstance(raw.get("pid"), int):
+            continue
+        arguments = raw.get("args", {})
+        begun_ns = base_ns + round(raw["ts"] * 1000)
+        known = None
+        if raw["cat"] == "cpu_op" and "Input Dims" in arguments:
+            known = moved_bytes(raw["name"], *(arguments[k] for k in ("Input Dims", "Input type", "Input Strides")))
+        yield Event(
+            name=raw["name"],
+            category=raw["cat"],
+            lane=_lane(raw),
+            begun_ns=begun_ns,
+            ended_ns=begun_ns + round(raw["dur"] * 1000),
+            correlation=arguments.get("correlation", 0),
+            moved_bytes=known or 0,
+        )
+
+
+def _lane(raw: Trace) -> int:
+    tid = int(raw["tid"])
+    return _STREAMS + tid if raw.get("cat") in GPU or raw.get("cat") == "gpu_user_annotation" else tid
+
+
+def write_merged(path: Path, ranks: Sequence[tuple[Rank, Trace]]) -> None:
+    several = max(rank.rank for rank, _ in ranks) + 1
+    base_ns = min(rank.plain[0] for rank, _ in ranks)
+    events = [e for rank, trace in ranks for e in _drawn(rank, trace, rank.island * several + rank.rank, base_ns)]
+    content = {"traceEvents": events, "displayTimeUnit": "ms", "baseTimeNanoseconds": base_ns}
+    write_whole(path, json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), durable=False)
+
+
+def _drawn(rank: Rank, trace: Trace, pid: int, base_ns: int) -> Iterator[Trace]:
+    yield _named("process_name", pid, 0, name=f"island {rank.island} rank {rank.rank}")
+    yield _named("process_sort_index", pid, 0, sort_index=pid)
+    names = {_STEPS: "steps", rank.main_thread: "the step's thread"}
+    for bounds, of in ((rank.plain, "spans alone"), (rank.traced, "under torch.profiler")):
+        for k in range(len(bounds) - 1):
+            yield _bar(f"step {k}, {of}", pid, _STEPS, bounds[k], bounds[k + 1], base_ns)
+    for flown in rounds(rank.marks):
+        lane = _ROUNDS + flown.bucket
+        names[lane] = f"link, bucket {flown.bucket}"
+        sizes = {"sent_bytes": flown.sent_bytes, "received_bytes": flown.received_bytes}
+        yield _bar(f"round {flown.number}", pid, lane, flown.begun_ns, flown.ended_ns, base_ns, sizes)
+    for span in rank.spans:
+        names.setdefault(span.thread, "the link's thread")
+        if span.begun_ns < rank.traced[0]:  # later ones are in torch.profiler's trace, where operations nest in them
+            yield _bar(span.name, pid, span.thread, span.begun_ns, span.ended_ns, base_ns)
+    shift_us = (int(trace["baseTimeNanoseconds"]) - base_ns) / 1000
+    for raw in trace["traceEvents"]:
+        if raw.get("ph") == "M" or not isinstance(raw.get("pid"), int) or not str(raw.get("tid", "")).isdigit():
+            continue
+        event = {key: raw[key] for key in ("ph", "cat", "name", "dur", "bp") if key in raw}
+        event |= {"pid": pid, "tid": _lane(raw), "ts": round(raw["ts"] + shift_us, 3)}
+        if "id" in raw:
+            event["id"] = f"{pid}.{raw['id']}"  # arrows of two ranks may have one number
+        if kept := {key: raw["args"][key] for key in _KEPT_ARGUMENTS if key in raw.get("args", {})}:
+            event["args"] = kept
+        lane = _lane(raw)
+        names.setdefault(lane, f"stream {lane - _STREAMS}" if lane >= _STREAMS else f"thread {lane}")
+        yield event
+    order = sorted(names, key=lambda lane: (lane != _STEPS, lane != rank.main_thread, lane < _ROUNDS, lane))
+    for k, lane in enumerate(order):
+        yield _named("thread_name", pid, lane, name=names[lane])
+        yield _named("thread_sort_index", pid, lane, sort_index=k)
+
+
+def _named(what: str, pid: int, lane: int, **arguments: object) -> Trace:
+    return {"ph": "M", "name": what, "pid": pid, "tid": lane, "args": arguments}
+
+
+def _bar(
+    name: str, pid: int, lane: int, begun_ns: int, ended_ns: int, base_ns: int, arguments: dict[str, int] | None = None
+) -> Trace:
+    at = {"ts": (begun_ns - base_ns) / 1000, "dur": (ended_ns - begun_ns) / 1000}
+    return {"ph": "X", "cat": "dtrain", "name": name, "pid": pid, "tid": lane, **at, "args": arguments or {}}
