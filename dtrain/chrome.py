@@ -13,12 +13,12 @@ from typing import Any
 from dtrain.metrics import read_json, write_whole
 from dtrain.moved_bytes import moved_bytes
 from dtrain.spans import Mark, Span
-from dtrain.trace import GPU, Event, Rank, rounds
+from dtrain.trace import Event, Rank, rounds
 
-_STREAMS = 1 << 32
-"""Lanes from here on are a GPU's streams; a thread's number is below."""
-_ROUNDS = 1 << 40
-_STEPS = 1 << 41
+_STREAMS = 1 << 24
+"""Lanes from here on are a GPU's streams; Linux gives threads numbers below 1 << 22, and Perfetto reads 32 bits."""
+_ROUNDS = 1 << 25
+_STEPS = 1 << 26
 _KEPT_ARGUMENTS = ("Input Dims", "Input type", "External id", "correlation", "stream", "grid", "block")
 
 Trace = dict[str, Any]
@@ -42,7 +42,7 @@ def read_rank(path: Path) -> tuple[Rank, Trace]:
 
 
 def _events(trace: Trace) -> Iterator[Event]:
-    base_ns = int(trace["baseTimeNanoseconds"])
+    base_ns, host = int(trace["baseTimeNanoseconds"]), _host(trace)
     for raw in trace["traceEvents"]:
         if raw.get("ph") != "X" or not isinstance(raw.get("pid"), int):
             continue
@@ -54,7 +54,7 @@ def _events(trace: Trace) -> Iterator[Event]:
         yield Event(
             name=raw["name"],
             category=raw["cat"],
-            lane=_lane(raw),
+            lane=_lane(raw, host),
             begun_ns=begun_ns,
             ended_ns=begun_ns + round(raw["dur"] * 1000),
             correlation=arguments.get("correlation", 0),
@@ -62,9 +62,14 @@ def _events(trace: Trace) -> Iterator[Event]:
         )
 
 
-def _lane(raw: Trace) -> int:
+def _host(trace: Trace) -> int:
+    """torch.profiler's pid of the rank itself; what a GPU does has the number of the device instead."""
+    return next((raw["pid"] for raw in trace["traceEvents"] if raw.get("cat") == "cpu_op"), -1)
+
+
+def _lane(raw: Trace, host: int) -> int:
     tid = int(raw["tid"])
-    return _STREAMS + tid if raw.get("cat") in GPU or raw.get("cat") == "gpu_user_annotation" else tid
+    return tid if raw["pid"] == host else _STREAMS + tid
 
 
 def write_merged(path: Path, ranks: Sequence[tuple[Rank, Trace]]) -> None:
@@ -91,17 +96,18 @@ def _drawn(rank: Rank, trace: Trace, pid: int, base_ns: int) -> Iterator[Trace]:
         names.setdefault(span.thread, "the link's thread")
         if span.begun_ns < rank.traced[0]:  # later ones are in torch.profiler's trace, where operations nest in them
             yield _bar(span.name, pid, span.thread, span.begun_ns, span.ended_ns, base_ns)
+    host = _host(trace)
     shift_us = (int(trace["baseTimeNanoseconds"]) - base_ns) / 1000
     for raw in trace["traceEvents"]:
         if raw.get("ph") == "M" or not isinstance(raw.get("pid"), int) or not str(raw.get("tid", "")).isdigit():
             continue
         event = {key: raw[key] for key in ("ph", "cat", "name", "dur", "bp") if key in raw}
-        event |= {"pid": pid, "tid": _lane(raw), "ts": round(raw["ts"] + shift_us, 3)}
+        lane = _lane(raw, host)
+        event |= {"pid": pid, "tid": lane, "ts": round(raw["ts"] + shift_us, 3)}
         if "id" in raw:
             event["id"] = f"{pid}.{raw['id']}"  # arrows of two ranks may have one number
         if kept := {key: raw["args"][key] for key in _KEPT_ARGUMENTS if key in raw.get("args", {})}:
             event["args"] = kept
-        lane = _lane(raw)
         names.setdefault(lane, f"stream {lane - _STREAMS}" if lane >= _STREAMS else f"thread {lane}")
         yield event
     order = sorted(names, key=lambda lane: (lane != _STEPS, lane != rank.main_thread, lane < _ROUNDS, lane))

@@ -109,7 +109,7 @@ class Part:
 
     @property
     def busy_ns(self) -> int:
-        return length(self.busy)
+        return sum(ended - begun for begun, ended in self.busy)
 
 
 def window(bounds: Sequence[int]) -> Interval:
@@ -191,6 +191,45 @@ def parts(rank: Rank, inside: Interval) -> list[Part]:
     return found
 
 
+def kernels(rank: Rank, inside: Interval, of: Sequence[Part]) -> list[Part]:
+    """Each kernel of a GPU, else each operation of torch by the time that it spends in no other; ``of``: the window's parts."""
+    wanted = GPU if rank.on_gpu else frozenset({"cpu_op"})
+    main = _main_lane(rank.events) if rank.on_gpu else rank.main_thread
+    step = [p for p in of if p.where == "step"]
+    if rank.on_gpu:
+        step = [Part("main stream", "gpu", clipped(_main_stream(rank.events), inside))]
+    lanes: dict[int, list[Event]] = {}
+    for event in rank.events:
+        if event.category in wanted or (not rank.on_gpu and event.category == "user_annotation"):
+            lanes.setdefault(event.lane, []).append(event)
+    found: dict[tuple[str, bool], Part] = {}
+    for lane, events in lanes.items():
+        aside = lane != main
+        names = {e.name for e in events if e.category in wanted}
+        of_lane = {name: Part(name, "link" if aside else "step", []) for name in names}
+        for name, busy in innermost(events).items():
+            if name in names:
+                of_lane[name].busy = clipped(busy, inside)
+        _count(of_lane, [e for e in events if e.category in wanted and inside[0] <= e.begun_ns < inside[1]])
+        for name, part in of_lane.items():
+            if aside:
+                part.behind = overlaps(part.busy, step)
+            merged = found.setdefault((name, aside), part)
+            if merged is not part:
+                _join(merged, part)
+    return [part for part in found.values() if part.calls or part.busy]
+
+
+def _join(into: Part, part: Part) -> None:
+    """Of two threads or streams; their times add up, though they may be the same time."""
+    known = bool(into.moved_bytes) == bool(part.moved_bytes)
+    into.moved_bytes = into.moved_bytes + part.moved_bytes if known else 0
+    into.busy = [*into.busy, *part.busy]
+    into.calls += part.calls
+    for name, ns in part.behind.items():
+        into.behind[name] = into.behind.get(name, 0) + ns
+
+
 def overlaps(busy: Iterable[Interval], others: Iterable[Part]) -> dict[str, int]:
     """ns of ``busy`` during which each of the others ran."""
     mine = union(busy)
@@ -226,7 +265,7 @@ def _threads(rank: Rank) -> dict[str, list[list[Span]]]:
     }
 
 
-def _count(of_name: Mapping[str, Part], spans: Iterable[Span]) -> None:
+def _count(of_name: Mapping[str, Part], spans: Iterable[Span | Event]) -> None:
     """Calls and bytes; bytes stay unknown where one call did not know its own."""
     unknown: set[str] = set()
     for span in spans:

@@ -124,6 +124,40 @@ def sim(
 
 
 @app.command()
+def profile(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="steps to look at; left out: whole rounds", min=1, show_default=False)
+    ] = None,
+) -> None:
+    """Show where a job's step spends its time.
+
+    Runs its first steps on every island, in a folder of its own: NAME-profile, or
+    NAME-profile-2 where that is there. Models of your own scripts are not profiled.
+
+    Example: dtrain profile launch/jobs/quickstart.toml link.rate=1mbit
+    """
+    from dtrain.launch.profile import profile_job
+
+    console = Console()
+    outcome, tables = profile_job(job_file, overrides or (), steps=steps, console=console)
+    if tables is None:
+        for line in outcome.log:
+            print(line, file=sys.stderr)
+        raise typer.Exit(_complain(outcome.exit_status, outcome.message))
+    from dtrain.profile_table import KERNEL_HEADER, PART_HEADER, SHARE_HEADER
+
+    for header, rows in ((KERNEL_HEADER, tables.kernels), (PART_HEADER, tables.parts), (SHARE_HEADER, tables.shares)):
+        console.print()
+        console.print(_table(header, rows))
+    console.print()
+    for line in tables.lines:
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"\nall ranks and rounds on one clock: {tables.trace}, for https://ui.perfetto.dev"), soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="draw them into one picture")] = None,
