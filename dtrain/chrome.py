@@ -6,6 +6,7 @@ A process is a rank. All clocks are the wall clock's, so what two ranks did at o
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ from typing import Any
 from dtrain.metrics import read_json, write_whole
 from dtrain.moved_bytes import moved_bytes
 from dtrain.spans import Mark, Span
-from dtrain.trace import Event, Rank, rounds
+from dtrain.trace import GPU, Event, Rank, rounds
 
 _STREAMS = 1 << 24
 """Lanes from here on are a GPU's streams; Linux gives threads numbers below 1 << 22, and Perfetto reads 32 bits."""
 _ROUNDS = 1 << 25
 _STEPS = 1 << 26
-_KEPT_ARGUMENTS = ("Input Dims", "Input type", "External id", "correlation", "stream", "grid", "block")
+_KEPT_ARGUMENTS = ("External id", "correlation", "stream", "grid", "block")
+_SHAPES = ("Input Dims", "Input type", "Input Strides")
 
 Trace = dict[str, Any]
 
 
 def read_rank(path: Path) -> tuple[Rank, Trace]:
-    """One rank's file, and torch.profiler's own trace that lies beside it."""
+    """One rank's file, and torch.profiler's own trace of the same steps."""
     content = read_json(path)
-    trace = read_json(path.with_name(content["trace"]))
+    trace, shapes = (read_json(path.with_name(name)) for name in content["traces"])
     rank = Rank(
         island=content["island"],
         rank=content["rank"],
@@ -37,8 +39,30 @@ def read_rank(path: Path) -> tuple[Rank, Trace]:
         spans=tuple(Span(*span) for span in content["spans"]),
         marks=tuple(Mark(*mark) for mark in content["marks"]),
         events=tuple(_events(trace)),
+        bytes_a_call=bytes_a_call(shapes),
     )
     return rank, trace
+
+
+def bytes_a_call(trace: Trace) -> dict[str, float]:
+    """The mean by name, over a trace with shapes. A name is left out where one call of it did not tell; a kernel has the bytes of
+    the operation that launched it and no other."""
+    of_call: dict[int, int | None] = {}
+    found: dict[str, list[int | None]] = {}
+    for raw in trace["traceEvents"]:
+        if raw.get("cat") == "cpu_op":
+            arguments = raw["args"]
+            known = moved_bytes(raw["name"], *(arguments[key] for key in _SHAPES)) if "Input Dims" in arguments else None
+            found.setdefault(raw["name"], []).append(known)
+            of_call[arguments.get("External id", 0)] = known
+    launched = [raw for raw in trace["traceEvents"] if raw.get("cat") in GPU]
+    kernels = Counter(raw["args"].get("External id", 0) for raw in launched)
+    for raw in launched:
+        call = raw["args"].get("External id", 0)
+        found.setdefault(raw["name"], []).append(of_call.get(call) if kernels[call] == 1 else None)
+    return {
+        name: sum(k for k in known if k is not None) / len(known) for name, known in found.items() if None not in known
+    }
 
 
 def _events(trace: Trace) -> Iterator[Event]:
@@ -48,9 +72,6 @@ def _events(trace: Trace) -> Iterator[Event]:
             continue
         arguments = raw.get("args", {})
         begun_ns = base_ns + round(raw["ts"] * 1000)
-        known = None
-        if raw["cat"] == "cpu_op" and "Input Dims" in arguments:
-            known = moved_bytes(raw["name"], *(arguments[k] for k in ("Input Dims", "Input type", "Input Strides")))
         yield Event(
             name=raw["name"],
             category=raw["cat"],
@@ -58,7 +79,6 @@ def _events(trace: Trace) -> Iterator[Event]:
             begun_ns=begun_ns,
             ended_ns=begun_ns + round(raw["dur"] * 1000),
             correlation=arguments.get("correlation", 0),
-            moved_bytes=known or 0,
         )
 
 

@@ -23,7 +23,11 @@ _ITEM_BYTES = {
 
 _IN_PLACE = frozenset({"aten::add_", "aten::sub_", "aten::mul_", "aten::div_"})
 _ELEMENTWISE = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div"})
-_UNARY = frozenset({"aten::neg", "aten::abs", "aten::exp", "aten::gelu", "aten::relu", "aten::sqrt", "aten::tanh", "aten::clone"})
+_UNARY = frozenset(
+    f"aten::{name}" for name in ("neg", "abs", "exp", "gelu", "relu", "sqrt", "rsqrt", "tanh", "pow", "clamp_min", "_log_softmax")
+)
+_BACKWARD = frozenset({"aten::threshold_backward", "aten::_log_softmax_backward_data", "aten::gelu_backward"})
+_SUMS = frozenset({"aten::sum", "aten::mean"})
 _FILL = frozenset({"aten::fill_", "aten::zero_"})
 
 
@@ -46,10 +50,16 @@ def moved_bytes(name: str, dims: Sequence[Any], types: Sequence[str], strides: S
         return sum(sizes)
     if name in _IN_PLACE:
         return sizes[0] + sum(sizes)
+    if name in _SUMS:
+        return sizes[0]
+    if name in _ELEMENTWISE and not any(shapes):
+        return sum(sizes) + items[0]  # two numbers
     if len(set(items)) > 1:
         return None  # the kind of the result depends on rules that are torch's
-    if name in _UNARY:
+    if name in _UNARY and len(sizes) == 1:
         return sizes[0] + items[0] * math.prod(shapes[0])
+    if name in _BACKWARD and len(sizes) == 2:
+        return sum(sizes) + items[0] * math.prod(shapes[0])
     if name in _ELEMENTWISE:
         return sum(sizes) + items[0] * math.prod(_broadcast(shapes))
     if name in ("aten::mm", "aten::bmm") and len(shapes) == 2:

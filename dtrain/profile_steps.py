@@ -10,11 +10,15 @@ _WARM_STEPS = 10
 _FEWEST = 20
 """Below these a step that the machine disturbed is too much of the whole."""
 _MOST = 200
-"""One step of a small model is a megabyte of trace."""
+"""A step of a small model is half a megabyte of trace."""
+_PLAIN_PERIODS = 4
+_PLAIN_STEPS = 100
+"""Spans alone take no room, and one round says little of the next: four periods, but no more than 100 steps for it."""
 
 
 class Window(NamedTuple):
-    """Steps counted from 0: ``steps`` from ``plain`` on with spans alone, as many from ``traced`` on under torch.profiler."""
+    """Steps counted from 0: from ``plain`` on with spans alone, from ``traced`` on ``steps`` under torch.profiler, and one more
+    under a torch.profiler that notes shapes."""
 
     plain: int
     traced: int
@@ -23,6 +27,10 @@ class Window(NamedTuple):
     @property
     def end(self) -> int:
         """The steps that the whole run does."""
+        return self.shapes + 1
+
+    @property
+    def shapes(self) -> int:
         return self.traced + self.steps
 
     def __str__(self) -> str:
@@ -35,29 +43,35 @@ class Window(NamedTuple):
 
 
 def window_of(recipe: Recipe, steps: int | None) -> Window:
-    """Both windows begin with the step that starts a round, so that it also lands in them, and are as long as whole periods.
-
-    A period longer than 200 steps is cut to what its round needs to land."""
-    every = 1 if recipe.algorithm == "local" else recipe.every
+    """Each window begins with the step that starts a round, so that it also lands in it. The plain one is of whole periods, always;
+    the traced one, where nobody says how many ``steps``, and a period is no longer than 200."""
+    every = _every(recipe)
     lands = recipe.delay_steps + 1
     if steps is None:
         steps = _periods(max(_FEWEST, lands), every) * every
         if steps > _MOST:
             steps = max(_FEWEST, min(lands, _MOST))
     plain = _periods(_WARM_STEPS + 1, every) * every - 1
-    return Window(plain, plain + _periods(steps, every) * every, steps)
+    apart = _periods(max(steps, min(_PLAIN_PERIODS * every, _PLAIN_STEPS)), every) * every
+    return Window(plain, plain + apart, steps)
 
 
 def warning(recipe: Recipe, window: Window) -> str | None:
-    """What a person should know of a window whose rounds are not those of a long run."""
-    if recipe.algorithm == "local" or window.steps % recipe.every == 0:
-        if window.steps > recipe.delay_steps:
-            return None
-        return f"a round lands {recipe.delay_steps} steps after it starts: none does both in {window.steps} steps"
-    return (
-        f"a round starts every {recipe.every} steps, and {window.steps} are profiled: "
-        f"rounds weigh more in these shares than in a run; --steps {recipe.every} gives them their own weight"
-    )
+    """What a person should know of a traced window whose rounds are not those of a long run."""
+    if recipe.algorithm == "local":
+        return None
+    if window.steps <= recipe.delay_steps:
+        return f"a round lands {recipe.delay_steps} steps after it starts: none does both in the {window.steps} steps of the trace"
+    if window.steps % recipe.every:
+        return (
+            f"a round starts every {recipe.every} steps: in {window.steps} steps of trace rounds weigh more than in a run; "
+            f"--steps {recipe.every} gives them their own weight"
+        )
+    return None
+
+
+def _every(recipe: Recipe) -> int:
+    return 1 if recipe.algorithm == "local" else recipe.every
 
 
 def _periods(steps: int, every: int) -> int:

@@ -19,6 +19,8 @@ class Seen:
     rank: Rank
     steps: int
     step_ns: float
+    plain_step_ns: float
+    traced_steps: int
     traced_step_ns: float
     shares: dict[str, int]
     """ns of the window by label; they sum to it."""
@@ -39,6 +41,8 @@ def see(rank: Rank) -> Seen:
         rank=rank,
         steps=steps,
         step_ns=_span(inside) / steps,
+        plain_step_ns=_span(window(rank.plain)) / (len(rank.plain) - 1),
+        traced_steps=len(rank.traced) - 1,
         traced_step_ns=_span(traced) / (len(rank.traced) - 1),
         shares=account(inside, of, on_gpu=rank.on_gpu),
         ours_ns=in_all,
@@ -50,8 +54,8 @@ def see(rank: Rank) -> Seen:
 
 
 PART_HEADER = ["part of a step", "on", "calls", "ms a step", "share", "MB a call", "GB/s", "behind"]
-KERNEL_HEADER = ["kernel, by its own time", "on", "calls", "ms a step", "share", "MB a call", "GB/s", "behind"]
-SHARE_HEADER = ["rank", "ms a step", *LABELS, "traced"]
+KERNEL_HEADER = ["kernel, own time", "on", "calls", "ms a step", "share", "MB a call", "GB/s", "behind"]
+SHARE_HEADER = ["% of a step", *LABELS, "ms a step"]
 
 
 def part_rows(seen: Sequence[Seen]) -> list[list[str]]:
@@ -61,18 +65,23 @@ def part_rows(seen: Sequence[Seen]) -> list[list[str]]:
 
 def kernel_rows(seen: Sequence[Seen]) -> list[list[str]]:
     """The mean of all ranks, the longest first; the rest in one row."""
-    rows = _rows(seen, lambda s: s.kernels, True)
-    return rows
+    return _rows(seen, lambda s: s.kernels, True)
 
 
 def share_rows(seen: Sequence[Seen]) -> list[list[str]]:
+    several = any(s.rank.rank for s in seen)
     rows: list[list[str]] = []
     for s in seen:
         total = sum(s.shares.values())
-        shares = [f"{100 * s.shares[label] / total:.1f} %" for label in LABELS]
-        name = f"island {s.rank.island} rank {s.rank.rank}"
-        rows.append([name, f"{s.step_ns / 1e6:.2f}", *shares, f"{s.traced_step_ns / 1e6:.2f}"])
+        name = f"island {s.rank.island}" + (f" rank {s.rank.rank}" if several else "")
+        rows.append([name, *(f"{100 * s.shares[label] / total:.1f}" for label in LABELS), f"{s.step_ns / 1e6:.2f}"])
     return rows
+
+
+def traced_line(seen: Sequence[Seen]) -> str:
+    """How far the kernels' times are from those of a run that nobody traces."""
+    plain, traced = _mean(seen, lambda s: s.plain_step_ns), _mean(seen, lambda s: s.traced_step_ns)
+    return f"under torch.profiler, as kernels are shown, a step took {traced / 1e6:.2f} ms, without it {plain / 1e6:.2f} ms"
 
 
 def share_line(seen: Sequence[Seen]) -> str:
@@ -105,8 +114,9 @@ def link_line(seen: Sequence[Seen]) -> str:
     most = max(behind, key=lambda name: behind[name], default=None)
     what = f", {100 * behind[most] / in_air:.0f} % behind {most}" if most is not None and in_air else ""
     longest = max(f.longest_ns for f in air)
+    sent = sum(f.sent_bytes for f in air)
     return (
-        f"{count} rounds of {len(seen)} ranks, {sum(f.sent_bytes for f in air) / 1e3:.0f} kB: a bucket flew up to {longest / 1e6:.1f} ms; "
+        f"{count} rounds of {len(seen)} ranks sent {sent / 1e3:.0f} kB, the longest flew {longest / 1e6:.1f} ms: "
         f"{in_air / 1e6:.1f} ms in flight, {hidden / 1e6:.1f} ms hidden{what}, {exposed / 1e6:.1f} ms waited for"
     )
 
@@ -117,8 +127,8 @@ def _rows(seen: Sequence[Seen], of: Callable[[Seen], list[Part]], traced: bool) 
     for s in seen:
         for part in of(s):
             gathered.setdefault((part.name, part.where), []).append(part)
-    steps = seen[0].steps
-    step_ns = _mean(seen, lambda s: s.traced_step_ns if traced or s.rank.on_gpu else s.step_ns)
+    steps = seen[0].traced_steps if traced else seen[0].steps
+    step_ns = _mean(seen, lambda s: s.traced_step_ns if traced else s.step_ns)
     ordered = sorted(gathered.items(), key=lambda item: -sum(p.busy_ns for p in item[1]))
     rows: list[list[str]] = []
     for (name, where), same in ordered[: _MOST_KERNELS if traced else None]:
@@ -161,7 +171,8 @@ def _span(inside: Interval) -> int:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 44 else f"{name[:41]}..."
+    """The end of a kernel's name tells forward from backward."""
+    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
 
 
 def _whole(number: float) -> str:

@@ -14,7 +14,7 @@ from dtrain.intervals import Interval, difference, innermost, intersection, leng
 from dtrain.spans import Mark, Span
 from dtrain.transport.base import ROUND
 
-LABELS = ("compute", "optimizer", "clip", "encode", "decode", "landing", "exposed link", "idle, other")
+LABELS = ("compute", "optimizer", "clip", "encode", "decode", "landing", "exposed link", "idle")
 """The disjoint shares of a step. Where two would claim an instant, the first has it: what runs behind compute costs nothing."""
 
 _LABEL_OF = {
@@ -52,7 +52,6 @@ class Event(NamedTuple):
     ended_ns: int
     correlation: int = 0
     """Ties a kernel to the call that launched it."""
-    moved_bytes: int = 0
 
 
 GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
@@ -84,6 +83,8 @@ class Rank:
     spans: tuple[Span, ...] = ()
     marks: tuple[Mark, ...] = ()
     events: tuple[Event, ...] = ()
+    bytes_a_call: Mapping[str, float] = field(default_factory=dict)
+    """By the name of an operation or a kernel, where its operands' shapes tell."""
 
     @property
     def on_gpu(self) -> bool:
@@ -210,8 +211,11 @@ def kernels(rank: Rank, inside: Interval, of: Sequence[Part]) -> list[Part]:
         for name, busy in innermost(events).items():
             if name in names:
                 of_lane[name].busy = clipped(busy, inside)
-        _count(of_lane, [e for e in events if e.category in wanted and inside[0] <= e.begun_ns < inside[1]])
+        for event in events:
+            if event.category in wanted and inside[0] <= event.begun_ns < inside[1]:
+                of_lane[event.name].calls += 1
         for name, part in of_lane.items():
+            part.moved_bytes = round(part.calls * rank.bytes_a_call.get(name, 0))
             if aside:
                 part.behind = overlaps(part.busy, step)
             merged = found.setdefault((name, aside), part)
@@ -222,8 +226,7 @@ def kernels(rank: Rank, inside: Interval, of: Sequence[Part]) -> list[Part]:
 
 def _join(into: Part, part: Part) -> None:
     """Of two threads or streams; their times add up, though they may be the same time."""
-    known = bool(into.moved_bytes) == bool(part.moved_bytes)
-    into.moved_bytes = into.moved_bytes + part.moved_bytes if known else 0
+    into.moved_bytes += part.moved_bytes
     into.busy = [*into.busy, *part.busy]
     into.calls += part.calls
     for name, ns in part.behind.items():
@@ -265,7 +268,7 @@ def _threads(rank: Rank) -> dict[str, list[list[Span]]]:
     }
 
 
-def _count(of_name: Mapping[str, Part], spans: Iterable[Span | Event]) -> None:
+def _count(of_name: Mapping[str, Part], spans: Iterable[Span]) -> None:
     """Calls and bytes; bytes stay unknown where one call did not know its own."""
     unknown: set[str] = set()
     for span in spans:

@@ -40,9 +40,9 @@ def profile_job(
     window = window_of(recipe, steps)
     changes = [*overrides, f"job.name={job.job.name}-profile", f"train.steps={window.end}", *_LEFT_OUT]
     with open_run(job_file, changes, Choice(fresh_name=True)) as opened:
-        console.print(
-            Text(f"{window.end} steps; {window.steps} of them by spans alone, then {window.steps} under torch.profiler"), soft_wrap=True
-        )
+        plain, traced = window.traced - window.plain, window.steps + 1
+        counts = f"{window.plain} to warm up, {plain} noted by spans, {traced} traced by torch.profiler"
+        console.print(Text(f"{window.end} steps: {counts}"), soft_wrap=True)
         if said := warning(recipe, window):
             console.print(Text(said), soft_wrap=True)
         options = ("--profile", str(window))
@@ -55,11 +55,11 @@ def profile_job(
 def tables(run: Path, num_islands: int, num_ranks: int) -> Tables:
     """Merge what the ranks of a profiled run left, and count."""
     from dtrain.chrome import read_rank, write_merged
-    from dtrain.profile_table import kernel_rows, link_line, ours_line, part_rows, see, share_line, share_rows
+    from dtrain.profile_table import kernel_rows, link_line, ours_line, part_rows, see, share_line, share_rows, traced_line
     from dtrain.profiled import written
 
     ranks = [read_rank(path) for path in written(run, num_islands, num_ranks)]
     write_merged(run / "trace.json", ranks)
     seen = [see(rank) for rank, _ in ranks]
-    lines = [link_line(seen), ours_line(seen), share_line(seen)]
+    lines = [traced_line(seen), link_line(seen), ours_line(seen), share_line(seen)]
     return Tables(part_rows(seen), kernel_rows(seen), share_rows(seen), lines, run / "trace.json")
