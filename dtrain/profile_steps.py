@@ -43,8 +43,8 @@ class Window(NamedTuple):
 
 
 def window_of(recipe: Recipe, steps: int | None) -> Window:
-    """Each window begins with the step that starts a round, so that it also lands in it. The plain one is of whole periods, always;
-    the traced one, where nobody says how many ``steps``, and a period is no longer than 200."""
+    """Each window begins with the step that starts a round, so that it also lands in it. The plain one is always of whole
+    periods; the traced one where nobody says how many ``steps``, and a period is no longer than 200."""
     every = _every(recipe)
     lands = recipe.delay_steps + 1
     if steps is None:
@@ -61,7 +61,7 @@ def warning(recipe: Recipe, window: Window) -> str | None:
     if recipe.algorithm == "local":
         return None
     if window.steps <= recipe.delay_steps:
-        return f"a round lands {recipe.delay_steps} steps after it starts: none does both in the {window.steps} steps of the trace"
+        return f"a round lands {recipe.delay_steps} steps after it starts: none does both in {window.steps} steps of trace"
     if window.steps % recipe.every:
         return (
             f"a round starts every {recipe.every} steps: in {window.steps} steps of trace rounds weigh more than in a run; "

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from dtrain import spans
@@ -77,7 +78,7 @@ class Profiled:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         # All threads: the link's own decodes while the step's thread computes.
-        every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+        every_thread = _ExperimentalConfig(profile_all_threads=True)
         return profile(activities=activities, record_shapes=shapes, experimental_config=every_thread)
 
     def _write(self) -> None:

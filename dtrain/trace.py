@@ -243,7 +243,8 @@ def overlaps(busy: Iterable[Interval], others: Iterable[Part]) -> dict[str, int]
 def account(inside: Interval, of: Sequence[Part], *, on_gpu: bool) -> dict[str, int]:
     """ns by label. They are disjoint and sum to the window, by construction: the rest is idle or other."""
     here = [part for part in of if part.where == ("gpu" if on_gpu else "step") or (on_gpu and part.name == "wait")]
-    left, shares = [inside], dict.fromkeys(LABELS, 0)
+    left: list[Interval] = [inside]
+    shares: dict[str, int] = dict.fromkeys(LABELS, 0)
     for label in LABELS[:-1]:
         claimed = union(i for part in here if part.label == label for i in part.busy)
         shares[label] = length(intersection(left, claimed))

@@ -130,6 +130,7 @@ def profile(
     steps: Annotated[
         int | None, typer.Option("--steps", help="steps to look at; left out: whole rounds", min=1, show_default=False)
     ] = None,
+    with_ncu: Annotated[bool, typer.Option("--ncu", help="count the DRAM traffic of our kernels too, with NVIDIA's ncu")] = False,
 ) -> None:
     """Show where a job's step spends its time.
 
@@ -138,19 +139,22 @@ def profile(
 
     Example: dtrain profile launch/jobs/quickstart.toml link.rate=1mbit
     """
+    from dtrain.launch import ncu
     from dtrain.launch.profile import profile_job
 
     console = Console()
-    outcome, tables = profile_job(job_file, overrides or (), steps=steps, console=console)
+    outcome, tables = profile_job(job_file, overrides or (), steps=steps, with_ncu=with_ncu, console=console)
     if tables is None:
         for line in outcome.log:
             print(line, file=sys.stderr)
         raise typer.Exit(_complain(outcome.exit_status, outcome.message))
     from dtrain.profile_table import KERNEL_HEADER, PART_HEADER, SHARE_HEADER
 
-    for header, rows in ((KERNEL_HEADER, tables.kernels), (PART_HEADER, tables.parts), (SHARE_HEADER, tables.shares)):
-        console.print()
-        console.print(_table(header, rows))
+    shown = (KERNEL_HEADER, tables.kernels), (ncu.HEADER, tables.dram), (PART_HEADER, tables.parts), (SHARE_HEADER, tables.shares)
+    for header, rows in shown:
+        if rows:
+            console.print()
+            console.print(_table(header, rows))
     console.print()
     for line in tables.lines:
         console.print(Text(line), soft_wrap=True)

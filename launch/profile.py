@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from dtrain.launch import ncu
 from dtrain.launch.checks import read_job, resolved
+from dtrain.launch.islands import folder
 from dtrain.launch.local import Outcome, run_local
 from dtrain.launch.run_folder import Choice, open_run
+from dtrain.metrics import read_part
 from dtrain.profile_steps import warning, window_of
 from dtrain.recipes import of_section
 
@@ -26,10 +29,11 @@ class Tables:
     shares: list[list[str]]
     lines: list[str]
     trace: Path
+    dram: list[list[str]] = field(default_factory=list)
 
 
 def profile_job(
-    job_file: Path, overrides: Sequence[str], *, steps: int | None, console: Console
+    job_file: Path, overrides: Sequence[str], *, steps: int | None, with_ncu: bool, console: Console
 ) -> tuple[Outcome, Tables | None]:
     """Run a job's first steps in RUN-profile (or RUN-profile-2, and so on: no run is written over) and look at them."""
     for override in overrides:
@@ -38,6 +42,8 @@ def profile_job(
     job = resolved(read_job(job_file, overrides))
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     window = window_of(recipe, steps)
+    if with_ncu:
+        ncu.check()
     changes = [*overrides, f"job.name={job.job.name}-profile", f"train.steps={window.end}", *_LEFT_OUT]
     with open_run(job_file, changes, Choice(fresh_name=True)) as opened:
         plain, traced = window.traced - window.plain, window.steps + 1
@@ -49,7 +55,11 @@ def profile_job(
         outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console, options=options)
         if outcome.exit_status:
             return outcome, None
-        return outcome, tables(opened.run, opened.job.islands.count, opened.job.islands.ranks)
+        found = tables(opened.run, opened.job.islands.count, opened.job.islands.ranks)
+        if with_ncu:
+            numel = read_part(folder(opened.run, 0)).parameters
+            found = replace(found, dram=ncu.rows(ncu.collect(recipe.codec, numel)))
+        return outcome, found
 
 
 def tables(run: Path, num_islands: int, num_ranks: int) -> Tables:
