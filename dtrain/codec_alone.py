@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 
 import torch
-
 from torch import Tensor
 
 from dtrain.bucket import whole

@@ -180,9 +180,10 @@ def parts(rank: Rank, inside: Interval) -> list[Part]:
         of_name: dict[str, Part] = {}
         for spans in threads:
             kept = without_parts(spans, _WHOLE)
+            for name in {s.name for s in kept}:
+                of_name.setdefault(name, Part(name, where, []))
             for name, busy in innermost(kept).items():
-                part = of_name.setdefault(name, Part(name, where, []))
-                part.busy = union([*part.busy, *clipped(busy, inside)])
+                of_name[name].busy = union([*of_name[name].busy, *clipped(busy, inside)])
             _count(of_name, [s for s in kept if inside[0] <= s.begun_ns < inside[1]])
         found += [part for part in of_name.values() if part.calls or part.busy]
     step = [part for part in found if part.where == "step"]
@@ -256,7 +257,8 @@ def account(inside: Interval, of: Sequence[Part], *, on_gpu: bool) -> dict[str, 
 def ours(of: Sequence[Part], *, on_gpu: bool) -> tuple[int, int]:
     """ns of encode, decode, landing and optimizer together on all threads, and those that run behind the step."""
     mine = [part for part in of if part.label in OURS and (part.where == "gpu") == on_gpu]
-    return sum(part.busy_ns for part in mine), sum(sum(part.behind.values()) for part in mine)
+    behind = (ns for part in mine for name, ns in part.behind.items() if name != "wait")
+    return sum(part.busy_ns for part in mine), sum(behind)
 
 
 def _threads(rank: Rank) -> dict[str, list[list[Span]]]:
@@ -283,7 +285,8 @@ def _count(of_name: Mapping[str, Part], spans: Iterable[Span]) -> None:
 
 
 def _gpu_parts(rank: Rank, inside: Interval) -> list[Part]:
-    """Kernels under the name of the span that launched them; one that no span launched is "other"."""
+    """Kernels under the name of the span that launched them; one that no span launched is "other". Calls and bytes are the
+    span's."""
     launched = {e.correlation: e for e in rank.events if e.correlation and e.category not in GPU}
     at = _innermost_at(rank)
     kernels: dict[str, list[Event]] = {}
@@ -291,12 +294,15 @@ def _gpu_parts(rank: Rank, inside: Interval) -> list[Part]:
         if event.category in GPU and event.ended_ns > inside[0] and event.begun_ns < inside[1]:
             call = launched.get(event.correlation)
             kernels.setdefault(at(call.lane, call.begun_ns) if call is not None else "other", []).append(event)
-    known = {part.name: part for part in parts(replace(rank, events=()), inside) if part.where == "step"}
+    calls, moved = dict[str, int](), dict[str, int]()
+    for part in parts(replace(rank, events=()), inside):
+        calls[part.name] = calls.get(part.name, 0) + part.calls
+        moved[part.name] = moved.get(part.name, 0) + part.moved_bytes
     main = clipped(_main_stream(rank.events), inside)
     found: list[Part] = []
     for name, events in kernels.items():
-        part = Part(name, "gpu", clipped([(e.begun_ns, e.ended_ns) for e in events], inside), len(events))
-        part.moved_bytes = known[name].moved_bytes if name in known else 0
+        part = Part(name, "gpu", clipped([(e.begun_ns, e.ended_ns) for e in events], inside))
+        part.calls, part.moved_bytes = calls.get(name, len(events)), moved.get(name, 0)
         aside = [(e.begun_ns, e.ended_ns) for e in events if e.lane != _main_lane(rank.events)]
         part.behind = overlaps(clipped(aside, inside), [Part("main stream", "gpu", main)])
         found.append(part)
