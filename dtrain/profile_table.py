@@ -53,9 +53,9 @@ def see(rank: Rank) -> Seen:
     )
 
 
-PART_HEADER = ["part of a step", "on", "calls", "ms a step", "share", "MB a call", "GB/s", "behind"]
-KERNEL_HEADER = ["kernel, own time", "on", "calls", "ms a step", "share", "MB a call", "GB/s", "behind"]
-SHARE_HEADER = ["% of a step", *LABELS, "ms a step"]
+PART_HEADER = ["part of a step", "on", "calls", "ms/step", "share", "MB/call", "GB/s", "behind"]
+KERNEL_HEADER = ["kernel, own time", "on", "calls", "ms/step", "share", "MB/call", "GB/s", "behind"]
+SHARE_HEADER = ["share, %", *(label.removeprefix("exposed ") for label in LABELS), "ms"]
 
 
 def part_rows(seen: Sequence[Seen]) -> list[list[str]]:
