@@ -50,6 +50,8 @@ class Profiled:
 
     def before_step(self, step: int) -> None:
         at = self._window
+        if self._device.type == "cuda" and step in (at.plain, at.traced, at.shapes, at.end):
+            torch.cuda.synchronize(self._device)  # kernels of the step before belong to it
         if step == at.plain:
             spans.record(self._recorder)
             self._held.callback(spans.record, None)
@@ -62,16 +64,11 @@ class Profiled:
         if at.traced <= step <= at.shapes:
             self._traced.append(self._recorder.now_ns())
         if step == at.shapes:
-            self._stop()
+            self._held.close()
             self._shapes = self._held.enter_context(self._torch_profiler(shapes=True))
         if step == at.end:
-            self._stop()
+            self._held.close()
             self._write()
-
-    def _stop(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # kernels of the last step belong to it
-        self._held.close()
 
     def _torch_profiler(self, *, shapes: bool) -> profile:
         activities = [ProfilerActivity.CPU]
