@@ -21,6 +21,8 @@ _STREAMS = 1 << 24
 _ROUNDS = 1 << 25
 _STEPS = 1 << 26
 _KEPT_ARGUMENTS = ("External id", "correlation", "stream", "grid", "block")
+_WIRES = ("gloo:", "nccl:")
+"""torch's annotations of wires that fly while the thread which sent them goes on."""
 _SHAPES = ("Input Dims", "Input type", "Input Strides")
 
 Trace = dict[str, Any]
@@ -129,11 +131,21 @@ def _drawn(rank: Rank, trace: Trace, pid: int, base_ns: int) -> Iterator[Trace]:
         if kept := {key: raw["args"][key] for key in _KEPT_ARGUMENTS if key in raw.get("args", {})}:
             event["args"] = kept
         names.setdefault(lane, f"stream {lane - _STREAMS}" if lane >= _STREAMS else f"thread {lane}")
-        yield event
+        if raw.get("cat") == "user_annotation" and raw["name"].startswith(_WIRES):
+            yield from _overlapping(event, f"{pid}.{raw['args'].get('External id')}")
+        else:
+            yield event
     order = sorted(names, key=lambda lane: (lane != _STEPS, lane != rank.main_thread, lane < _ROUNDS, lane))
     for k, lane in enumerate(order):
         yield _named("thread_name", pid, lane, name=names[lane])
         yield _named("thread_sort_index", pid, lane, sort_index=k)
+
+
+def _overlapping(event: Trace, number: str) -> Iterator[Trace]:
+    """A bar that need not nest in others: what begins on one thread and ends on another."""
+    rest = {"cat": "wire", "name": event["name"], "pid": event["pid"], "tid": event["tid"], "id": number}
+    yield {"ph": "b", "ts": event["ts"], **rest}
+    yield {"ph": "e", "ts": round(event["ts"] + event["dur"], 3), **rest}
 
 
 def _named(what: str, pid: int, lane: int, **arguments: object) -> Trace:

@@ -202,18 +202,17 @@ def kernels(rank: Rank, inside: Interval, of: Sequence[Part]) -> list[Part]:
         step = [Part("main stream", "gpu", clipped(_main_stream(rank.events), inside))]
     lanes: dict[int, list[Event]] = {}
     for event in rank.events:
-        if event.category in wanted or (not rank.on_gpu and event.category == "user_annotation"):
+        if event.category in wanted:
             lanes.setdefault(event.lane, []).append(event)
     found: dict[tuple[str, bool], Part] = {}
     for lane, events in lanes.items():
         aside = lane != main
-        names = {e.name for e in events if e.category in wanted}
+        names = {e.name for e in events}
         of_lane = {name: Part(name, "link" if aside else "step", []) for name in names}
         for name, busy in innermost(events).items():
-            if name in names:
-                of_lane[name].busy = clipped(busy, inside)
+            of_lane[name].busy = clipped(busy, inside)
         for event in events:
-            if event.category in wanted and inside[0] <= event.begun_ns < inside[1]:
+            if inside[0] <= event.begun_ns < inside[1]:
                 of_lane[event.name].calls += 1
         for name, part in of_lane.items():
             part.moved_bytes = round(part.calls * rank.bytes_a_call.get(name, 0))

@@ -33,6 +33,7 @@ Start here:
   dtrain run launch/jobs/quickstart.toml   two islands on this machine
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
+  dtrain profile JOB.toml                  where a step's time goes
   dtrain keys                              what a job file can say
 """
 

@@ -38,6 +38,7 @@ def leave(folder: Path, island: int, base_ns: int) -> Path:
         raw("cudaLaunchKernel", "cuda_runtime", late_us + 40.5, correlation=3),
         arrow("s", pid=500, tid=500),
         arrow("f", pid=0, tid=7),
+        raw("gloo:recv", "user_annotation", late_us + 39.5, **{"External id": 4}),
         raw("PyTorch Profiler (0)", "Trace", late_us) | {"pid": "Spans", "tid": "PyTorch Profiler"},
     ]
     (folder / "times-rank0.json").write_text(json.dumps({"baseTimeNanoseconds": base_ns, "traceEvents": events}))
@@ -70,6 +71,8 @@ def test_ranks_are_processes_on_one_clock(tmp_path: Path) -> None:
         assert at["aten::mm"] == (pytest.approx(30.25, abs=0.01), 2.5)
         assert "wait" not in at, "torch.profiler has noted it too"
         assert "PyTorch Profiler (0)" not in at
+        wires = [(e["ph"], round(e["ts"] - 29.5, 2)) for e in ours if e["name"] == "gloo:recv"]
+        assert wires == [("b", 0.0), ("e", 2.5)], "it need not nest in what the thread does meanwhile"
         lanes = {e["tid"]: e["args"]["name"] for e in ours if e["name"] == "thread_name"}
         assert sorted(lanes.values()) == ["link, bucket 1", "steps", "stream 7", "the step's thread"]
         assert {lanes[e["tid"]] for e in ours if e["name"] == "gemm"} == {"stream 7"}
@@ -85,7 +88,7 @@ def test_times_keep_their_nanoseconds(tmp_path: Path) -> None:
     rank, _ = read_rank(leave(tmp_path / "island0", 0, BEGUN - 3600 * SECOND))
     (event,) = [e for e in rank.events if e.name == "aten::mm"]
     assert (event.begun_ns, event.ended_ns) == (BEGUN + 40_250, BEGUN + 42_750)
-    assert {e.name for e in rank.events} == {"aten::mm", "gemm", "cudaLaunchKernel"}
+    assert {e.name for e in rank.events} == {"aten::mm", "gemm", "cudaLaunchKernel", "gloo:recv"}
     assert rank.on_gpu
 
 

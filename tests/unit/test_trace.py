@@ -178,6 +178,7 @@ def test_kernels_are_told_by_stream() -> None:
 def test_an_operation_has_the_time_that_it_spends_in_no_other() -> None:
     events = [
         Event("dtrain.forward_backward", "user_annotation", MAIN, 0, 60),
+        Event("gloo:recv", "user_annotation", MAIN, 2, 30),  # begun on this thread, ended on another: nests in nothing
         Event("aten::linear", "cpu_op", MAIN, 5, 55),
         Event("aten::mm", "cpu_op", MAIN, 10, 50),
         Event("aten::mm", "cpu_op", LINK, 58, 64),
