@@ -66,10 +66,10 @@ def span(name: str, moved_bytes: int = 0) -> AbstractContextManager[None]:
     return _NOTHING if _recorder is None else _Open(_recorder, name, moved_bytes)
 
 
-def mark(kind: int, index: int, bucket: int, *, sent_bytes: int, received_bytes: int, done: bool) -> None:
+def mark(kind: int, number: int, bucket: int, *, sent_bytes: int, received_bytes: int, done: bool) -> None:
     """Say how far a flight is: it has posted the wires of a phase, or it is done."""
     if _recorder is not None:
-        _recorder.marks.append(Mark(_recorder.now_ns(), kind, index, bucket, sent_bytes, received_bytes, done))
+        _recorder.marks.append(Mark(_recorder.now_ns(), kind, number, bucket, sent_bytes, received_bytes, done))
 
 
 class _Open(AbstractContextManager[None]):

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
 from dtrain.optim import AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
+from dtrain.profile_steps import Window
+from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import FUSED, Recipe, of_section
 from dtrain.spans import span
 
@@ -44,9 +46,9 @@ def cpu_threads(job: Job) -> int:
     return job.islands.threads or max(1, (os.cpu_count() or 1) // (job.islands.count * job.islands.ranks))
 
 
-def run_island(job: Job, place: Place) -> None:
+def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     """One rank of one island, under torchrun. Goes back to the last commit and on when a lost island has come
-    back."""
+    back. The steps of ``window`` are profiled."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job))
     device = own_device(place)
@@ -61,14 +63,19 @@ def run_island(job: Job, place: Place) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
         status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
 
-    epoch, resume_step = place.epoch, place.resume_step
-    while True:
-        try:
-            connection = connect(place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait)
-            train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step)
-            break
-        except Regroup as again:
-            epoch, resume_step = again.epoch, again.step
+    epoch, resume_step, observe = place.epoch, place.resume_step, unobserved
+    with ExitStack() as held:
+        if window is not None:
+            observe = held.enter_context(Profiled(window, place, device)).before_step
+        while True:
+            try:
+                connection = connect(place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait)
+                train_island(
+                    job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe
+                )
+                break
+            except Regroup as again:
+                epoch, resume_step = again.epoch, again.step
     if place.num_ranks > 1:
         dist.destroy_process_group()
 
@@ -107,13 +114,14 @@ def train_island(
     *,
     device: torch.device,
     resume_step: int,
+    observe: Observe = unobserved,
 ) -> None:
     """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link."""
     with _failure_announced(connection):
         island = _begin(job, connection, corpus, run, status, device=device, resume_step=resume_step)
     with island.sync:
         island.clock.begun = time.monotonic()
-        _loop(island)
+        _loop(island, observe)
         _finish(island)
 
 
@@ -196,12 +204,13 @@ def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
 
 
-def _loop(island: _Island) -> None:
+def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
     tokens = job.train.batch * job.model.context
     said_at, began = 0.0, clock.train_s()
     for step in range(sync.step, job.train.steps):
+        observe(step)
         if island.speaks and time.monotonic() - said_at > _STATUS_EVERY_S:
             island.status.update("training", step)
             said_at = time.monotonic()
@@ -228,6 +237,7 @@ def _loop(island: _Island) -> None:
             )
         _checkpoint_aside(island, step + 1)
         began = ended
+    observe(job.train.steps)
     if metrics is not None:
         metrics.close()
 

@@ -33,6 +33,7 @@ Start here:
   dtrain run launch/jobs/quickstart.toml   two islands on this machine
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
+  dtrain profile JOB.toml                  where a step's time goes
   dtrain keys                              what a job file can say
 """
 
@@ -87,11 +88,11 @@ def run(
 
 
 @app.command(hidden=True)
-def train(job_file: JobFile) -> None:
-    """What torchrun runs on every rank; "dtrain run" starts it."""
+def train(job_file: JobFile, window: Annotated[str | None, typer.Option("--profile")] = None) -> None:
+    """What torchrun runs on every rank; "dtrain run" and "dtrain profile" start it."""
     from dtrain.launch.worker import train as train_rank
 
-    train_rank(job_file)
+    train_rank(job_file, window)
 
 
 @app.command()
@@ -121,6 +122,44 @@ def sim(
         except KeyboardInterrupt:
             raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
         _close(console, opened.run, opened.job.islands.count, summary=True)
+
+
+@app.command()
+def profile(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="steps to look at; left out: whole rounds", min=1, show_default=False)
+    ] = None,
+    with_ncu: Annotated[bool, typer.Option("--ncu", help="count the DRAM traffic of our kernels too, with NVIDIA's ncu")] = False,
+) -> None:
+    """Show where a job's step spends its time.
+
+    Runs its first steps on every island, in a folder of its own: NAME-profile, or
+    NAME-profile-2 where that is there. Models of your own scripts are not profiled.
+
+    Example: dtrain profile launch/jobs/quickstart.toml link.rate=1mbit
+    """
+    from dtrain.launch import ncu
+    from dtrain.launch.profile import profile_job
+
+    console = Console()
+    outcome, tables = profile_job(job_file, overrides or (), steps=steps, with_ncu=with_ncu, console=console)
+    if tables is None:
+        for line in outcome.log:
+            print(line, file=sys.stderr)
+        raise typer.Exit(_complain(outcome.exit_status, outcome.message))
+    from dtrain.profile_table import KERNEL_HEADER, PART_HEADER, SHARE_HEADER
+
+    shown = (KERNEL_HEADER, tables.kernels), (ncu.HEADER, tables.dram), (PART_HEADER, tables.parts), (SHARE_HEADER, tables.shares)
+    for header, rows in shown:
+        if rows:
+            console.print()
+            console.print(_table(header, rows))
+    console.print()
+    for line in tables.lines:
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"\nall ranks and rounds on one clock: {tables.trace}, for https://ui.perfetto.dev"), soft_wrap=True)
 
 
 @app.command()

@@ -27,6 +27,7 @@ class Launch:
     meet: str  # host:port of the store
     tag: str  # names the launch in the environment of its processes
     script: tuple[str, ...] = ()  # somebody's own training script and its arguments, instead of the job's model
+    options: tuple[str, ...] = ()  # of the hidden command that each rank is
 
 
 def folder(run: Path, island: int) -> Path:
@@ -51,7 +52,7 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
 
 
 def command(launch: Launch, island: int, epoch: int) -> list[str]:
-    ours = ("dtrain.launch", "train", str(launch.run / "job.toml"))
+    ours = ("dtrain.launch", "train", str(launch.run / "job.toml"), *launch.options)
     return [
         sys.executable,
         "-m",

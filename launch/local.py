@@ -49,10 +49,12 @@ class Stopped(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
-def run_local(job: Job, run: Path, *, resume_step: int, script: tuple[str, ...], console: Console) -> Outcome:
-    """Run a job to its end; when this returns or raises, no process of it is left."""
+def run_local(
+    job: Job, run: Path, *, resume_step: int, script: tuple[str, ...], console: Console, options: tuple[str, ...] = ()
+) -> Outcome:
+    """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank."""
     listener, meet = meeting.listen(job.link)
-    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
+    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script, options=options)
     progress = Progress(launch.run, job.islands.count, job.train.steps)
     fleet = Fleet(launch, [Island(i) for i in range(job.islands.count)], resume_step, progress)
     # A script prints what it likes, bars among it: so its lines and ours are plain.

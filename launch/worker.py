@@ -20,14 +20,15 @@ from dtrain.launch.processes import die_with_parent
 from dtrain.metrics import ErrorKind, write_error
 
 
-def train(job_path: Path) -> None:
-    """One rank of ``dtrain run JOB.toml``."""
+def train(job_path: Path, window: str | None = None) -> None:
+    """One rank of ``dtrain run JOB.toml``; of ``dtrain profile`` where a window of steps is named."""
     die_with_parent()
     with errors_left_for_the_launcher():
         from dtrain.membership import place_from_env
+        from dtrain.profile_steps import Window
         from dtrain.train import run_island
 
-        run_island(load_job(job_path), place_from_env())
+        run_island(load_job(job_path), place_from_env(), None if window is None else Window.parse(window))
 
 
 def run_script(script: str, arguments: list[str]) -> None:

@@ -47,16 +47,20 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes", "keys"}
+    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "keys"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:
-        if words[1] in ("run", "sim"):
+        if words[1] == "profile":
+            said[words[1]] = dtrain(tmp_path, [*words[1:], "--steps", "8", *(key for key in SMALLER if "steps" not in key)])
+        elif words[1] in ("run", "sim"):
             said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
         else:  # in this process, which has imported torch already
             assert run_command(words[1:]) == 0, capsys.readouterr().err
             said[words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
+    assert "a step takes" in said["profile"]
+    assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
     assert (tmp_path / "both.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}

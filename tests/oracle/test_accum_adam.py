@@ -100,8 +100,9 @@ def test_it_resumes_from_its_state_dict_and_keeps_fp32_moments_of_bf16_parameter
     [({"lr": -1.0}, "lr = -1.0"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": 0.0}, "eps"), ({"every": 0}, "every = 0")],
 )
 def test_settings_out_of_range_are_one_line(settings: dict[str, Any], words: str) -> None:
+    whole: dict[str, Any] = {"lr": 0.1} | settings
     with pytest.raises(ValueError, match=words):
-        AccumAdamW([torch.zeros(1, requires_grad=True)], **({"lr": 0.1} | settings))
+        AccumAdamW([torch.zeros(1, requires_grad=True)], **whole)
 
 
 # ---- with gossip

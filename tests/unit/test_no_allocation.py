@@ -111,5 +111,5 @@ def test_the_count_sees_an_allocation() -> None:
         x.add_(1.0)
         x[: SMALL // 2].mul_(2.0)
         assert not mode.found
-        x + x
+        x.add(x)
     assert len(mode.found) == 1

@@ -52,8 +52,9 @@ def test_a_flipped_bit_ends_the_run_before_it_is_decoded(recipe: str, fused: boo
         optimizer = (AccumAdamW if fused else torch.optim.AdamW)(model.parameters(), lr=0.1)
         inputs = torch.randn(2, 40, generator=torch.Generator().manual_seed(connection.node))
         before: list[Tensor] = []
+        sync = dtrain.join(model, optimizer, recipe=recipe, link=connection, **CASES[recipe])
         try:
-            with dtrain.join(model, optimizer, recipe=recipe, link=connection, **CASES[recipe]) as sync:
+            with sync:
                 for _ in range(12):
                     optimizer.zero_grad()
                     model(inputs).square().mean().backward()
