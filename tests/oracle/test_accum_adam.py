@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -221,6 +222,34 @@ def test_decentralized_adam_follows_the_matrix_recursion() -> None:
     # As above a step; mixing adds 3 (1 + 1 + 2) roundings of values below 2. What was wrong moves the gradient by less than 1.25
     # times as much, and the quotient by c times that over its own size, which EPS bounds loosely: 10 covers c and the growth.
     assert float(np.abs(got - np.array(want)).max()) <= 10 * STEPS * (200 * U * 5 * LR + 30 * U)
+
+
+@pytest.mark.parametrize("recipe", ["dpsgd", "choco"])
+def test_a_round_in_flight_between_fused_steps_survives_a_checkpoint(recipe: str) -> None:
+    start, a, c = problem(N)
+    cut = 5
+
+    def island(connection: Connection, saved: dict[int, dict[str, Any]] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        model = Quadratic(start, a[connection.node], c[connection.node], CUT)
+        optimizer = AccumAdamW(model.parameters(), lr=LR, every=2)
+        kept: dict[str, Any] = {}
+        with dtrain.join(model, optimizer, recipe=recipe, codec="int4:64:stochastic", topology="ring", link=connection) as sync:
+            if saved is not None:
+                model.set_flat(saved[connection.node]["x"])
+                optimizer.load_state_dict(saved[connection.node]["optimizer"])
+                sync.load_state_dict(saved[connection.node]["sync"])
+            for step in range(sync.step, STEPS):
+                if step == cut:
+                    state = {k: v.clone() for k, v in sync.state_dict().items()}
+                    kept = {"x": model.flat(), "optimizer": copy.deepcopy(optimizer.state_dict()), "sync": state}
+                    assert int(state["bucket0.land_step"]) == cut + 1, "a round flies"
+                sgd_step(model, optimizer)
+        return model.flat(), kept
+
+    whole = run_islands(N, island)
+    saved = {node: kept for node, (_, kept) in enumerate(whole)}
+    resumed = run_islands(N, lambda connection: island(connection, saved))
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(whole, resumed, strict=True))
 
 
 def test_the_optimizer_is_given_back() -> None:

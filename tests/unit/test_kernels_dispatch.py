@@ -1,0 +1,59 @@
+"""Is a backend that was asked for used, or refused in one line? And do the oracles hold whichever it is?"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain.kernels import BACKENDS, OPERATIONS, backend, dispatch, operations
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def test_the_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("reference", "numba"):
+        monkeypatch.setenv("DTRAIN_KERNELS", name)
+        assert operations(CPU).__name__ == BACKENDS[name]
+    monkeypatch.delenv("DTRAIN_KERNELS")
+    assert operations(CPU).__name__ == BACKENDS["numba"], "a CPU's default"
+
+
+def test_an_unknown_backend_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="DTRAIN_KERNELS = 'cuda' is not a backend; use one of numba, reference, triton"):
+        operations(CPU)
+
+
+def test_a_backend_whose_package_is_missing_is_an_error_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'numba'", name="numba")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match="the numba kernels need the package numba; install it, or set DTRAIN_KERNELS=reference"):
+        backend("numba")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_each_backend_has_every_operation_with_the_references_signature(name: str) -> None:
+    reference, module = backend("reference"), importlib.import_module(BACKENDS[name])
+    for operation in OPERATIONS:
+        want, got = (inspect.signature(getattr(m, operation)).parameters for m in (reference, module))
+        assert [(p.name, p.default) for p in got.values()] == [(p.name, p.default) for p in want.values()], operation
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["reference", "numba"])
+def test_all_oracles_hold_with_each_backend(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/oracle", "tests/unit/test_wire.py"]
+    environment = os.environ | {"DTRAIN_KERNELS": name}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
