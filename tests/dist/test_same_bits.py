@@ -11,15 +11,19 @@ import pytest
 
 from tests.dist.job import QUICKSTART, ROOT, SMALL, assert_same_weights, run
 
-JOB = (*SMALL, "train.steps=30", "train.checkpoint_every=0", "sync.every=8", "sync.delay=3", "train.batch=4")
+SHORT = (*SMALL, "train.steps=30", "train.checkpoint_every=0", "train.batch=4")
+JOB = (*SHORT, "sync.every=8", "sync.delay=3")
+FUSED = (*SHORT, "train.moments_every=4", "sync.recipe=dpsgd", "sync.codec=int8:64")
+"""What launch/jobs/gossip.toml runs: landing, optimizer and encoding in one pass."""
 
 
 @pytest.mark.timeout(200)
-def test_four_simulated_islands_equal_four_live_ones(tmp_path: Path) -> None:
-    live = run(tmp_path, "live", *JOB, "islands.count=4", timeout_s=150)
+@pytest.mark.parametrize("job", [pytest.param(JOB, id="default"), pytest.param(FUSED, id="fused", marks=pytest.mark.slow)])
+def test_four_simulated_islands_equal_four_live_ones(tmp_path: Path, job: tuple[str, ...]) -> None:
+    live = run(tmp_path, "live", *job, "islands.count=4", timeout_s=150)
     command = [sys.executable, "-m", "dtrain.launch", "sim", str(QUICKSTART), "--islands", "4"]
     done = subprocess.run(
-        [*command, f"job.dir={tmp_path}", "job.name=sim", *JOB],
+        [*command, f"job.dir={tmp_path}", "job.name=sim", *job],
         check=False,
         cwd=ROOT,
         capture_output=True,

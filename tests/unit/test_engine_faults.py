@@ -163,8 +163,10 @@ def test_a_drain_that_fails_takes_the_hooks_off_and_says_so_to_the_others() -> N
         return "nothing", counted, sync.step
 
     assert run_islands(2, island, timeout_s=20) == [("NonFinite", 2, 2), ("PeerLost", 2, 2)]
-    left = [t.name for t in threading.enumerate() if t.name.startswith("dtrain-traffic")]
-    assert left == []
+    left = [t for t in threading.enumerate() if t.name.startswith("dtrain-traffic")]
+    for thread in left:  # told to end; a failure does not wait for it
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_a_state_of_another_recipe_or_cut_is_refused_and_changes_nothing() -> None:
