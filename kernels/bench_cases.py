@@ -22,7 +22,7 @@ TOPK = Format("topk", 4096, 64, 2)
 SEED = 0x9E3779B9
 
 Values = Callable[[int, int], Tensor]
-"""(numel, salt) -> fp32 values on the CPU, others for another salt."""
+"""(numel, salt) -> fp32 values on the CPU, others for another salt; numel is at most TILE."""
 
 
 class Case(NamedTuple):
@@ -92,8 +92,7 @@ IN_PLACE = (
 
 
 def normal(numel: int, salt: int) -> Tensor:
-    generator = torch.Generator().manual_seed(salt)
-    return torch.randn(min(numel, TILE), generator=generator).repeat(-(-numel // TILE))[:numel]
+    return torch.randn(numel, generator=torch.Generator().manual_seed(salt))
 
 
 def operands(case: Case, numel: int, device: torch.device, values: Values = normal, *, weight: float = 0.5) -> tuple[Any, ...]:
@@ -117,10 +116,13 @@ class _Maker:
         self.noise = Noise(SEED, 2**32 - numel // 2) if case.random else None
 
     def x(self, salt: int, n: int | None = None) -> Tensor:
-        return self.values(self.n if n is None else n, salt).to(DTYPES[self.case.dtype]).to(self.device)
+        n = self.n if n is None else n
+        tile = self.values(min(n, TILE), salt).to(DTYPES[self.case.dtype]).to(self.device)
+        return tile.repeat(-(-n // TILE))[:n]
 
     def state(self, salt: int, n: int | None = None) -> Tensor:
-        return normal(self.n if n is None else n, salt).to(self.device)
+        n = self.n if n is None else n
+        return normal(min(n, TILE), salt).to(self.device).repeat(-(-n // TILE))[:n]
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
@@ -136,14 +138,14 @@ class _Maker:
         scales = torch.zeros(fmt.num_scales(some), dtype=torch.bfloat16)
         tile = Coded(torch.zeros(fmt.code_bytes(some), dtype=torch.uint8), scales)
         reference.encode(normal(some, 100 + salt), tile, fmt)
-        codes, scales = (t.repeat(-(-n // TILE)) for t in tile)
-        return Coded(codes[: fmt.code_bytes(n)].to(self.device), scales[: fmt.num_scales(n)].to(self.device))
+        codes, scales = (t.to(self.device).repeat(-(-n // TILE)) for t in tile)
+        return Coded(codes[: fmt.code_bytes(n)], scales[: fmt.num_scales(n)])
 
     def wires(self) -> list[Coded]:
         return [self.wire(salt) for salt in range(self.case.wires)]
 
     def weights(self) -> list[float]:
-        return [(1.0 - self.weight) / self.case.wires] * self.case.wires
+        return [(1.0 - self.weight) / max(1, self.case.wires)] * self.case.wires
 
     def adam(self) -> Adam:
         return Adam(1e-3, 0.9, 0.99, 1e-8, 0.9**3, 0.99**3, self.case.every, self.case.closes)
@@ -159,7 +161,8 @@ class _Maker:
         if self.case.op == "accum_adam":
             return pieces, self.adam(), grad_scale
         wires = [self.body([self.wire(salt + 2 * i, n) for i, n in enumerate(sizes)]) for salt in range(self.case.wires)]
-        out = torch.zeros_like(wires[0])
+        num_bytes = sum(self.fmt.code_bytes(n) + 2 * self.fmt.num_scales(n) for n in sizes)
+        out = self.zeros(num_bytes, torch.uint8)
         ending = (self.weight, wires, self.weights(), out, self.fmt, self.noise)
         if self.case.op == "gossip_adam":
             return pieces, self.adam(), grad_scale, *ending
