@@ -22,6 +22,8 @@ CHECKS: tuple[Check, ...] = (
 )
 """The benchmark comes last: it takes as long as it is given."""
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def refusal() -> str | None:
     """Why nothing can be checked here, in one line that says what to do."""
@@ -38,11 +40,12 @@ def main() -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     outcomes: list[Outcome] = []
+    path = RESULTS
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     for check in CHECKS:
         outcomes.append(outcome := run(check, device))
         print(f"{'passed' if outcome.passed else 'FAILED'}  {outcome.name}  {outcome.wall_s} s  {outcome.detail}", flush=True)
-        path = write(Path(__file__).parent / "results", hardware(device), outcomes, today)  # what there is, should time run out
+        path = write(RESULTS, hardware(device), outcomes, today)  # what there is, should time run out
     print(f"written to {path}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 

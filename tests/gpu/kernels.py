@@ -74,7 +74,7 @@ def _quantize(kind: Any) -> list[Case]:
 
 
 def _any_format(op: str) -> list[Case]:
-    """Each format once, by turns fp32 to nearest and bf16 at random, and 0 to 3 wires: every further case is a kernel to compile."""
+    """Each format once, by turns fp32 to nearest and bf16 at random, with 0 to 3 wires: each more is a kernel to compile."""
     return [
         Case(op, "bf16" if i % 2 else "fp32", fmt, i % 4, random=bool(i % 2) and fmt.kind in BLOCK_FORMATS)
         for i, fmt in enumerate(FORMATS)
