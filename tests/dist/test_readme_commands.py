@@ -47,7 +47,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes", "keys"}
+    assert {words[1] for words in listed} == {"run", "sim", "report", "eval", "recipes", "keys", "bench"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:
@@ -57,6 +57,7 @@ def test_every_command_of_the_readme_runs(
             assert run_command(words[1:]) == 0, capsys.readouterr().err
             said[words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
+    assert "gossip_adam" in said["bench"]
     assert (tmp_path / "both.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from itertools import chain
 
 import torch
 
@@ -32,11 +33,10 @@ def timed(plans: tuple[Options, ...], device: torch.device, deadline_s: float) -
     until, rows, notes = time.monotonic() + deadline_s, list[Row](), list[str]()
     backends = find_backends((), device, notes.append)
     planned = sum(len(options.cases()) * len(options.numels) * len(backends) for options in plans)
-    for options in plans:
-        for row in run(options, backends, notes.append):
-            rows.append(row)
-            if time.monotonic() > until:
-                break
+    for row in chain.from_iterable(run(options, backends, notes.append) for options in plans):
+        rows.append(row)
+        if time.monotonic() > until:
+            break
     unequal = [f"{row.backend}: {row.message}" for row in rows if not row.equal]
     assert not unequal, "; ".join(dict.fromkeys(unequal))
     assert rows, "no row was measured"
