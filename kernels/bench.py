@@ -149,6 +149,8 @@ def run(options: Options, backends: Mapping[str, ModuleType], say: Callable[[str
 
 def unequal_to_reference(case: Case, ops: ModuleType, device: torch.device) -> str | None:
     """How a backend's result differs from the specification's, or None: odd sizes, and several parameters where it takes them."""
+    if ops is reference and device.type == "cpu":
+        return None
     cpu = torch.device("cpu")
     for numel in EQUAL_SIZES:
         before = operands(case, numel, cpu, weight=1 / 3)

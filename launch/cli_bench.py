@@ -112,7 +112,7 @@ def show(row: Row) -> str:
     cells = [
         *start,
         _time(row.median_s),
-        f"{row.spread:.0%}",
+        f"{min(row.spread, 9.99):.0%}",
         f"{row.gb_s:.4g}"[:6],
         f"{row.copy_fraction:.0%}",
         row.bandwidth,
@@ -134,7 +134,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.{2 if value >= 0.1 else 3}f}"
 
 
 def _time(seconds: float) -> str:

@@ -15,12 +15,12 @@ from tests.gpu.checks import Check, Outcome, hardware, run, write
 
 CHECKS: tuple[Check, ...] = (
     kernels.same_bytes_as_cpu,
-    kernels.numba_same_bytes,
     islands.two_islands_equal_cpu,
     overlap.rounds_overlap_compute,
     speed.kernels_timed,
+    kernels.numba_same_bytes,
 )
-"""The benchmark comes last: it takes as long as it is given."""
+"""What needs no GPU comes last: each result is written as soon as it is there, should the time on a GPU run out."""
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -110,7 +110,7 @@ CASES: dict[str, list[Case]] = {
 
 
 def same_bytes_as_cpu(device: torch.device) -> str:
-    return compare(operations(device), device, SIZES)
+    return compare(backend("triton") if device.type == "cuda" else operations(device), device, SIZES)
 
 
 def numba_same_bytes(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """How fast are the kernels on this device? The rows of ``dtrain bench kernels``, taken without its command line.
 
-Only equality fails the check; a speed is written down, and judged by who reads it."""
+Only inequality fails the check; a speed is written down, and judged by who reads it. Where torch's own GPU kernels, which the
+specification runs on, differ from its CPU's, that row has no speed, and the results say why."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from dtrain.kernels.bench import FULL, Options, Row, find_backends, run
 from dtrain.kernels.bench_timing import available_bytes
 from tests.gpu.checks import Found
 
-DEADLINE_S = 150.0
+DEADLINE_S = 120.0
 """For all rows; what is not reached is counted."""
 COMPILED = ("accum_adam", "gossip_adam", "quantize_int4", "dequantize_add_int4", "encode_feedback", "mix")
 """Beside torch.compile, which takes about 10 s a case to compile."""
@@ -37,7 +38,7 @@ def timed(plans: tuple[Options, ...], device: torch.device, deadline_s: float) -
         rows.append(row)
         if time.monotonic() > until:
             break
-    unequal = [f"{row.backend}: {row.message}" for row in rows if not row.equal]
+    unequal = [f"{row.backend}: {row.message}" for row in rows if not row.equal and row.backend != "reference"]
     assert not unequal, "; ".join(dict.fromkeys(unequal))
     assert rows, "no row was measured"
     ours = [row for row in rows if row.backend != "reference" and row.copy_fraction is not None]
