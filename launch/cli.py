@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dtrain.errors import PeerLost
+from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.run_folder import Choice, open_run
 
 EXIT_USER_ERROR = 2
@@ -38,6 +39,7 @@ Start here:
 """
 
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(bench_app, name="bench")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[
@@ -251,6 +253,7 @@ def run_command(arguments: list[str]) -> int:
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
     except typer.TyperException as e:
         known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+        known |= {group.name for group in app.registered_groups}
         command = f"dtrain {ours[0]}" if ours and ours[0] in known else "dtrain"
         message = e.format_message()
         return _complain(EXIT_USER_ERROR, f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help.")

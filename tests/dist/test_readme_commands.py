@@ -47,7 +47,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "keys"}
+    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "keys", "bench"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:
@@ -61,6 +61,7 @@ def test_every_command_of_the_readme_runs(
     assert "sync.every" in said["keys"]
     assert "a step takes" in said["profile"]
     assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
+    assert "gossip_adam" in said["bench"]
     assert (tmp_path / "both.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}

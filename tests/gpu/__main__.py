@@ -10,10 +10,19 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu import islands, kernels
-from tests.gpu.checks import Check, hardware, run, write
+from tests.gpu import islands, kernels, overlap, speed
+from tests.gpu.checks import Check, Outcome, hardware, run, write
 
-CHECKS: tuple[Check, ...] = (kernels.same_bytes_as_cpu, islands.two_islands_equal_cpu)
+CHECKS: tuple[Check, ...] = (
+    kernels.same_bytes_as_cpu,
+    islands.two_islands_equal_cpu,
+    overlap.rounds_overlap_compute,
+    speed.kernels_timed,
+    kernels.numba_same_bytes,
+)
+"""What needs no GPU comes last: each result is written as soon as it is there, should the time on a GPU run out."""
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def refusal() -> str | None:
@@ -30,11 +39,14 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    outcomes = [run(check, device) for check in CHECKS]
-    for outcome in outcomes:
-        print(f"{'passed' if outcome.passed else 'FAILED'}  {outcome.name}  {outcome.wall_s} s  {outcome.detail}")
+    outcomes: list[Outcome] = []
+    path = RESULTS
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    print(f"written to {write(Path(__file__).parent / 'results', hardware(device), outcomes, today)}")
+    for check in CHECKS:
+        outcomes.append(outcome := run(check, device))
+        print(f"{'passed' if outcome.passed else 'FAILED'}  {outcome.name}  {outcome.wall_s} s  {outcome.detail}", flush=True)
+        path = write(RESULTS, hardware(device), outcomes, today)  # what there is, should time run out
+    print(f"written to {path}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 

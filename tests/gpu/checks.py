@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-# Runs on the device, raises AssertionError where it differs from the CPU, and returns one line that says what was compared.
-Check = Callable[[torch.device], str]
+
+class Found(NamedTuple):
+    """A line that says what was compared or measured, and the numbers for the results file."""
+
+    detail: str
+    data: Any = None
+
+
+# Runs on the device, raises AssertionError where it fails (where it differs from the CPU), and returns what it found.
+Check = Callable[[torch.device], Found | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +33,22 @@ class Outcome:
     passed: bool
     detail: str
     wall_s: float
+    data: Any = None
+    gpu_peak_bytes: int = 0
 
 
 def run(check: Check, device: torch.device) -> Outcome:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     try:
-        passed, detail = True, check(device)
+        found = check(device)
+        passed, (detail, data) = True, found if isinstance(found, Found) else Found(found)
     except AssertionError as e:
-        passed, detail = False, str(e)
-    return Outcome(check.__name__, passed, detail, round(time.perf_counter() - began, 3))
+        passed, detail, data = False, str(e), None
+    wall_s = round(time.perf_counter() - began, 3)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return Outcome(check.__name__, passed, detail, wall_s, data, peak)
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:
@@ -41,6 +59,8 @@ def hardware(device: torch.device) -> dict[str, str | int]:
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda or torch.version.hip or "",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", "numba", "numpy")},
     }
@@ -51,6 +71,16 @@ def write(folder: Path, about: dict[str, str | int], outcomes: Sequence[Outcome]
     folder.mkdir(parents=True, exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in str(about["device"]).lower())
     path = folder / f"{device}-{date}.json"
-    results = {"date": date, "hardware": about, "checks": [asdict(outcome) for outcome in outcomes]}
+    resources = {
+        "wall_s": round(sum(outcome.wall_s for outcome in outcomes), 3),
+        "gpu_peak_bytes": max((outcome.gpu_peak_bytes for outcome in outcomes), default=0),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    results = {
+        "date": date,
+        "hardware": about,
+        "resources": resources,
+        "checks": [asdict(outcome) for outcome in outcomes],
+    }
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return path

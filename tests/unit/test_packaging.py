@@ -172,14 +172,17 @@ for name in BEYOND:
 
 import torch
 import tests.gpu.__main__
-from dtrain.kernels import operations
-from tests.gpu import islands, kernels
+from dtrain.kernels import reference
+from dtrain.kernels.bench import Options
+from tests.gpu import islands, kernels, speed
 
 for check in tests.gpu.__main__.CHECKS:
     print(check.__name__)
 islands.NUMEL = 1_001
-print(kernels.compare(operations(torch.device("cpu")), torch.device("cpu"), (1, 65)))
-print(islands.two_islands_equal_cpu(torch.device("cpu")))
+cpu = torch.device("cpu")
+print(kernels.compare(reference, cpu, (65,)))
+print(islands.two_islands_equal_cpu(cpu))
+print(speed.timed((Options(cpu, ("scale",), numels=(1_000,), compile=False, least_s=0.001),), cpu, 60.0).detail)
 print(sorted({name.partition(".")[0] for name in sys.modules} & BEYOND))
 """
 
@@ -189,8 +192,11 @@ def test_the_gpu_checks_need_four_packages_and_no_other() -> None:
     command, environment = [sys.executable, "-c", ONLY_FOUR], {**os.environ, "PYTHONPATH": "."}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
-    *names, compared, trained, beyond = done.stdout.splitlines()
-    assert names == ["same_bytes_as_cpu", "two_islands_equal_cpu"]
+    *names, compared, trained, timed, beyond = done.stdout.splitlines()
+    equal, islands, *measured, numba = names
+    assert (equal, islands, numba) == ("same_bytes_as_cpu", "two_islands_equal_cpu", "numba_same_bytes")
+    assert measured == ["rounds_overlap_compute", "kernels_timed"]
     assert "all bytes equal" in compared
     assert "bit-equal" in trained
+    assert "rows in 60 s" in timed
     assert beyond == "[]"

@@ -1,0 +1,144 @@
+"""What can a person type after ``dtrain bench``? Each command measures on this machine, and prints rows as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dtrain.kernels.bench import Options, Row
+
+bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None)
+
+COLUMNS = (
+    *(("operation", -44), ("backend", -9), ("x", -5), ("size", 5), ("time", 9), ("+-", 4), ("GB/s", 6)),
+    *(("of", 5), ("", -5), ("eager", 6), ("compile", 7)),
+)
+LEGEND = """+- is (75 % - 25 %) / median. GB/s counts the floor, the fewest bytes that the operation must move; "of" is its
+share of the bandwidth of a copy, or of an in-place scale, timed in turns with it. eager, compile and names below a row: their
+time / ours."""
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench_app.command()
+def kernels(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all rows there")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="NAME", help="only this operation; repeatable")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", metavar="NAME", help="reference, numba, triton")] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="cuda where there is one")] = None,
+    numel: Annotated[
+        list[str] | None, typer.Option("--numel", metavar="N", help="elements, as 2^24, 16M, or full: 1 GiB an operand")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", metavar="fp32|bf16", help="of x and its gradient")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one small size, short timings, no torch.compile")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="without torch.compile, which takes longest")] = False,
+) -> None:
+    """Time every kernel beside the bytes it must move.
+
+    Also beside eager torch and torch.compile. A kernel whose result differs from the
+    specification gets no speed, and the command ends with status 1.
+
+    Example: dtrain bench kernels --op accum_adam --op gossip_adam --json speeds.json
+    """
+    from dtrain.kernels.bench import find_backends, machine, run, write_rows
+
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise ValueError(f"--json {json_file}: name a file in a folder that is there")
+    options = _options(op or (), device, numel or (), dtype or (), quick=quick, compile_too=not (quick or no_compile))
+    options.cases()  # refuses a wrong name before anything is printed
+    console = Console(width=120, highlight=False)
+    notes: list[str] = []
+    backends = find_backends(backend or (), options.device, notes.append)
+    console.print(Text(f"{machine(options.device)}\n{LEGEND}\n"), soft_wrap=True)
+    console.print(Text(_line([name for name, _ in COLUMNS])), style="bold")
+    rows: list[Row] = []
+    try:
+        for row in run(options, backends, notes.append):
+            rows.append(row)
+            console.print(Text(show(row)), style="" if row.equal else "red", soft_wrap=True)
+    finally:
+        if json_file is not None:
+            write_rows(json_file, rows)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
+    unequal = sorted({f"{row.backend}'s {row.op}" for row in rows if not row.equal})
+    if unequal:
+        console.print(Text(f"no speed, as the result differs from the specification: {', '.join(unequal)}"), soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _options(
+    ops: Sequence[str], device: str | None, numels: Sequence[str], dtypes: Sequence[str], *, quick: bool, compile_too: bool
+) -> Options:
+    import torch
+
+    from dtrain.kernels.bench import CPU_SIZES, CUDA_SIZES, QUICK_SIZES, Options, parse_numel
+
+    there = torch.cuda.is_available()
+    device = device or ("cuda" if there else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: measure on cpu or cuda")
+    if device == "cuda" and not there:
+        raise ValueError(f"--device cuda: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    on_cuda = device == "cuda"
+    usual = QUICK_SIZES if quick else CUDA_SIZES if on_cuda else CPU_SIZES
+    return Options(
+        torch.device(device),
+        tuple(ops),
+        tuple(map(parse_numel, numels)) or usual,
+        tuple(dtypes) or (("fp32", "bf16") if on_cuda and not quick else ("fp32",)),
+        compile=compile_too,
+        least_s=0.02 if quick else 0.2,
+    )
+
+
+def show(row: Row) -> str:
+    """One line of the table, and behind it what only some operations are compared with."""
+    from dtrain.kernels.bench import show_numel
+
+    name = f"{row.op} {row.variant}".strip()
+    start = [name, row.backend, row.dtype, show_numel(row.numel)]
+    if not row.equal or row.median_s is None or row.spread is None:
+        return _line(start) + f"  NOT EQUAL, no speed: {row.message}"
+    cells = [
+        *start,
+        _time(row.median_s),
+        f"{min(row.spread, 9.99):.0%}",
+        f"{row.gb_s:.4g}"[:6],
+        f"{row.copy_fraction:.0%}",
+        row.bandwidth,
+        _ratio(row.vs_eager),
+        _ratio(row.vs_compile),
+    ]
+    more = {"parts": row.vs_parts, "bitsandbytes": row.vs_bitsandbytes, "deepspeed": row.vs_deepspeed}
+    said = [f"{what} {_ratio(value)}" for what, value in more.items() if value is not None]
+    if row.vs_parts is not None:
+        said[0] += f" (at most {row.parts_bound:.2f})"
+    if row.vs_adamw_fused is not None:
+        said.append(f"AdamW {1 / row.vs_adamw_fused:.2f}")
+    return "\n    ".join([_line(cells), *([", ".join(said)] if said else [])])
+
+
+def _line(cells: Sequence[str]) -> str:
+    padded = [f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=False)]
+    return " ".join(padded).rstrip()
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.{2 if value >= 0.1 else 3}f}"
+
+
+def _time(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.4g} {unit}"
+    raise AssertionError
