@@ -10,8 +10,8 @@ import triton.language as tl
 def tree_sum(x, R: tl.constexpr, B: tl.constexpr):
     """(R, B) -> (R): first half plus second half, until one value is left.
 
-    ``tl.sum`` promises no order, but of two values there is only one sum. Written with ``tl.split`` instead, rows must move into one
-    thread each: 369 registers at B = 64 and spills at 4096."""
+    ``tl.sum`` promises no order, but of two values there is only one sum. With ``tl.split`` in its place each row would move into
+    one thread: 369 registers at B = 64, spills at 4096."""
     for level in tl.static_range(12):
         if (B >> level) > 1:
             x = tl.sum(tl.reshape(x, (R, 2, B >> (level + 1))), axis=1)

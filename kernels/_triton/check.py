@@ -18,7 +18,7 @@ def wire_lengths(wire: Coded, fmt: Format, numel: int) -> None:
     want = fmt.code_bytes(numel), fmt.num_scales(numel)
     got = wire.codes.numel(), wire.scales.numel()
     if got != want:
-        raise ValueError(f"{fmt.kind} of {numel} elements has {want[0]} bytes of codes and {want[1]} scales, got {got[0]} and {got[1]}")
+        raise ValueError(f"{fmt.kind} of {numel} elements has (bytes of codes, scales) {want}, got {got}")
 
 
 def kind_rows(fmt: Format) -> tuple[int, int, int, int]:

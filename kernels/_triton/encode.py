@@ -31,9 +31,7 @@ def encode_kernel(
         value = load_float(b + start, at, inside, whole) * factor + value
     codes += start * BITS // 8
     scales = bytes_at(scales, start // B * (4 if KIND == "lut4" else 2))
-    code, scale, second = encode_tile(
-        value, at, inside, left, whole, codes, scales, seed, first + start, KIND, R, B, NOISY
-    )
+    code, scale, second = encode_tile(value, at, inside, left, whole, codes, scales, seed, first + start, KIND, R, B, NOISY)
     if MODE == "feedback":
         store(b + start, at, value + decode_again(value, code, scale, second, -1.0, KIND), inside, whole)
     if MODE == "choco":
@@ -50,9 +48,7 @@ def encode_difference(a: Tensor, b: Tensor, out: Coded, fmt: Format, noise: Nois
     _encode("difference", a, b, b, 0.0, out, fmt, noise)
 
 
-def encode_feedback(
-    x: Tensor, residual: Tensor, decay: float, out: Coded, fmt: Format, noise: Noise | None = None
-) -> None:
+def encode_feedback(x: Tensor, residual: Tensor, decay: float, out: Coded, fmt: Format, noise: Noise | None = None) -> None:
     _encode("feedback", x, residual, residual, decay, out, fmt, noise)
 
 
@@ -90,9 +86,7 @@ def topk_chunks(x: Tensor, codes: Tensor, scales: Tensor, chunk: int, k: int, bi
     encode(x, Coded(codes, scales), Format("topk", chunk, k, bits))
 
 
-def _encode(
-    mode: str, x: Tensor, b: Tensor, s: Tensor, factor: float, out: Coded, fmt: Format, noise: Noise | None
-) -> None:
+def _encode(mode: str, x: Tensor, b: Tensor, s: Tensor, factor: float, out: Coded, fmt: Format, noise: Noise | None) -> None:
     same_length(x, b, s)
     wire_lengths(out, fmt, x.numel())
     if fmt.kind == "topk":

@@ -19,7 +19,7 @@ from dtrain.kernels._triton.arithmetic import (
     unpack4,
     unpack_bits,
 )
-from dtrain.kernels._triton.memory import bf16_bits, from_bf16_bits, load, load_float, store, store_float, typed
+from dtrain.kernels._triton.memory import bf16_bits, from_bf16_bits, load, load_float, store, store_float
 from dtrain.kernels.reference import LUT4
 
 LUT = tl.constexpr(LUT4)

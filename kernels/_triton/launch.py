@@ -1,8 +1,8 @@
 """How is a kernel launched, and what decides how it is compiled?
 
-Only the constexpr arguments and the types of the pointers decide: integers are always int64 and floats fp32, and neither values nor
-alignment specialize. So ``compile.py`` can compile, without a GPU, exactly what the operations launch: ``recording`` collects it.
-Whether 16-byte loads are allowed is a run-time flag, that each program branches on (``memory.py``)."""
+Only the constexpr arguments and the types of the pointers decide: integers are always int64 and floats fp32, and neither values
+nor alignment specialize. So ``compile.py`` can compile, without a GPU, exactly what the operations launch: ``recording`` collects
+it. Whether 16-byte loads are allowed is a run-time flag, that each program branches on (``memory.py``)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TYPES = {
 }
 
 TILE = 1024
-"""Elements of a program, or one block where that is larger. With 4 warps 8 elements a thread: two 16-byte loads of fp32, one of bf16.
-Literals, because no GPU was at hand: a sweep on one would replace them. Never @triton.autotune, whose trial runs would change
-the operands that are updated in place."""
+"""Elements of a program, or one block where that is larger. With 4 warps 8 elements a thread: two 16-byte loads of fp32, one of
+bf16. Literals, as no GPU was at hand: a sweep on one would replace them. Never @triton.autotune: its trial runs would change
+operands that are updated in place."""
 ELEMENTS_PER_WARP = 256
 
 

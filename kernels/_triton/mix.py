@@ -11,18 +11,19 @@ from torch import Tensor
 from dtrain.kernels._triton.check import kind_rows, same_length, wire_lengths
 from dtrain.kernels._triton.formats import decode_tile
 from dtrain.kernels._triton.launch import aligned, kernel, launch
-from dtrain.kernels._triton.memory import bytes_at, float_of, load_float, rounded_as, store_float, typed
+from dtrain.kernels._triton.memory import bytes_at, float_of, load_float, store_float, typed
 from dtrain.kernels._triton.tables import float_bits, on_device
-from dtrain.kernels._triton.topk import topk_add as _topk_add
-from dtrain.kernels._triton.topk import topk_mix
+from dtrain.kernels._triton.topk_add import topk_add as _topk_add
+from dtrain.kernels._triton.topk_add import topk_mix
 from dtrain.kernels.operands import Coded, Format
 
 
 @triton.jit
 def add_wires(
-    y, wires, num_wires, code_byte, scale_byte, at, inside, left, whole, KIND: tl.constexpr, R: tl.constexpr, B: tl.constexpr
-):
-    """y + sum_j weight_j decode(wire_j), in order; a row of the table: address of the codes, of the scales, bits of the weight."""
+    y, wires, num_wires, code_byte, scale_byte, at, inside, left, whole,
+    KIND: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """y + sum_j weight_j decode(wire_j), in order. A row of the table: addresses of codes and scales, bits of the weight."""
     for j in range(num_wires):
         codes = typed(tl.load(wires + 3 * j) + code_byte, tl.uint8)
         scales = typed(tl.load(wires + 3 * j + 1) + scale_byte, tl.uint8)
