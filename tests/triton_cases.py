@@ -22,7 +22,7 @@ from dtrain.kernels import OPERATIONS, SUM_TILE, Adam, Coded, Format, Noise, Pie
 
 GUARD = 64
 SIZES = (1, 2, 31, 33, 63, 64, 100, 127, 1000, 1023, 1025, 2049)
-FEW = (1, 65, 1100)
+FEW = (65, 1100)
 BLOCKS = ("int8", "int4", "e3m0", "lut4", "sign")
 NOISE = Noise(0x9E3779B9, 2**32 - 70)
 """The high word of the index changes within the first tile."""
@@ -123,7 +123,10 @@ def formats(block: int = 64) -> Iterator[Format]:
     yield from (Format(kind, block) for kind in BLOCKS)
 
 
-TOPK = (Format("topk", 64, 4, 2), Format("topk", 256, 32, 8))
+TOPK = (Format("topk", 512, 4, 2), Format("topk", 256, 32, 8))
+
+
+MORE_TOPK = (Format("topk", 4096, 64, 2), Format("topk", 1024, 1024, 2), Format("topk", 32, 8, 8))
 
 
 def noises(fmt: Format) -> tuple[Noise | None, ...]:
@@ -160,25 +163,24 @@ def add_bf16() -> None:
 
 
 def topk_chunks() -> None:
-    for i, n in enumerate((1, 65, 1000, 2049)):
-        for fmt in (*TOPK, Format("topk", 4096, 64, 2)):
+    for i, (n, fmt) in enumerate(zip((1, 65, 1000, 1024, 5000, 2049, 100), (*TOPK, *TOPK, *MORE_TOPK), strict=True)):
+        for dtype in (torch.float32, torch.bfloat16) if n < 1024 else (dtype_of(i),):
             for finite in (True, False):
                 compare(
                     "topk_chunks",
-                    lambda m, n=n, f=fmt, d=dtype_of(i), z=finite: (m.hard(n, d, finite=z), *m.coded(n, f), f.block, f.k, f.bits),
+                    lambda m, n=n, f=fmt, d=dtype, z=finite: (m.hard(n, d, finite=z), *m.coded(n, f), f.block, f.k, f.bits),
                 )
 
 
 def topk_add() -> None:
     for n in (1, 65, 1000, 2049):
-        for fmt in (*TOPK, Format("topk", 1024, 1024, 2)):
+        for fmt in (*TOPK, *MORE_TOPK):
             compare("topk_add", lambda m, n=n, f=fmt: (*m.wire(n, f), m.normal(n), 0.3, f.block, f.k, f.bits))
 
 
 def encode() -> None:
-    for fmt in (*formats(), *TOPK):
-        for i, n in enumerate(FEW):
-            compare("encode", lambda m, n=n, f=fmt, d=dtype_of(i): (m.hard(n, d), m.coded(n, f), f, NOISE))
+    for i, fmt in enumerate((*formats(), *TOPK)):
+        compare("encode", lambda m, n=1100, f=fmt, d=dtype_of(i): (m.hard(n, d), m.coded(n, f), f, NOISE))
 
 
 def decode_add() -> None:
@@ -196,7 +198,7 @@ def encode_difference() -> None:
 def encode_feedback() -> None:
     for fmt in (*formats(), *TOPK):
         for i, n in enumerate(FEW):
-            for noise in noises(fmt):
+            for noise in noises(fmt)[-1 - i :]:
                 compare(
                     "encode_feedback",
                     lambda m, n=n, f=fmt, d=dtype_of(i), z=noise: (m.hard(n, d), m.normal(n), 0.9, m.coded(n, f), f, z),
@@ -214,16 +216,15 @@ def choco_encode() -> None:
 
 def mix(name: str) -> None:
     for fmt in (*formats(), *TOPK):
-        for i, n in enumerate(FEW):
-            for num_wires in (0, 1, 3) if n > 1 else (2,):
+        for i, (n, num_wires) in enumerate(((1, 2), (65, 0), (1100, 1), (1100, 3))):
 
-                def make(m: Arena, n: int = n, f: Format = fmt, d: torch.dtype = dtype_of(i), w: int = num_wires) -> tuple[Any, ...]:
-                    x, wires, weights = m.normal(n, d), [m.wire(n, f) for _ in range(w)], [0.3, 0.2, 0.1][:w]
-                    if name == "mix":
-                        return x, 0.4, wires, weights, f
-                    return x, m.normal(n), m.normal(n), 0.7, wires, weights, f
+            def make(m: Arena, n: int = n, f: Format = fmt, d: torch.dtype = dtype_of(i), w: int = num_wires) -> tuple[Any, ...]:
+                x, wires, weights = m.normal(n, d), [m.wire(n, f) for _ in range(w)], [0.3, 0.2, 0.1][:w]
+                if name == "mix":
+                    return x, 0.4, wires, weights, f
+                return x, m.normal(n), m.normal(n), 0.7, wires, weights, f
 
-                compare(name, make)
+            compare(name, make)
 
 
 PIECES = ([1], [65, 1, 1100], [64, 1024])
@@ -289,7 +290,7 @@ def outer_step() -> None:
 
 def sum_of_squares() -> None:
     """Any order of additions in fp64: 65536 positive terms differ by less than 65536 2^-53."""
-    for numels in ([1], [0, 65, 3000], [SUM_TILE + 5, 100]):
+    for numels in ([1], [65, 3000], [SUM_TILE + 5, 100]):
         for dtype in (torch.float32, torch.bfloat16):
 
             def make(m: Arena, numels: list[int] = numels, d: torch.dtype = dtype) -> tuple[Any, ...]:
@@ -331,17 +332,25 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as ``reference.py`` means it: torch's own for fp32 on a CPU is MKL's, a fifth of whose results are off by
+    one unit in the last place. 53 bits are enough for the second rounding to 24 to be innocent."""
+    return torch.sqrt(x.double()).float()
+
+
 def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     torch.set_num_threads(1)
+    torch.Tensor.sqrt = _sqrt
+    torch.Tensor.sqrt_ = lambda x: x.copy_(_sqrt(x))
     found: dict[str, str | None] = {}
     for name in names or OPERATIONS:
-        began, found[name] = time.perf_counter(), None
+        began, found[name] = time.process_time(), None
         try:
             CASES[name]()
         except AssertionError as e:
             found[name] = str(e)
-        print(f"{name}: {time.perf_counter() - began:.1f} s {found[name] or ''}", file=sys.stderr)
+        print(f"{name}: {time.process_time() - began:.1f} s {found[name] or ''}", file=sys.stderr)
     print(json.dumps(found))
 
 
