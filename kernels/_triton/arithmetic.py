@@ -32,6 +32,14 @@ def round_half_even(x):
 
 
 @triton.jit
+def floor(x, low, high):
+    """The floor within two whole bounds, as int32. ``tl.floor`` on cuda takes denormals for 0, whose floor may be -1."""
+    x = tl.minimum(tl.maximum(x, low), high)
+    towards_zero = x.to(tl.int32)
+    return towards_zero - (towards_zero.to(tl.float32) > x).to(tl.int32)
+
+
+@triton.jit
 def mix32(h):
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B

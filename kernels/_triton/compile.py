@@ -2,7 +2,8 @@
 
     python -m dtrain.kernels._triton.compile [--few] [--jobs N] [--json FILE]
 
---few leaves out what differs only by type or rounding (``specializations.few``) and blocks other than 64."""
+--few compiles every kernel for every target, but what differs only by format, type or rounding less often: ``specializations.few``
+for sm_90, ``one_each`` for the others."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dtrain.kernels._triton.launch import Launch
-from dtrain.kernels._triton.specializations import few, launches
+from dtrain.kernels._triton.specializations import few, launches, one_each
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -33,6 +35,7 @@ TARGETS = (
     GPUTarget("cuda", 100, 32),
     GPUTarget("hip", "gfx942", 64),
 )
+MOST_TELLING = TARGETS[1]
 """sm_100 needs ptxas-blackwell, which triton brings beside ptxas."""
 
 CUDA_FORBIDS = (r"\.ftz", r"\.approx", r"div\.full", r"fma\.rn\.f32")
@@ -46,6 +49,7 @@ class Row:
     """One kernel on one target. On hip registers are vector registers; spills are bytes of stack on cuda, where nothing else uses it,
     and spilled registers of both kinds on hip."""
 
+    launch: str
     kernel: str
     target: str
     registers: int
@@ -58,28 +62,34 @@ class Row:
 
 
 @cache
-def wanted(small: bool) -> tuple[tuple[Launch, str], ...]:
-    """The kernels, always in one order: processes name them by number."""
+def wanted(small: bool) -> tuple[tuple[Launch, str, GPUTarget], ...]:
+    """What is compiled, with the operation that launches it, always in one order: processes name it by number."""
+    found = launches((64,), (4096,))
     if small:
-        return tuple(few(launches((64,), (4096,))).items())
-    return tuple((launches((64,), (64, 4096)) | few(launches((32, 256, 1024, 4096), (32, 1024)))).items())
+        some = [(few(found) if target == MOST_TELLING else one_each(found), target) for target in TARGETS]
+    else:
+        some = [(found | few(launches((32, 4096), (64,))), target) for target in TARGETS]
+    return tuple((launch, operation, target) for kernels, target in some for launch, operation in kernels.items())
 
 
-def compile_one(task: tuple[bool, int, int]) -> Row:
-    small, number, at = task
-    (launch, operation), target = wanted(small)[number], TARGETS[at]
+def compile_one(task: tuple[bool, int]) -> Row:
+    small, number = task
+    launch, operation, target = wanted(small)[number]
     signature = dict(launch.signature) | {name: "constexpr" for name, _ in launch.constants}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
     built = triton.compile(source, target=target, options=options)
     registers, spills = _cuda_resources(built.asm["cubin"]) if target.backend == "cuda" else _hip_resources(built.asm["amdgcn"])
+    return Row(
+        str(launch), launch.name, f"{target.backend}:{target.arch}", registers, built.metadata.shared, spills, launch.num_warps,
+        operation, tuple(_faults(launch, target, built)),
+    )  # fmt: skip
+
+
+def _faults(launch: Launch, target: GPUTarget, built: Any) -> list[str]:
     code, forbidden = (built.asm["ptx"], CUDA_FORBIDS) if target.backend == "cuda" else (built.asm["llir"], HIP_FORBIDS)
     faults = [p for p in forbidden if re.search(p, code) and not ("fma" in p and launch.name in FUSED)]
-    faults += [f"32-bit offsets: {line}" for line in narrow_offsets(built.asm["ttir"])]
-    return Row(
-        str(launch), f"{target.backend}:{target.arch}", registers, built.metadata.shared, spills, launch.num_warps, operation,
-        tuple(faults),
-    )  # fmt: skip
+    return faults + [f"32-bit offsets: {line}" for line in narrow_offsets(built.asm["ttir"])]
 
 
 def narrow_offsets(ttir: str) -> list[str]:
@@ -108,7 +118,7 @@ def _hip_resources(assembly: str) -> tuple[int, int]:
 def compile_all(small: bool, jobs: int, cache_dir: str) -> list[Row]:
     """Cold: the cache is ``cache_dir`` alone."""
     os.environ["TRITON_CACHE_DIR"] = cache_dir
-    tasks = [(small, number, at) for number in range(len(wanted(small))) for at in range(len(TARGETS))]
+    tasks = [(small, number) for number in range(len(wanted(small)))]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_one, tasks, chunksize=4))
 
@@ -126,7 +136,7 @@ def main() -> None:
     for target in sorted({row.target for row in rows}):
         here = [row for row in rows if row.target == target]
         top = max(here, key=lambda row: row.registers)
-        print(f"{target}: {len(here)} kernels, at most {top.registers} registers: {top.kernel}")
+        print(f"{target}: {len(here)} kernels, at most {top.registers} registers: {top.launch}")
         print(f"    spills {sum(row.spills for row in here)}, shared at most {max(row.shared_bytes for row in here)} bytes")
     print(f"{len(rows)} compiled in {seconds:.0f} s; faults: {dict(Counter(f for row in rows for f in row.faults))}")
     if args.json:

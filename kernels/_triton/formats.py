@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dtrain.kernels._triton.arithmetic import (
+    floor,
     pack4,
     pack_bits,
     random_bits,
@@ -75,8 +76,8 @@ def quantize(x, inside, left, seed, first, KIND: tl.constexpr, R: tl.constexpr, 
             code += (uniform(random) < (z - below) * gap).to(tl.int32)
             code = tl.where(inside, code, 8)
         else:
-            t = tl.floor(off * safe_inverse(spread * 0.375)[:, None] + 8.0)
-            code = tl.minimum(tl.maximum(t, 0.0), 15.0).to(tl.int32)
+            t = off * safe_inverse(spread * 0.375)[:, None] + 8.0
+            code = floor(t, 0.0, 15.0)
     else:
         if KIND == "sign" and not NOISY:
             measure = tl.div_rn(tree_sum(tl.abs(x), R, B), count)
@@ -110,12 +111,11 @@ def quantize(x, inside, left, seed, first, KIND: tl.constexpr, R: tl.constexpr, 
                 bit = x < 0
             code = bit.to(tl.int32)
         else:
-            if NOISY:
-                t = tl.floor(x * inverse + uniform(random))
-            else:
-                t = round_half_even(x * inverse)
             q: tl.constexpr = 127.0 if KIND == "int8" else 7.0
-            code = tl.minimum(tl.maximum(t, -q), q).to(tl.int32)
+            if NOISY:
+                code = floor(x * inverse + uniform(random), -q, q)
+            else:
+                code = tl.minimum(tl.maximum(round_half_even(x * inverse), -q), q).to(tl.int32)
             if KIND == "int4":
                 code += 8
     return code, scale, second

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from dtrain.kernels import _triton
@@ -15,6 +16,8 @@ from dtrain.kernels.operands import Adam, Coded, Format, Noise, Piece, Public
 
 BLOCK_KINDS = ("int8", "int4", "e3m0", "lut4", "sign")
 ADAM = Adam(1e-3, 0.9, 0.95, 1e-8, 0.9, 0.95, 1, True)
+
+ONLY_FP32 = ("decode_add_kernel", "topk_add_kernel", "checksum_kernel")
 
 Call = tuple[str, Callable[[], None]]
 
@@ -31,21 +34,32 @@ def launches(blocks: tuple[int, ...], chunks: tuple[int, ...]) -> dict[Launch, s
 
 
 def few(found: dict[Launch, str]) -> dict[Launch, str]:
-    """For every kernel all its modes with one format (lut4, the dearest), all its formats in one mode; the dearer type and rounding.
+    """Every kernel in all its modes with one format (lut4, the dearest), and in one mode with all; the dearer of types and roundings."""
+    return {launch: operation for launch, operation in found.items() if _dear(launch) and _telling(launch)}
 
-    Operations that have a kernel in common are named by another that has it too, so a caller compares kernels, not names."""
-    kept: dict[Launch, str] = {}
-    for launch, operation in found.items():
-        c = dict(launch.constants)
-        narrow = any(t == "*bf16" for name, t in launch.signature if name in ("x", "values")) or "ELEMENT" in c
-        typed_bf16 = narrow if "ELEMENT" not in c else str(c["ELEMENT"]) == "bf16"
-        if "NOISY" in c and not c["NOISY"] and c["KIND"] in BLOCK_KINDS:
-            continue
-        if launch.name in ("encode_kernel", "mix_kernel", "step_kernel", "topk_encode_kernel", "topk_mix_kernel") and not typed_bf16:
-            continue
-        if c.get("MODE", "choco") == "choco" or c.get("KIND", "lut4") in ("lut4", "identity"):
-            kept[launch] = operation
-    return kept
+
+def one_each(found: dict[Launch, str]) -> dict[Launch, str]:
+    """Every kernel once, in its dearest form."""
+    dearest: dict[str, Launch] = {}
+    for launch in few(found):
+        if _of(launch, "MODE", "choco") and _of(launch, "KIND", "lut4"):
+            dearest.setdefault(launch.name, launch)
+    return {launch: found[launch] for launch in dearest.values()}
+
+
+def _dear(launch: Launch) -> bool:
+    types = [t for name, t in launch.signature if name in ("x", "values", "y")]
+    narrow = "*bf16" in types or not _of(launch, "ELEMENT", tl.float32) or launch.name in ONLY_FP32
+    return narrow and (_of(launch, "NOISY", True) or _of(launch, "KIND", "identity") or _of(launch, "KIND", "bf16"))
+
+
+def _telling(launch: Launch) -> bool:
+    return _of(launch, "MODE", "choco") or _of(launch, "KIND", "lut4") or _of(launch, "MODE", "none")
+
+
+def _of(launch: Launch, name: str, value: object) -> bool:
+    """Whether the constant is this, or there is no such constant."""
+    return dict(launch.constants).get(name, value) == value
 
 
 def _calls(blocks: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Call]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dtrain.kernels._triton.arithmetic import mix32
 from dtrain.kernels._triton.check import same_length
 from dtrain.kernels._triton.launch import TILE, aligned, kernel, launch
-from dtrain.kernels._triton.memory import load_float
+from dtrain.kernels._triton.memory import load_float, sixteenth
 
 WORDS = 4 * TILE
 """Words of a program. The fewer programs, the fewer additions to one address."""
@@ -22,7 +22,7 @@ def checksum_kernel(data, numel: tl.int64, first_word: tl.int64, out, whole: tl.
     left = tl.minimum(numel - start * 4, WORDS * 4).to(tl.int32)
     bytes_here = data + start * 4
     if (whole != 0) & (left == WORDS * 4):
-        word = tl.load(tl.multiple_of(bytes_here.to(tl.pointer_type(tl.uint32), bitcast=True), 16) + at)
+        word = tl.load(sixteenth(bytes_here.to(tl.pointer_type(tl.uint32), bitcast=True)) + at)
     else:
         word = tl.load(bytes_here + at * 4, mask=at * 4 < left, other=0).to(tl.uint32)
         for i in tl.static_range(1, 4):
