@@ -1,7 +1,11 @@
 """Does every interpreted Triton operation write what the reference writes? Every byte, those before and behind the outputs too.
 
-A process of its own: TRITON_INTERPRET counts when triton is imported. ``python -m tests.triton_cases [OPERATION ...]`` prints a JSON
-object, operation -> what differs (null: nothing); ``--all`` takes more sizes and every block."""
+A process of its own: TRITON_INTERPRET counts when triton is imported.
+
+    python -m tests.triton_cases [--thorough] [OPERATION ...]
+
+prints a JSON object, operation -> what differs (null: nothing). --thorough takes every case at aligned and unaligned addresses, and
+more blocks; without it the two take turns."""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dtrain.kernels import OPERATIONS, SUM_TILE, Adam, Coded, Format, Noise, Piece, Public, _triton, reference, zones
+from dtrain.kernels._triton.launch import TILE
 
 GUARD = 64
 SIZES = (1, 2, 31, 33, 63, 64, 100, 127, 1000, 1023, 1025, 2049)
@@ -85,11 +91,16 @@ class Arena:
 Make = Callable[[Arena], tuple[Any, ...]]
 
 
+turn = cycle((0, 1))
+thorough = False
+
+
 def compare(name: str, make: Make, tolerance: float = 0.0) -> None:
-    """Where a tile can be whole, also from addresses that allow no wide loads."""
-    ours = Arena()
-    make(ours)
-    for skew in (0, 1) if max(b.numel() for b in ours.buffers) > 1024 else (1,):
+    """Once from addresses that allow wide loads (skew 0), or from others, or both."""
+    probe = Arena()
+    make(probe)
+    small = max(b.numel() for b in probe.buffers) < TILE  # no whole tile, so no wide loads
+    for skew in (0, 1) if thorough else (1 if small else next(turn),):
         ours, theirs = Arena(skew), Arena(skew)
         a, b = make(ours), make(theirs)
         getattr(_triton, name)(*a)
@@ -118,9 +129,9 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def formats(block: int = 64) -> Iterator[Format]:
+def formats() -> Iterator[Format]:
     yield from (Format("identity"), Format("bf16"))
-    yield from (Format(kind, block) for kind in BLOCKS)
+    yield from (Format(kind, block) for kind in BLOCKS for block in ((32, 64, 128, 4096) if thorough else (64,)))
 
 
 TOPK = (Format("topk", 512, 4, 2), Format("topk", 256, 32, 8))
@@ -133,15 +144,14 @@ def noises(fmt: Format) -> tuple[Noise | None, ...]:
     return (None, NOISE) if fmt.kind in BLOCKS else (None,)
 
 
-def dtype_of(i: int) -> torch.dtype:
-    return (torch.float32, torch.bfloat16)[i % 2]
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def quantize(kind: Any) -> None:
     for i, n in enumerate(SIZES):
         fmt = Format(kind, (32, 64, 1024, 64, 128, 256)[i % 6])
         for noise in noises(fmt):
-            for dtype in (torch.float32, torch.bfloat16) if n == 1000 else (dtype_of(i),):
+            for dtype in (torch.float32, torch.bfloat16) if n == 1000 else (DTYPES[i % 2],):
                 compare(f"quantize_{kind}", lambda m, n=n, d=dtype, f=fmt, z=noise: (m.hard(n, d), *m.coded(n, f), f.block, z))
 
 
@@ -164,7 +174,7 @@ def add_bf16() -> None:
 
 def topk_chunks() -> None:
     for i, (n, fmt) in enumerate(zip((1, 65, 1000, 1024, 5000, 2049, 100), (*TOPK, *TOPK, *MORE_TOPK), strict=True)):
-        for dtype in (torch.float32, torch.bfloat16) if n < 1024 else (dtype_of(i),):
+        for dtype in (torch.float32, torch.bfloat16) if n < 1024 else (DTYPES[i % 2],):
             for finite in (True, False):
                 compare(
                     "topk_chunks",
@@ -180,7 +190,7 @@ def topk_add() -> None:
 
 def encode() -> None:
     for i, fmt in enumerate((*formats(), *TOPK)):
-        compare("encode", lambda m, n=1100, f=fmt, d=dtype_of(i): (m.hard(n, d), m.coded(n, f), f, NOISE))
+        compare("encode", lambda m, n=1100, f=fmt, d=DTYPES[i % 2]: (m.hard(n, d), m.coded(n, f), f, NOISE))
 
 
 def decode_add() -> None:
@@ -192,7 +202,7 @@ def decode_add() -> None:
 def encode_difference() -> None:
     for fmt in (*formats(), *TOPK):
         for i, n in enumerate(FEW):
-            compare("encode_difference", lambda m, n=n, f=fmt, d=dtype_of(i): (m.hard(n, d), m.normal(n), m.coded(n, f), f))
+            compare("encode_difference", lambda m, n=n, f=fmt, d=DTYPES[i % 2]: (m.hard(n, d), m.normal(n), m.coded(n, f), f))
 
 
 def encode_feedback() -> None:
@@ -201,7 +211,7 @@ def encode_feedback() -> None:
             for noise in noises(fmt)[-1 - i :]:
                 compare(
                     "encode_feedback",
-                    lambda m, n=n, f=fmt, d=dtype_of(i), z=noise: (m.hard(n, d), m.normal(n), 0.9, m.coded(n, f), f, z),
+                    lambda m, n=n, f=fmt, d=DTYPES[i % 2], z=noise: (m.hard(n, d), m.normal(n), 0.9, m.coded(n, f), f, z),
                 )
 
 
@@ -210,7 +220,7 @@ def choco_encode() -> None:
         for i, n in enumerate(FEW):
             compare(
                 "choco_encode",
-                lambda m, n=n, f=fmt, d=dtype_of(i): (m.hard(n, d), m.normal(n), m.normal(n), 0.4, m.coded(n, f), f, NOISE),
+                lambda m, n=n, f=fmt, d=DTYPES[i % 2]: (m.hard(n, d), m.normal(n), m.normal(n), 0.4, m.coded(n, f), f, NOISE),
             )
 
 
@@ -218,7 +228,9 @@ def mix(name: str) -> None:
     for fmt in (*formats(), *TOPK):
         for i, (n, num_wires) in enumerate(((1, 2), (65, 0), (1100, 1), (1100, 3))):
 
-            def make(m: Arena, n: int = n, f: Format = fmt, d: torch.dtype = dtype_of(i), w: int = num_wires) -> tuple[Any, ...]:
+            def make(
+                m: Arena, n: int = n, f: Format = fmt, d: torch.dtype = DTYPES[i % 2], w: int = num_wires
+            ) -> tuple[Any, ...]:
                 x, wires, weights = m.normal(n, d), [m.wire(n, f) for _ in range(w)], [0.3, 0.2, 0.1][:w]
                 if name == "mix":
                     return x, 0.4, wires, weights, f
@@ -268,7 +280,7 @@ def gossip_adam(name: str) -> None:
                 ) -> tuple[Any, ...]:
                     every, closes = STEPS[(at + w) % 3]
                     wires, weights, (out,) = m.bodies(p, f, w), [0.3, 0.2, 0.1][:w], m.bodies(p, f, 1)
-                    pieces, rest = pieces_of(m, p, dtype_of(at + w // 2), every), (0.4, wires, weights, out, f, z)
+                    pieces, rest = pieces_of(m, p, DTYPES[(at + w // 2) % 2], every), (0.4, wires, weights, out, f, z)
                     adam, grad_scale = adam_of(every, closes), m.put(torch.tensor([0.7]))
                     if name == "gossip_adam":
                         return pieces, adam, grad_scale, *rest
@@ -278,12 +290,13 @@ def gossip_adam(name: str) -> None:
 
 
 def outer_step() -> None:
-    """Bit for bit: the interpreter's tl.fma rounds once, as does torch's ``add`` with ``alpha`` wherever a machine has the instruction.
-    Where it has none, each of two fma rounds once more: |anchor'| may differ by 2^-24 (|mu u| lr + |lr (mu u + delta)|)."""
+    """Bit for bit: the interpreter's tl.fma rounds once, as does torch's ``add`` with ``alpha`` wherever a machine has the
+    instruction. Where it has none, each of two fma rounds once
+    more: |anchor'| may differ by 2^-24 (|mu u| lr + |lr (mu u + delta)|)."""
     for i, n in enumerate(SIZES):
         compare(
             "outer_step",
-            lambda m, n=n, d=dtype_of(i): (m.normal(n, d), m.normal(n, d), *(m.normal(n) for _ in range(3)), 0.7, 0.9),
+            lambda m, n=n, d=DTYPES[i % 2]: (m.normal(n, d), m.normal(n, d), *(m.normal(n) for _ in range(3)), 0.7, 0.9),
             tolerance=0.0,
         )
 
@@ -333,18 +346,20 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as ``reference.py`` means it: torch's own for fp32 on a CPU is MKL's, a fifth of whose results are off by
-    one unit in the last place. 53 bits are enough for the second rounding to 24 to be innocent."""
+    """Correctly rounded, as ``reference.py`` means it: torch's own on a CPU is MKL's, a fifth of whose fp32 results are off by one
+    unit in the last place. 53 bits are enough for the second rounding to 24 to be innocent."""
     return torch.sqrt(x.double()).float()
 
 
-def main(names: list[str]) -> None:
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+def main(arguments: list[str]) -> None:
+    global thorough  # noqa: PLW0603 - an option of this process
+    thorough = "--thorough" in arguments
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # the interpreter's numpy overflows where a GPU would
     torch.set_num_threads(1)
     torch.Tensor.sqrt = _sqrt
     torch.Tensor.sqrt_ = lambda x: x.copy_(_sqrt(x))
     found: dict[str, str | None] = {}
-    for name in names or OPERATIONS:
+    for name in [name for name in arguments if name != "--thorough"] or OPERATIONS:
         began, found[name] = time.process_time(), None
         try:
             CASES[name]()

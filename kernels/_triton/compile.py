@@ -2,8 +2,8 @@
 
     python -m dtrain.kernels._triton.compile [--few] [--jobs N] [--json FILE]
 
---few compiles every kernel for every target, but what differs only by format, type or rounding less often: ``specializations.few``
-for sm_90, ``one_each`` for the others."""
+--few compiles every kernel for every target, but what differs only by format, type or rounding less often:
+``specializations.few`` for sm_90, ``one_each`` for the others."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ FUSED = ("outer_kernel",)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One kernel on one target. On hip registers are vector registers; spills are bytes of stack on cuda, where nothing else uses it,
-    and spilled registers of both kinds on hip."""
+    """One kernel on one target. On hip registers are vector registers; spills are bytes of stack on cuda, where nothing else
+    uses it, and spilled registers of both kinds on hip."""
 
     launch: str
     kernel: str
@@ -68,7 +68,8 @@ def wanted(small: bool) -> tuple[tuple[Launch, str, GPUTarget], ...]:
     if small:
         some = [(few(found) if target == MOST_TELLING else one_each(found), target) for target in TARGETS]
     else:
-        some = [(found | few(launches((32, 4096), (64,))), target) for target in TARGETS]
+        more = few(launches((32, 4096), (64,)))
+        some = [(found | more if target == MOST_TELLING else found, target) for target in TARGETS]
     return tuple((launch, operation, target) for kernels, target in some for launch, operation in kernels.items())
 
 

@@ -34,7 +34,7 @@ def launches(blocks: tuple[int, ...], chunks: tuple[int, ...]) -> dict[Launch, s
 
 
 def few(found: dict[Launch, str]) -> dict[Launch, str]:
-    """Every kernel in all its modes with one format (lut4, the dearest), and in one mode with all; the dearer of types and roundings."""
+    """Every kernel in all its modes with one format, lut4, and in one mode with all; the dearer type and rounding."""
     return {launch: operation for launch, operation in found.items() if _dear(launch) and _telling(launch)}
 
 
