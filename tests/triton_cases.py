@@ -4,8 +4,8 @@ A process of its own: TRITON_INTERPRET counts when triton is imported.
 
     python -m tests.triton_cases [--thorough] [OPERATION ...]
 
-prints a JSON object, operation -> what differs (null: nothing). --thorough takes every case at aligned and unaligned addresses, and
-more blocks; without it the two take turns."""
+prints a JSON object, operation -> what differs (null: nothing). --thorough takes every case at aligned and unaligned addresses,
+and more blocks; without it the two take turns."""
 
 from __future__ import annotations
 
@@ -345,10 +345,10 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as ``reference.py`` means it: torch's own on a CPU is MKL's, a fifth of whose fp32 results are off by one
-    unit in the last place. 53 bits are enough for the second rounding to 24 to be innocent."""
-    return torch.sqrt(x.double()).float()
+def _sqrt(self: Tensor) -> Tensor:
+    """Correctly rounded, as ``reference.py`` means it: torch's own on a CPU is MKL's, a fifth of whose fp32 results are off by
+    one unit in the last place. 53 bits are enough for the second rounding to 24 to be innocent."""
+    return torch.sqrt(self.double()).float()
 
 
 def main(arguments: list[str]) -> None:
@@ -357,7 +357,7 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # the interpreter's numpy overflows where a GPU would
     torch.set_num_threads(1)
     torch.Tensor.sqrt = _sqrt
-    torch.Tensor.sqrt_ = lambda x: x.copy_(_sqrt(x))
+    torch.Tensor.sqrt_ = lambda self: self.copy_(_sqrt(self))
     found: dict[str, str | None] = {}
     for name in [name for name in arguments if name != "--thorough"] or OPERATIONS:
         began, found[name] = time.process_time(), None

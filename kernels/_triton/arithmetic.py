@@ -1,5 +1,6 @@
 """What small steps are the formats made of? Sums in a fixed order, random bits, packing (``parts.py``, in registers)."""
 
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -25,6 +25,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.knobs import nvidia
 
 from dtrain.kernels._triton.launch import Launch
 from dtrain.kernels._triton.specializations import few, launches, one_each
@@ -105,7 +106,7 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        dump = [nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
@@ -125,7 +126,7 @@ def compile_all(small: bool, jobs: int, cache_dir: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="compile every kernel for every target, without a GPU")
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)

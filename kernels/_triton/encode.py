@@ -1,5 +1,6 @@
 """How is one tensor encoded, with or without state? A program reads each element once and writes codes, scales and state."""
 
+# pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton.language as tl

@@ -2,6 +2,8 @@
 
 Tiles are (R, B): R blocks of B elements, zeros behind the end. Codes are int32, scales int32 with the bits of bf16, (R) each."""
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

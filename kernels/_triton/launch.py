@@ -68,7 +68,7 @@ def recording() -> Iterator[list[Launch]]:
 def kernel(fn: Callable[..., None]) -> Any:
     """``triton.jit``, specialized on the constexpr arguments and the types of pointers alone."""
     given = [name for name, p in inspect.signature(fn).parameters.items() if "constexpr" not in str(p.annotation)]
-    return triton.jit(fn, do_not_specialize=given, do_not_specialize_on_alignment=given)
+    return triton.jit(do_not_specialize=given, do_not_specialize_on_alignment=given)(fn)
 
 
 def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | float, **constants: Any) -> None:

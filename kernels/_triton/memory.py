@@ -6,6 +6,7 @@ table say nothing about their alignment, and one compiled kernel serves all. It 
 bf16 is read and rounded by integer arithmetic: the interpreter's own cast does not round to nearest even, and neither hardware
 agrees on the bits of NaN."""
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,6 @@
 """How are arrived wires added to a tensor? Every element is read and written once, every wire read once."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """How does the outer optimizer land a delta? One pass over five tensors."""
 
+# pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
 import triton.language as tl

@@ -2,6 +2,7 @@
 
 One launch for all parameters: a map names the piece of every tile, a table holds 14 words of int64 a piece (``adam.py``)."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton.language as tl

@@ -44,4 +44,7 @@ def _copied(host: Tensor, device: torch.device) -> Tensor:
 
 
 def _order(device: torch.device) -> int:
-    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    """The current stream, so that a table is found only where its copy is ordered before its use."""
+    if device.type != "cuda":
+        return 0
+    return driver.active.get_current_stream(device.index)  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,6 +4,7 @@ The k-th largest magnitude is searched bit by bit: 31 counts over values that st
 compare and exchange on 64-bit keys for 64 of 4096, each about ten instructions where a count is two.) A prefix sum gives every
 kept element its rank, by which it writes its index into the wire; from there the k indices are read back in order."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton

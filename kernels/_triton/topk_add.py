@@ -1,5 +1,6 @@
 """How are top-k wires read? Added to fp32 only the kept elements are touched; a mixture that is rounded once is made densely."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,6 @@
 """Is a wire intact, and is it finite? Results are the same in any order, so that programs may add them as they come."""
 
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton.language as tl
