@@ -229,9 +229,7 @@ def encode_difference(a: Tensor, b: Tensor, out: Coded, fmt: Format, noise: Nois
     encode(a.float() - b.float(), out, fmt, noise)
 
 
-def encode_feedback(
-    x: Tensor, residual: Tensor, decay: float, out: Coded, fmt: Format, noise: Noise | None = None
-) -> None:
+def encode_feedback(x: Tensor, residual: Tensor, decay: float, out: Coded, fmt: Format, noise: Noise | None = None) -> None:
     """e <- decay e + x;  out = C(e);  e <- e - decode(out)          (arXiv 1901.09847; with decay < 1: arXiv 2505.23725)."""
     residual.mul_(decay).add_(x.float())
     encode(residual, out, fmt, noise)
@@ -315,9 +313,7 @@ def choco_gossip_adam(
         noise = noise and Noise(noise.seed, noise.first + p.x.numel())
 
 
-def outer_step(
-    x: Tensor, sent: Tensor, anchor: Tensor, momentum: Tensor, delta: Tensor, lr: float, mu: float
-) -> None:
+def outer_step(x: Tensor, sent: Tensor, anchor: Tensor, momentum: Tensor, delta: Tensor, lr: float, mu: float) -> None:
     """u <- mu u + delta;  anchor <- fma(-lr, fma(mu, u, delta), anchor);  x <- (x - sent) + anchor.
 
     Nesterov as torch.optim.SGD computes it, which fuses these two multiply-adds where the machine can; then the additive landing

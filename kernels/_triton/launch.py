@@ -1,0 +1,95 @@
+"""How is a kernel launched, and what decides how it is compiled?
+
+Only the constexpr arguments and the types of the pointers decide: integers are always int64 and floats fp32, and neither values
+nor alignment specialize. So ``compile.py`` can compile, without a GPU, exactly what the operations launch: ``recording`` collects
+it. Whether 16-byte loads are allowed is a run-time flag, that each program branches on (``memory.py``)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.knobs import runtime
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+TILE = 1024
+"""Elements of a program, or one block where that is larger. With 4 warps 8 elements a thread: two 16-byte loads of fp32, one of
+bf16. Literals, as no GPU was at hand: a sweep on one would replace them. Never @triton.autotune: its trial runs would change
+operands that are updated in place."""
+ELEMENTS_PER_WARP = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One compiled kernel: what the pointers point to, the constexpr arguments and the warps of a program."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def __str__(self) -> str:
+        shown = [f"{k}={v}" for k, v in self.constants] + [t for _, t in self.signature if t.startswith("*")]
+        return f"{self.name}({', '.join(shown)})"
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it nothing runs: every launch is noted instead. For CPU tensors too, and for the main thread only."""
+    global _recorded  # noqa: PLW0603 - a switch of compile.py, which owns its process
+    _recorded = launches = []
+    try:
+        yield launches
+    finally:
+        _recorded = None
+
+
+def kernel(fn: Callable[..., None]) -> Any:
+    """``triton.jit``, specialized on the constexpr arguments and the types of pointers alone."""
+    given = [name for name, p in inspect.signature(fn).parameters.items() if "constexpr" not in str(p.annotation)]
+    return triton.jit(do_not_specialize=given, do_not_specialize_on_alignment=given)(fn)
+
+
+def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | float, **constants: Any) -> None:
+    """Run ``programs`` programs. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
+    if _recorded is not None:
+        signature = tuple(zip(kernel.arg_names, map(_type, arguments), strict=False))
+        _recorded.append(Launch(kernel, signature, tuple(constants.items()), num_warps))
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cpu" and not runtime.interpret:
+        raise ValueError("the triton kernels got CPU tensors; use a GPU, or DTRAIN_KERNELS=numba, or TRITON_INTERPRET=1 to debug")
+    if programs:
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether 16-byte loads may start at element 0 of all of them."""
+    return not any(x.data_ptr() % 16 for x in tensors)
+
+
+def _type(argument: Tensor | float) -> str:
+    if isinstance(argument, Tensor):
+        return TYPES[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i64"

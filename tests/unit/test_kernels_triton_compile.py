@@ -1,0 +1,58 @@
+"""Does every Triton kernel compile for every target, on a machine without a GPU, and keep to its registers?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.kernels import OPERATIONS
+from dtrain.kernels._triton.specializations import few, launches, one_each
+
+ROOT = Path(__file__).parents[2]
+TARGETS = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
+
+
+def _compiled(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    report = tmp_path / "resources.json"
+    command = [sys.executable, "-m", "dtrain.kernels._triton.compile", "--json", str(report), *options]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(report.read_text())["kernels"]
+
+
+def _check(rows: list[dict[str, Any]]) -> None:
+    kernels = {launch.name for launch in launches((64,), (4096,))}
+    assert {(row["kernel"], row["target"]) for row in rows} == {(kernel, target) for kernel in kernels for target in TARGETS}
+    assert not [row for row in rows if row["spills"]]
+    assert not [row for row in rows if row["faults"]]
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_every_target_and_spills_nothing(tmp_path: Path) -> None:
+    _check(_compiled(tmp_path, "--few"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_specialization_compiles_for_every_target_and_spills_nothing(tmp_path: Path) -> None:
+    _check(_compiled(tmp_path))
+
+
+def test_every_operation_launches_a_kernel_that_is_compiled() -> None:
+    found = launches((64,), (4096,))
+    assert set(found.values()) == set(OPERATIONS)
+    assert set(map(str, one_each(found))) <= set(map(str, few(found)))
+    assert {launch.name for launch in one_each(found)} == {launch.name for launch in found}
+
+
+def test_a_second_compilation_of_one_name_would_be_seen() -> None:
+    """Nothing but constants and pointers' types tells two compiled kernels apart, so their shown names do too."""
+    found = launches((32, 64), (64, 4096))
+    assert len(set(map(str, found))) == len(found)
