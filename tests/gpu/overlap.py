@@ -121,7 +121,7 @@ class _Noted:
     """A transport that notes when a round's wire is posted, and when the one it waits for is taken from the inbox."""
 
     def __init__(self, inner: Transport) -> None:
-        self.inbox = inner.inbox
+        self.inbox, self.wires_on = inner.inbox, inner.wires_on
         self._inner = inner
         self.posted: dict[Tag, float] = {}
         self.arrived: dict[Tag, float] = {}
