@@ -121,7 +121,7 @@ class _Noted:
     """A transport that notes when a round's wire is posted, and when the one it waits for is taken from the inbox."""
 
     def __init__(self, inner: Transport) -> None:
-        self.inbox = inner.inbox
+        self.inbox, self.wires_on = inner.inbox, inner.wires_on
         self._inner = inner
         self.posted: dict[Tag, float] = {}
         self.arrived: dict[Tag, float] = {}
@@ -242,4 +242,5 @@ def _run(device: torch.device, problem: Problem, delay: int, *, rtt_s: float) ->
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         computes, copies = read_trace(json.loads(path.read_text(encoding="utf-8")), cuda=cuda)
+    assert len(waited) == 2, "an island ended before its last step"
     return Run(_flights(noted), computes, copies, max(waited))
