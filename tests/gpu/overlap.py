@@ -242,4 +242,5 @@ def _run(device: torch.device, problem: Problem, delay: int, *, rtt_s: float) ->
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         computes, copies = read_trace(json.loads(path.read_text(encoding="utf-8")), cuda=cuda)
+    assert len(waited) == 2, "an island ended before its last step"
     return Run(_flights(noted), computes, copies, max(waited))
