@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from dtrain.kernels.operands import SUM_TILE, Adam, Coded, Format, Noise, Piece, Public, zones
 from dtrain.kernels.parts import MASK32, counts, in_rows, mix32, pack4, pack_bits, random_bits, safe_inverse
 
-from dtrain.kernels.parts import tree_sum, uniform, unpack4  # isort: skip
+from dtrain.kernels.parts import square_root, tree_sum, uniform, unpack4  # isort: skip
 
 _HALF = (0.18531319499015808, 0.5559438467025757, 0.9265873432159424, 1.2972520589828491)
 _HALF = (*_HALF, 1.6679461002349854, 2.03867769241333, 2.409454107284546, 2.9369494915008545)
@@ -74,7 +74,7 @@ def quantize_lut4(x: Tensor, codes: Tensor, scales: Tensor, block: int, noise: N
     mean = (tree_sum(rows) / count).to(torch.bfloat16)
     inside = torch.arange(block, device=x.device) < count[:, None]
     off = torch.where(inside, rows - mean.float()[:, None], 0.0)
-    sigma = (tree_sum(off * off) / count).sqrt_().to(torch.bfloat16)
+    sigma = square_root(tree_sum(off * off) / count).to(torch.bfloat16)
     bad = ~(mean.isfinite() & sigma.isfinite())
     scales.view(-1, 2).copy_(torch.stack((mean, sigma), 1).masked_fill_(bad[:, None], torch.nan))
     off, sigma = off.masked_fill(bad[:, None], 0.0), sigma.masked_fill(bad, 0.0)
@@ -278,7 +278,7 @@ def accum_adam(pieces: Sequence[Piece], adam: Adam, grad_scale: Tensor) -> None:
         a = p.a.add_(g * (1.0 / adam.every)) if adam.every > 1 else g
         m, v = p.m + g * one1, p.v + g * one2 * g
         x = p.x.float() * (1.0 - adam.lr * p.weight_decay)
-        p.x.copy_(x - m / (v.sqrt() * root + adam.eps) * step_size)
+        p.x.copy_(x - m / (square_root(v) * root + adam.eps) * step_size)
         if adam.closes:
             p.m.copy_((p.m + a * one1) * adam.beta1)
             p.v.copy_((p.v + a * one2 * a) * adam.beta2)
