@@ -86,7 +86,7 @@ def random32(seed, index):
     key = mix_scalar(((index >> 32) + seed) & MASK32)
     next_key = mix_scalar(((index >> 32) + 1 + seed) & MASK32)
     lanes = count32() + low
-    return mix_lanes(lanes + select(lanes < bits32(low), next_key, key))
+    return mix_lanes(lanes + select(lanes < bits32(low), bits32(next_key), key))
 
 
 @inlined

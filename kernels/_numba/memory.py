@@ -116,7 +116,9 @@ def stack(num_bytes: int) -> Any:
     @intrinsic
     def reserve(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            memory = cgutils.alloca_once(builder, ir.ArrayType(_BYTE, num_bytes))
+            # Not numba's alloca_once: that fills with zeros, which LLVM turns into a store a byte and takes minutes to combine.
+            with builder.goto_entry_block():
+                memory = builder.alloca(ir.ArrayType(_BYTE, num_bytes))
             memory.align = 64
             return builder.ptrtoint(memory, _LONG)
 

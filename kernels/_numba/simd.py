@@ -80,6 +80,7 @@ def _binary(op: Callable[..., Any], on_floats: str | None, on_integers: str | No
 
 
 _binary(operator.add, "fadd", "add")
+_binary(operator.iadd, "fadd", "add")
 _binary(operator.sub, "fsub", "sub")
 _binary(operator.mul, "fmul", "mul")
 _binary(operator.truediv, "fdiv", None)
