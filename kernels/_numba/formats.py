@@ -1,7 +1,7 @@
-"""What happens to a row of whole blocks? Each block format's way in and out, a group of 32 elements at a time.
+"""What happens to a row of whole blocks? Each format's way in and out, 32 elements at a time.
 
-``src`` and ``dst`` are fp32 (src may be bf16 where ``half`` is 1) and reach to the end of the last block, filled with zeros behind
-``valid`` elements. Nothing is read twice from memory: a row is at most 4096 elements and stays in the first cache."""
+``src`` and ``dst`` are fp32 (the ``src`` of a decode may be bf16: ``half``) and reach to the end of the last block, filled with
+zeros behind ``valid`` elements. Seed -1 rounds to nearest. decode: dst = src src_weight + weight decode(codes)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from dtrain.kernels._numba.memory import (
-    bits_float, float_bits, load_float, load_half, load_f32x32, load_i8x16, load_i8x32, load_i16x32, load_i32x32, load_word,
+    bits_float, float_bits, load_half, load_f32x32, load_i8x16, load_i8x32, load_i16x32, load_i32x32, load_word,
     stack, store, store_half, store_word,
 )  # fmt: skip
 from dtrain.kernels._numba.simd import (
@@ -19,9 +19,6 @@ from dtrain.kernels._numba.simd import (
 )  # fmt: skip
 from dtrain.kernels.operands import MAX_BLOCK
 from dtrain.kernels.reference import LUT4 as LUT4_TABLE
-
-IDENTITY, BF16, INT8, INT4, E3M0, LUT4, SIGN, TOPK = range(8)
-"""As in a wire's header."""
 
 inlined = njit(error_model="numpy", forceinline=True)
 called = njit(error_model="numpy")
@@ -36,7 +33,7 @@ MASK32 = 0xFFFFFFFF
 _INFINITE, _ABS = 0x7F800000, 0x7FFFFFFF
 _NAN16 = 0x7FC0
 
-work_room = stack(4 * MAX_BLOCK)
+_work_room = stack(4 * MAX_BLOCK)
 
 
 # ---- parts
@@ -162,57 +159,65 @@ def lut_values(code):
 
 
 @inlined
-def int4_values(codes):
-    return to_float(wider8(split_nibbles(load_i8x16(codes))) - 8)
+def _mixed(src, half, src_weight, g):
+    return read32(src + (64 if half else 128) * g, half) * src_weight
 
 
 @inlined
-def e3m0_values(codes):
-    nibbles = wider8(split_nibbles(load_i8x16(codes)))
-    c = nibbles & 7
-    return as_floats(select(c == 0, 0, (c + 120) << 23) | ((nibbles & 8) << 28))
+def _scale(scales, i, weight):
+    return half_value(load_half(scales + 2 * i)) * weight
 
 
-@called
-def decode_add_row(kind, codes, scales, weight, blocks, groups, src, half, src_weight, dst):
-    """dst = src src_weight + weight decode(codes), for whole blocks of so many groups; blocks of casts are one group."""
-    src_step = 64 if half else 128
-    if kind == INT8:
-        for b in range(blocks):
-            s = half_value(load_half(scales + 2 * b)) * weight
-            for g in range(b * groups, (b + 1) * groups):
-                values = to_float(wider8_signed(load_i8x32(codes + 32 * g)))
-                store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + values * s)
-    elif kind == INT4:
-        for b in range(blocks):
-            s = half_value(load_half(scales + 2 * b)) * weight
-            for g in range(b * groups, (b + 1) * groups):
-                store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + int4_values(codes + 16 * g) * s)
-    elif kind == E3M0:
-        for b in range(blocks):
-            s = half_value(load_half(scales + 2 * b)) * weight
-            for g in range(b * groups, (b + 1) * groups):
-                store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + e3m0_values(codes + 16 * g) * s)
-    elif kind == LUT4:
-        for b in range(blocks):
-            mean = half_value(load_half(scales + 4 * b)) * weight
-            sigma = half_value(load_half(scales + 4 * b + 2)) * weight
-            for g in range(b * groups, (b + 1) * groups):
-                values = lut_values(wider8(split_nibbles(load_i8x16(codes + 16 * g)))) * sigma + mean
-                store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + values)
-    elif kind == SIGN:
-        for b in range(blocks):
-            s = half_value(load_half(scales + 2 * b)) * weight
-            for g in range(b * groups, (b + 1) * groups):
-                values = select(bits_mask(load_word(codes + 4 * g)), -s, floats32(s))
-                store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + values)
-    elif kind == BF16:
-        for g in range(blocks * groups):
-            values = as_floats(wider16(load_i16x32(codes + 64 * g)) << 16)
-            store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + values * weight)
-    else:
-        for g in range(blocks * groups):
-            store(dst + 128 * g, read32(src + src_step * g, half) * src_weight + load_f32x32(codes + 128 * g) * weight)
+def decode_identity(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for g in range(blocks * groups):
+        store(dst + 128 * g, _mixed(src, half, src_weight, g) + load_f32x32(codes + 128 * g) * weight)
+
+
+def decode_bf16(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for g in range(blocks * groups):
+        store(dst + 128 * g, _mixed(src, half, src_weight, g) + read32(codes + 64 * g, 1) * weight)
+
+
+def decode_int8(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = to_float(wider8_signed(load_i8x32(codes + 32 * g)))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_int4(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = to_float(wider8(split_nibbles(load_i8x16(codes + 16 * g))) - 8)
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_e3m0(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            nibbles = wider8(split_nibbles(load_i8x16(codes + 16 * g)))
+            c = nibbles & 7
+            values = as_floats(select(c == 0, 0, (c + 120) << 23) | ((nibbles & 8) << 28))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_lut4(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        mean, sigma = _scale(scales, 2 * b, weight), _scale(scales, 2 * b + 1, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = lut_values(wider8(split_nibbles(load_i8x16(codes + 16 * g)))) * sigma + mean
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values)
+
+
+def decode_sign(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = select(bits_mask(load_word(codes + 4 * g)), -s, floats32(s))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values)
 
 
 # ---- into codes
@@ -229,7 +234,7 @@ def integers(t, most):
 
 
 @inlined
-def encode_int8(src, groups, codes, scale_address, seed, index):
+def _int8_block(src, groups, codes, scale_address, seed, index):
     inverse, keep = put_scale(bits_float(largest_bits(src, groups)) / np.float32(127.0), scale_address)
     for g in range(groups):
         t = kept(src + 128 * g, keep) * inverse
@@ -238,7 +243,7 @@ def encode_int8(src, groups, codes, scale_address, seed, index):
 
 
 @inlined
-def encode_int4(src, groups, codes, scale_address, seed, index):
+def _int4_block(src, groups, codes, scale_address, seed, index):
     inverse, keep = put_scale(bits_float(largest_bits(src, groups)) / np.float32(7.0), scale_address)
     for g in range(groups):
         t = kept(src + 128 * g, keep) * inverse
@@ -247,7 +252,7 @@ def encode_int4(src, groups, codes, scale_address, seed, index):
 
 
 @inlined
-def encode_e3m0(src, groups, codes, scale_address, seed, index):
+def _e3m0_block(src, groups, codes, scale_address, seed, index):
     inverse, keep = put_scale(bits_float(largest_bits(src, groups)), scale_address)
     for g in range(groups):
         x = kept(src + 128 * g, keep)
@@ -277,7 +282,7 @@ def lut_at_random(z, uniform):
 
 
 @inlined
-def encode_lut4(src, groups, valid, codes, scale_address, work, seed, index):
+def _lut4_block(src, groups, valid, codes, scale_address, work, seed, index):
     for g in range(groups):
         store(work + 128 * g, load_f32x32(src + 128 * g))
     count = np.float32(valid)
@@ -310,7 +315,7 @@ def encode_lut4(src, groups, valid, codes, scale_address, work, seed, index):
 
 
 @inlined
-def encode_sign(src, groups, valid, codes, scale_address, work, seed, index):
+def _sign_block(src, groups, valid, codes, scale_address, work, seed, index):
     if seed < 0:
         for g in range(groups):
             store(work + 128 * g, size(load_f32x32(src + 128 * g)))
@@ -326,33 +331,45 @@ def encode_sign(src, groups, valid, codes, scale_address, work, seed, index):
             store_word(codes + 4 * g, bits & inside)
 
 
-@called
-def encode_row(kind, src, blocks, groups, valid, codes, scales, seed, index):
-    """Whole blocks of so many groups each; ``valid`` counts the elements that exist. seed -1 rounds to nearest."""
-    work = work_room()
-    block = 32 * groups
-    if kind == INT8:
-        for b in range(blocks):
-            encode_int8(src + 4 * block * b, groups, codes + block * b, scales + 2 * b, seed, index + block * b)
-    elif kind == INT4:
-        for b in range(blocks):
-            encode_int4(src + 4 * block * b, groups, codes + block * b // 2, scales + 2 * b, seed, index + block * b)
-    elif kind == E3M0:
-        for b in range(blocks):
-            encode_e3m0(src + 4 * block * b, groups, codes + block * b // 2, scales + 2 * b, seed, index + block * b)
-    elif kind == LUT4:
-        for b in range(blocks):
-            inside = min(block, valid - block * b)
-            at = block * b
-            encode_lut4(src + 4 * at, groups, inside, codes + at // 2, scales + 4 * b, work, seed, index + at)
-    elif kind == SIGN:
-        for b in range(blocks):
-            inside = min(block, valid - block * b)
-            at = block * b
-            encode_sign(src + 4 * at, groups, inside, codes + at // 8, scales + 2 * b, work, seed, index + at)
-    elif kind == BF16:
-        for g in range(blocks * groups):
-            store(codes + 64 * g, low_half(round_half(load_f32x32(src + 128 * g))))
-    else:
-        for g in range(blocks * groups):
-            store(codes + 128 * g, load_f32x32(src + 128 * g))
+def encode_identity(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for g in range(blocks * groups):
+        store(codes + 128 * g, load_f32x32(src + 128 * g))
+
+
+def encode_bf16(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for g in range(blocks * groups):
+        write32(codes + 64 * g, 1, load_f32x32(src + 128 * g))
+
+
+def encode_int8(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _int8_block(src + 4 * at, groups, codes + at, scales + 2 * b, seed, index + at)
+
+
+def encode_int4(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _int4_block(src + 4 * at, groups, codes + at // 2, scales + 2 * b, seed, index + at)
+
+
+def encode_e3m0(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _e3m0_block(src + 4 * at, groups, codes + at // 2, scales + 2 * b, seed, index + at)
+
+
+def encode_lut4(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    work = _work_room()
+    for b in range(blocks):
+        at = 32 * groups * b
+        inside = min(32 * groups, valid - at)
+        _lut4_block(src + 4 * at, groups, inside, codes + at // 2, scales + 4 * b, work, seed, index + at)
+
+
+def encode_sign(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    work = _work_room()
+    for b in range(blocks):
+        at = 32 * groups * b
+        inside = min(32 * groups, valid - at)
+        _sign_block(src + 4 * at, groups, inside, codes + at // 8, scales + 2 * b, work, seed, index + at)

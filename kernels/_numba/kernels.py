@@ -35,7 +35,7 @@ def row_of(block):
 
 @called
 def _encode_part(mode, fmt, x, x_half, b, b_half, s, alpha, blocks, valid, codes, scales, seed, index):
-    groups = blocks * fmt[1]
+    groups = blocks * fmt[2]
     y = _y_room()
     if mode == PLAIN:
         if x_half:
@@ -58,8 +58,8 @@ def _encode_part(mode, fmt, x, x_half, b, b_half, s, alpha, blocks, valid, codes
 
 
 @kernel
-def encode(mode, kind, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, alpha: float, codes, scales, seed, first, counter):
-    fmt = (kind, block // 32, code_bytes, scale_bytes, k, bits)
+def encode(mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, alpha: float, codes, scales, seed, first, counter):
+    fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
     alpha = np.float32(alpha)
     row = row_of(block)
     unit = max(UNIT, row)
@@ -99,14 +99,14 @@ def _mix_part(choco, fmt, x, x_half, xhat, s, alpha, wires, num_wires, code_offs
     """Mix into y (fp32), which is x where that is fp32; a bf16 x is left as it was."""
     if choco:
         add_wires(fmt, wires, num_wires, code_offset, scale_offset, blocks, valid, s, 0, _ONE, s)
-        towards(x, x_half, xhat, s, alpha, blocks * fmt[1], y)
+        towards(x, x_half, xhat, s, alpha, blocks * fmt[2], y)
     else:
         add_wires(fmt, wires, num_wires, code_offset, scale_offset, blocks, valid, x, x_half, alpha, y)
 
 
 @kernel
-def mix(choco, kind, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, alpha: float, wires, num_wires, counter):
-    fmt = (kind, block // 32, code_bytes, scale_bytes, k, bits)
+def mix(choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, alpha: float, wires, num_wires, counter):
+    fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
     alpha = np.float32(alpha)
     row = row_of(block)
     unit = max(UNIT, row)
@@ -124,7 +124,7 @@ def mix(choco, kind, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat
                 at // block * code_bytes, at // block * scale_bytes, blocks, blocks * block, to,
             )  # fmt: skip
             if x_half:
-                narrow(y, x + 2 * at, blocks * fmt[1])
+                narrow(y, x + 2 * at, blocks * fmt[2])
             if rest == 0:
                 continue
             at += blocks * block
@@ -137,7 +137,7 @@ def mix(choco, kind, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat
                 at // block * code_bytes, at // block * scale_bytes, 1, rest, y,
             )  # fmt: skip
             if x_half:
-                narrow(y, x_room, fmt[1])
+                narrow(y, x_room, fmt[2])
                 give_back(x + 2 * at, x_room, rest, 1)
             else:
                 give_back(x + 4 * at, y, rest, 0)
@@ -152,7 +152,7 @@ def _step_part(
 ):  # fmt: skip
     """Mix, Adam and encode one row."""
     y = _y_room() if x_half else x
-    groups = blocks * fmt[1]
+    groups = blocks * fmt[2]
     if gossips:
         _mix_part(choco, fmt, x, x_half, xhat, s, alpha, wires, num_wires, code_offset, scale_offset, blocks, valid, y)
         if x_half:
@@ -180,13 +180,13 @@ def _field(piece, i):
 
 @kernel
 def step(
-    gossips, choco, kind, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, alpha: float, self_weight: float,
+    gossips, choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, alpha: float, self_weight: float,
     wires, num_wires, out, grad_scale, part: float, one1: float, one2: float, step_size: float, over_root: float, eps: float,
     beta1: float, beta2: float, closes, gathers, seed, first, counter,
 ):  # fmt: skip
     """Of a piece the table holds: its first unit, length, x, x_half, g, g_half, m, v, a, xhat, s, 1 - lr wd, the place of its
     scales, that of its codes (in a wire); and its element's place in the model is the sum of the lengths before it."""
-    fmt = (kind, block // 32, code_bytes, scale_bytes, k, bits)
+    fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
     alpha, self_weight, scaling = np.float32(alpha), np.float32(self_weight), load_float(grad_scale)
     f32 = np.float32
     row = row_of(block)

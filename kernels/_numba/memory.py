@@ -169,3 +169,27 @@ def add_shared(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return signature(types.void, types.int64, types.int64), codegen
+
+
+def _caller(num_args: int, floats: tuple[int, ...]) -> Any:
+    """Call machine code at an address: int64 arguments but those that are float32."""
+    kinds = tuple(types.float32 if i in floats else types.int64 for i in range(num_args))
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        llvm = ir.FunctionType(ir.VoidType(), [context.get_value_type(kind) for kind in kinds])
+        builder.call(builder.inttoptr(args[0], llvm.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, *kinds), codegen
+
+
+@intrinsic
+def call_encode(typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any) -> Any:
+    return _caller(10, ())
+
+
+@intrinsic
+def call_decode(
+    typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any, l: Any
+) -> Any:  # fmt: skip
+    return _caller(12, (2, 10))

@@ -1,20 +1,20 @@
 """How is one row of a tensor mixed, updated and encoded? The parts that the one-pass kernels are made of.
 
 A row is a few whole blocks, or the short last block of a tensor in a copy that is filled with zeros. ``half`` is 1 where a
-tensor is bf16. ``fmt`` is (kind, groups of a block, code bytes of a block, scale bytes of a block, k, bits)."""
+tensor is bf16. ``fmt`` is (address of encode, of decode, groups, code bytes and scale bytes of a block, k, bits); one machine-code
+function a format and way, called by its address, is compiled once and only where it is used."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from dtrain.kernels._numba.formats import (
-    _ONE, TOPK, as_floats, called, decode_add_row, encode_row, inlined, read32, round_half, write32,
+    _ONE, as_floats, called, inlined, read32, round_half, write32,
 )  # fmt: skip
 from dtrain.kernels._numba.memory import (
-    bits_float, clear_bytes, copy_bytes, load_f32x8, load_f32x32, load_i16x8, load_long, stack, store,
+    bits_float, call_decode, call_encode, clear_bytes, copy_bytes, load_f32x8, load_f32x32, load_i16x8, load_long, stack, store,
 )  # fmt: skip
 from dtrain.kernels._numba.simd import floats8, low_half, root, wider16
-from dtrain.kernels._numba.topk import add_topk, encode_topk
 from dtrain.kernels.operands import MAX_BLOCK
 
 WIRE_FIELDS = 3
@@ -22,15 +22,15 @@ WIRE_FIELDS = 3
 PLAIN, DIFFERENCE, FEEDBACK, CHOCO = range(4)
 MINUS_ONE = np.float32(-1.0)
 
-code_room = stack(4 * MAX_BLOCK)
+_code_room = stack(4 * MAX_BLOCK)
 
 
 @inlined
 def short_bytes(fmt, valid):
-    """Bytes of the codes of a short block."""
-    if fmt[0] == TOPK:
-        return fmt[2]
-    return (valid * fmt[2] + 32 * fmt[1] - 1) // (32 * fmt[1])
+    """Bytes of the codes of a short block; a chunk of topk has all of them."""
+    if fmt[5] > 0:
+        return fmt[3]
+    return (valid * fmt[3] + 32 * fmt[2] - 1) // (32 * fmt[2])
 
 
 @inlined
@@ -50,49 +50,33 @@ def give_back(address, room, valid, half):
 @inlined
 def add_wires(fmt, wires, num_wires, code_offset, scale_offset, blocks, valid, src, half, src_weight, dst):
     """dst (fp32) = src src_weight + the wires in their order."""
-    kind, groups, code_bytes, _, k, bits = fmt
-    num_groups = blocks * groups
-    if num_wires == 0 or kind == TOPK:
+    _, decode, groups, _, _, k, bits = fmt
+    if num_wires == 0:
         step = 64 if half else 128
-        if src != dst or src_weight != _ONE:
-            for g in range(num_groups):
-                store(dst + 128 * g, read32(src + step * g, half) * src_weight)
-        src, half, src_weight = dst, 0, _ONE
-    short = valid < 32 * num_groups
-    room = code_room()
+        for g in range(blocks * groups):
+            store(dst + 128 * g, read32(src + step * g, half) * src_weight)
+    short = valid < 32 * blocks * groups
+    room = _code_room()
     for j in range(num_wires):
         at = wires + 8 * WIRE_FIELDS * j
         codes, scales = load_long(at) + code_offset, load_long(at + 8) + scale_offset
         weight = bits_float(load_long(at + 16))
-        if kind == TOPK:
-            add_topk(codes, scales, weight, blocks, 32 * groups, k, bits, dst, valid)
-        else:
-            if short:
-                copy_bytes(room, codes, short_bytes(fmt, valid))
-                codes = room
-            decode_add_row(kind, codes, scales, weight, blocks, groups, src, half, src_weight, dst)
-            src, half, src_weight = dst, 0, _ONE
+        if short:
+            copy_bytes(room, codes, short_bytes(fmt, valid))
+            codes = room
+        call_decode(decode, codes, scales, weight, blocks, groups, k, bits, valid, src, half, src_weight, dst)
+        src, half, src_weight = dst, 0, _ONE
 
 
 @inlined
 def decode_into(fmt, codes, scales, weight, blocks, valid, src, dst):
     """dst = src + weight decode(codes), all fp32."""
-    kind, groups, _, _, k, bits = fmt
-    if kind == TOPK:
-        if src != dst:
-            copy_bytes(dst, src, 128 * blocks * groups)
-        add_topk(codes, scales, weight, blocks, 32 * groups, k, bits, dst, valid)
-    else:
-        decode_add_row(kind, codes, scales, weight, blocks, groups, src, 0, _ONE, dst)
+    call_decode(fmt[1], codes, scales, weight, blocks, fmt[2], fmt[5], fmt[6], valid, src, 0, _ONE, dst)
 
 
 @inlined
 def encode_any(fmt, src, blocks, valid, codes, scales, seed, index):
-    kind, groups, _, _, k, bits = fmt
-    if kind == TOPK:
-        encode_topk(src, blocks, 32 * groups, k, bits, codes, scales)
-    else:
-        encode_row(kind, src, blocks, groups, valid, codes, scales, seed, index)
+    call_encode(fmt[0], src, blocks, fmt[2], fmt[5], fmt[6], valid, codes, scales, seed, index)
 
 
 @inlined

@@ -10,12 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dtrain.kernels._numba.compiled import addresses
 from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, SCALES, Coded, Format, Noise
 
-KINDS = ("identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", "topk")
-"""In the order of the numbers in a wire's header."""
 MASK32 = 0xFFFFFFFF
-_EMPTY = torch.empty(0)
 
 
 def place(t: Tensor, numel: int, dtype: torch.dtype, what: str) -> int:
@@ -36,19 +34,19 @@ def values(t: Tensor, numel: int, what: str) -> tuple[int, int]:
 
 
 @lru_cache
-def format_numbers(fmt: Format) -> tuple[int, int, int, int, int, int]:
-    """Kind, block, code bytes and scale bytes of a block, k, bits; what a kernel takes for a format."""
+def format_numbers(fmt: Format) -> tuple[int, ...]:
+    """The addresses of encode and decode, block, code bytes and scale bytes of a block, k, bits; what a kernel takes for a format."""
     if fmt.kind in ("identity", "bf16"):
-        return KINDS.index(fmt.kind), 32, 4 * CODE_BITS[fmt.kind], 0, 0, 0
+        return *addresses(fmt.kind), 32, 4 * CODE_BITS[fmt.kind], 0, 0, 0
     if fmt.block & (fmt.block - 1) or not MIN_BLOCK <= fmt.block <= MAX_BLOCK:
         raise ValueError(f"{fmt.kind} blocks have {fmt.block} elements; use a power of two from {MIN_BLOCK} to {MAX_BLOCK}")
     if fmt.kind != "topk":
-        return KINDS.index(fmt.kind), fmt.block, fmt.block * CODE_BITS[fmt.kind] // 8, 2 * SCALES[fmt.kind], 0, 0
+        return *addresses(fmt.kind), fmt.block, fmt.block * CODE_BITS[fmt.kind] // 8, 2 * SCALES[fmt.kind], 0, 0
     if fmt.k & (fmt.k - 1) or not 4 <= fmt.k <= fmt.block or fmt.bits not in (2, 8):
         raise ValueError(
             f"topk keeps {fmt.k} of {fmt.block} elements in {fmt.bits} bits; use a power of two from 4 to {fmt.block}, and 2 or 8 bits"
         )
-    return KINDS.index("topk"), fmt.block, fmt.k * (12 + fmt.bits) // 8, 4 if fmt.bits == 2 else 2, fmt.k, fmt.bits
+    return *addresses("topk"), fmt.block, fmt.k * (12 + fmt.bits) // 8, 4 if fmt.bits == 2 else 2, fmt.k, fmt.bits
 
 
 def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:

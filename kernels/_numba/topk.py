@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from dtrain.kernels._numba.formats import (
-    _ABS, _INFINITE, _NAN16, _ZERO, called, fold, half_of, half_value, inlined, put_scale,
+    _ABS, _INFINITE, _NAN16, _ONE, _ZERO, fold, half_of, half_value, inlined, put_scale, read32,
 )  # fmt: skip
 from dtrain.kernels._numba.memory import (
     clear_bytes, load_byte, load_float, load_half, load_i32x16, load_i32x32,
@@ -144,16 +144,16 @@ def _put_pairs(values, k, codes, scale_address):
         store_byte(codes + i // 4, quad)
 
 
-@called
-def encode_topk(src, chunks, chunk, k, bits, codes, scales):
+def encode_topk(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
     """As ``reference.topk_chunks``, for chunks of fp32 that are filled with zeros."""
+    chunk = 32 * groups
     places, values = _place_room(), _value_room()
     index_bytes, scale_bytes = k * 12 // 8, 4 if bits == 2 else 2
-    for c in range(chunks):
+    for c in range(blocks):
         x, scale_address = src + 4 * chunk * c, scales + scale_bytes * c
         record = codes + k * (12 + bits) // 8 * c
         most = load_i32x32(x) & _ABS
-        for g in range(1, chunk // 32):
+        for g in range(1, groups):
             most = largest(most, load_i32x32(x + 128 * g) & _ABS)
         if largest_lane(most) >= _INFINITE:
             for i in range(k):
@@ -176,11 +176,14 @@ def encode_topk(src, chunks, chunk, k, bits, codes, scales):
             store_half(scale_address + scale_bytes - 2, _NAN16)
 
 
-@called
-def add_topk(codes, scales, weight, chunks, chunk, k, bits, y, valid):
-    """y[index] += value (scale weight); y is fp32, and places at or behind ``valid`` are skipped."""
+def decode_topk(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    """dst[index] += value (scale weight); places at or behind ``valid`` are skipped."""
+    chunk = 32 * groups
+    if src != dst or src_weight != _ONE:
+        for g in range(blocks * groups):
+            store(dst + 128 * g, read32(src + (64 if half else 128) * g, half) * src_weight)
     index_bytes, scale_bytes = k * 12 // 8, 4 if bits == 2 else 2
-    for c in range(chunks):
+    for c in range(blocks):
         record = codes + k * (12 + bits) // 8 * c
         low = half_value(load_half(scales + scale_bytes * c)) * weight
         high = half_value(load_half(scales + scale_bytes * c + scale_bytes - 2)) * weight
@@ -194,4 +197,4 @@ def add_topk(codes, scales, weight, chunks, chunk, k, bits, y, valid):
                 value = high if code & 1 else low
                 value = -value if code & 2 else value
             if place < valid:
-                store(y + 4 * place, load_float(y + 4 * place) + value)
+                store(dst + 4 * place, load_float(dst + 4 * place) + value)
