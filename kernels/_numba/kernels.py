@@ -9,7 +9,7 @@ import numpy as np
 
 from dtrain.kernels._numba.compiled import kernel
 from dtrain.kernels._numba.formats import called, inlined
-from dtrain.kernels._numba.memory import copy_bytes, load_float, load_long, stack, take
+from dtrain.kernels._numba.memory import clear_bytes, copy_bytes, load_float, load_long, stack, take
 from dtrain.kernels._numba.rows import (
     CHOCO, FEEDBACK, MINUS_ONE, PLAIN, adam_row, add_wires, borrow, decode_into, encode_any, give_back,
     narrow, read32, round_in_place, short_bytes, store, subtract, towards,
@@ -163,6 +163,8 @@ def _step_part(
     adam_row(x, x_half, g, g_half, m, v, a, groups, y, numbers)
     if not gossips:
         return
+    if valid < 32 * groups:
+        clear_bytes(y + 4 * valid, 4 * (32 * groups - valid))
     if choco:
         d = _out_room()
         subtract(y, 0, xhat, 0, groups, d)
