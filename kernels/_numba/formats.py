@@ -1,0 +1,375 @@
+"""What happens to a row of whole blocks? Each format's way in and out, 32 elements at a time.
+
+``src`` and ``dst`` are fp32 (the ``src`` of a decode may be bf16: ``half``) and reach to the end of the last block, filled with
+zeros behind ``valid`` elements. Seed -1 rounds to nearest. decode: dst = src src_weight + weight decode(codes)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from dtrain.kernels._numba.memory import (
+    bits_float, float_bits, load_half, load_f32x32, load_i8x16, load_i8x32, load_i16x32, load_i32x32, load_word,
+    stack, store, store_half, store_word,
+)  # fmt: skip
+from dtrain.kernels._numba.simd import (
+    as_bits, as_floats, bits32, bits_mask, count32, floats32, floor, join_nibbles, largest, largest_lane, largest_signed,
+    least_signed, low_byte, low_half, mask_bits, rint, root, select, size, split_nibbles, to_float, to_integer, tree_of_lanes,
+    wider8, wider8_signed, wider16,
+)  # fmt: skip
+from dtrain.kernels.operands import MAX_BLOCK
+from dtrain.kernels.reference import LUT4 as LUT4_TABLE
+
+inlined = njit(error_model="numpy", forceinline=True)
+called = njit(error_model="numpy")
+
+_LUT = np.array(LUT4_TABLE, np.float32)
+_TOP = tuple(_LUT[8:])
+_EDGES, _GAPS = tuple(_LUT), (*(np.float32(1.0) / np.diff(_LUT)), np.float32(0.0))
+_ONE, _HALF, _TWELVE, _EIGHT, _FIFTEEN = (np.float32(v) for v in (1.0, 0.5, 0.375, 8.0, 15.0))
+_ZERO, _E3M0_LEAST, _E3M0_HALF, _E3M0_UP = (np.float32(v) for v in (0.0, 2.0**-6, 2.0**-7, 2.0**6))
+_UNIT24 = np.float32(2.0**-24)
+MASK32 = 0xFFFFFFFF
+_INFINITE, _ABS = 0x7F800000, 0x7FFFFFFF
+_NAN16 = 0x7FC0
+
+_work_room = stack(4 * MAX_BLOCK)
+
+
+# ---- parts
+
+
+@inlined
+def round_half(v):
+    """fp32 -> the bits of the nearest bf16, in the low half of each lane; NaN is 0x7FC0."""
+    bits = as_bits(v)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return select((bits & _ABS) > _INFINITE, _NAN16, rounded)
+
+
+@inlined
+def read32(address, half):
+    if half:
+        return as_floats(wider16(load_i16x32(address)) << 16)
+    return load_f32x32(address)
+
+
+@inlined
+def write32(address, half, v):
+    if half:
+        store(address, low_half(round_half(v)))
+    else:
+        store(address, v)
+
+
+@inlined
+def mix_scalar(h):
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK32
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK32
+    return h ^ (h >> 16)
+
+
+@inlined
+def mix_lanes(h):
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@inlined
+def random32(seed, index):
+    """The random bits of elements index .. index + 31."""
+    low = index & MASK32
+    key = mix_scalar(((index >> 32) + seed) & MASK32)
+    next_key = mix_scalar(((index >> 32) + 1 + seed) & MASK32)
+    lanes = count32() + low
+    return mix_lanes(lanes + select(lanes < bits32(low), bits32(next_key), key))
+
+
+@inlined
+def uniform32(seed, index):
+    return to_float(random32(seed, index) >> 8) * _UNIT24
+
+
+@inlined
+def half_of(value):
+    """The bits of the bf16 nearest to a float32 that is not NaN."""
+    bits = float_bits(value)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@inlined
+def half_value(bits):
+    return bits_float(bits << 16)
+
+
+@inlined
+def safe_inverse(scale):
+    inverse = _ONE / scale
+    return _ZERO if (float_bits(inverse) & _ABS) == _INFINITE else inverse
+
+
+@inlined
+def put_scale(value, scale_address):
+    """Write a scale that is not negative; returns its inverse and a mask, both 0 where the scale is not finite."""
+    bits = half_of(value)
+    if (float_bits(value) & _ABS) > _INFINITE or bits >= 0x7F80:
+        store_half(scale_address, _NAN16)
+        return _ZERO, 0
+    store_half(scale_address, bits)
+    return safe_inverse(half_value(bits)), MASK32
+
+
+@inlined
+def largest_bits(src, groups):
+    """The largest magnitude as bits, in whose order inf and NaN come last."""
+    most = load_i32x32(src) & _ABS
+    for g in range(1, groups):
+        most = largest(most, load_i32x32(src + 128 * g) & _ABS)
+    return largest_lane(most)
+
+
+@inlined
+def fold(work, groups):
+    """Add halves of a power of two of groups, destroying them, until one value is left."""
+    while groups > 1:
+        groups >>= 1
+        for g in range(groups):
+            store(work + 128 * g, load_f32x32(work + 128 * g) + load_f32x32(work + 128 * (g + groups)))
+    return tree_of_lanes(load_f32x32(work))
+
+
+@inlined
+def pick8(index, t):
+    """t[index & 7] by selects: a gather takes a load a lane."""
+    odd, second, fourth = (index & 1) == 1, (index & 2) == 2, (index & 4) == 4
+    low = select(second, select(odd, t[3], floats32(t[2])), select(odd, t[1], floats32(t[0])))
+    high = select(second, select(odd, t[7], floats32(t[6])), select(odd, t[5], floats32(t[4])))
+    return select(fourth, high, low)
+
+
+@inlined
+def lut_values(code):
+    above = code & 8
+    magnitude = pick8(code ^ select(above == 8, 0, bits32(7)), _TOP)
+    return as_floats(as_bits(magnitude) | ((above ^ 8) << 28))
+
+
+# ---- out of codes
+
+
+@inlined
+def _mixed(src, half, src_weight, g):
+    return read32(src + (64 if half else 128) * g, half) * src_weight
+
+
+@inlined
+def _scale(scales, i, weight):
+    return half_value(load_half(scales + 2 * i)) * weight
+
+
+def decode_identity(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for g in range(blocks * groups):
+        store(dst + 128 * g, _mixed(src, half, src_weight, g) + load_f32x32(codes + 128 * g) * weight)
+
+
+def decode_bf16(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for g in range(blocks * groups):
+        store(dst + 128 * g, _mixed(src, half, src_weight, g) + read32(codes + 64 * g, 1) * weight)
+
+
+def decode_int8(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = to_float(wider8_signed(load_i8x32(codes + 32 * g)))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_int4(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = to_float(wider8(split_nibbles(load_i8x16(codes + 16 * g))) - 8)
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_e3m0(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            nibbles = wider8(split_nibbles(load_i8x16(codes + 16 * g)))
+            c = nibbles & 7
+            values = as_floats(select(c == 0, 0, (c + 120) << 23) | ((nibbles & 8) << 28))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values * s)
+
+
+def decode_lut4(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        mean, sigma = _scale(scales, 2 * b, weight), _scale(scales, 2 * b + 1, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = lut_values(wider8(split_nibbles(load_i8x16(codes + 16 * g)))) * sigma + mean
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values)
+
+
+def decode_sign(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
+    for b in range(blocks):
+        s = _scale(scales, b, weight)
+        for g in range(b * groups, (b + 1) * groups):
+            values = select(bits_mask(load_word(codes + 4 * g)), -s, floats32(s))
+            store(dst + 128 * g, _mixed(src, half, src_weight, g) + values)
+
+
+# ---- into codes
+
+
+@inlined
+def kept(src, keep):
+    return as_floats(load_i32x32(src) & keep)
+
+
+@inlined
+def integers(t, most):
+    return least_signed(largest_signed(to_integer(t), -most), most)
+
+
+@inlined
+def _int8_block(src, groups, codes, scale_address, seed, index):
+    inverse, keep = put_scale(bits_float(largest_bits(src, groups)) / np.float32(127.0), scale_address)
+    for g in range(groups):
+        t = kept(src + 128 * g, keep) * inverse
+        t = rint(t) if seed < 0 else floor(t + uniform32(seed, index + 32 * g))
+        store(codes + 32 * g, low_byte(integers(t, 127)))
+
+
+@inlined
+def _int4_block(src, groups, codes, scale_address, seed, index):
+    inverse, keep = put_scale(bits_float(largest_bits(src, groups)) / np.float32(7.0), scale_address)
+    for g in range(groups):
+        t = kept(src + 128 * g, keep) * inverse
+        t = rint(t) if seed < 0 else floor(t + uniform32(seed, index + 32 * g))
+        store(codes + 16 * g, join_nibbles(low_byte(integers(t, 7) + 8)))
+
+
+@inlined
+def _e3m0_block(src, groups, codes, scale_address, seed, index):
+    inverse, keep = put_scale(bits_float(largest_bits(src, groups)), scale_address)
+    for g in range(groups):
+        x = kept(src + 128 * g, keep)
+        r = size(x) * inverse
+        if seed < 0:
+            up = bits32(0x400000)
+            grown = r >= _E3M0_HALF
+        else:
+            random = random32(seed, index + 32 * g)
+            up = random >> 9
+            grown = to_float(random >> 8) * _UNIT24 < r * _E3M0_UP
+        c = least_signed(largest_signed(((as_bits(r) + up) >> 23) - 120, 1), 7)
+        c = select(r < _E3M0_LEAST, select(grown, 1, bits32(0)), c)
+        store(codes + 16 * g, join_nibbles(low_byte(c | select(x < _ZERO, 8, bits32(0)))))
+
+
+@inlined
+def lut_at_random(z, uniform):
+    """The code below z and, at random, the one above: a select replaces the code, its value and 1 / gap at each edge passed."""
+    code, low, gap = bits32(0), floats32(_EDGES[0]), floats32(_GAPS[0])
+    for i in range(1, 16):
+        passed = z >= _EDGES[i]
+        code = select(passed, i, code)
+        low = select(passed, _EDGES[i], low)
+        gap = select(passed, _GAPS[i], gap)
+    return select(uniform < (z - low) * gap, code + 1, code)
+
+
+@inlined
+def _lut4_block(src, groups, valid, codes, scale_address, work, seed, index):
+    for g in range(groups):
+        store(work + 128 * g, load_f32x32(src + 128 * g))
+    count = np.float32(valid)
+    sum_ = fold(work, groups) / count
+    mean_bits = half_of(sum_)
+    mean = half_value(mean_bits)
+    for g in range(groups):
+        off = select(count32() < bits32(max(0, valid - 32 * g)), load_f32x32(src + 128 * g) - mean, _ZERO)
+        store(work + 128 * g, off * off)
+    variance = root(fold(work, groups) / count)
+    sigma_bits = half_of(variance)
+    keep, sigma = MASK32, half_value(sigma_bits)
+    if (
+        (float_bits(sum_) & _ABS) > _INFINITE or (mean_bits & 0x7FFF) >= 0x7F80
+        or (float_bits(variance) & _ABS) > _INFINITE or sigma_bits >= 0x7F80
+    ):  # fmt: skip
+        mean_bits, sigma_bits, keep, sigma = _NAN16, _NAN16, 0, _ZERO
+    store_word(scale_address, mean_bits | (sigma_bits << 16))
+    inverse = safe_inverse(sigma * _TWELVE) if seed < 0 else safe_inverse(sigma)
+    for g in range(groups):
+        inside = count32() < bits32(max(0, valid - 32 * g))
+        off = as_floats(as_bits(load_f32x32(src + 128 * g) - mean) & select(inside, keep, bits32(0)))
+        if seed < 0:
+            t = floor(off * inverse + _EIGHT)
+            t = select(t < _ZERO, _ZERO, select(t > _FIFTEEN, _FIFTEEN, t))
+            code = to_integer(t)
+        else:
+            code = select(inside, lut_at_random(off * inverse, uniform32(seed, index + 32 * g)), bits32(8))
+        store(codes + 16 * g, join_nibbles(low_byte(code)))
+
+
+@inlined
+def _sign_block(src, groups, valid, codes, scale_address, work, seed, index):
+    if seed < 0:
+        for g in range(groups):
+            store(work + 128 * g, size(load_f32x32(src + 128 * g)))
+        _, keep = put_scale(fold(work, groups) / np.float32(valid), scale_address)
+        for g in range(groups):
+            store_word(codes + 4 * g, mask_bits(kept(src + 128 * g, keep) < _ZERO))
+    else:
+        inverse, keep = put_scale(bits_float(largest_bits(src, groups)), scale_address)
+        for g in range(groups):
+            t = (kept(src + 128 * g, keep) * inverse + _ONE) * _HALF
+            bits = mask_bits(uniform32(seed, index + 32 * g) >= t)
+            inside = mask_bits(count32() < bits32(max(0, valid - 32 * g)))
+            store_word(codes + 4 * g, bits & inside)
+
+
+def encode_identity(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for g in range(blocks * groups):
+        store(codes + 128 * g, load_f32x32(src + 128 * g))
+
+
+def encode_bf16(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for g in range(blocks * groups):
+        write32(codes + 64 * g, 1, load_f32x32(src + 128 * g))
+
+
+def encode_int8(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _int8_block(src + 4 * at, groups, codes + at, scales + 2 * b, seed, index + at)
+
+
+def encode_int4(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _int4_block(src + 4 * at, groups, codes + at // 2, scales + 2 * b, seed, index + at)
+
+
+def encode_e3m0(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    for b in range(blocks):
+        at = 32 * groups * b
+        _e3m0_block(src + 4 * at, groups, codes + at // 2, scales + 2 * b, seed, index + at)
+
+
+def encode_lut4(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    work = _work_room()
+    for b in range(blocks):
+        at = 32 * groups * b
+        inside = min(32 * groups, valid - at)
+        _lut4_block(src + 4 * at, groups, inside, codes + at // 2, scales + 4 * b, work, seed, index + at)
+
+
+def encode_sign(src, blocks, groups, k, bits, valid, codes, scales, seed, index):
+    work = _work_room()
+    for b in range(blocks):
+        at = 32 * groups * b
+        inside = min(32 * groups, valid - at)
+        _sign_block(src + 4 * at, groups, inside, codes + at // 8, scales + 2 * b, work, seed, index + at)

@@ -1,0 +1,130 @@
+"""The operations on parameters and on plain tensors, as ``reference.py`` defines them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dtrain.kernels._numba import flat, kernels
+from dtrain.kernels._numba.pool import run
+from dtrain.kernels._numba.tables import (
+    address, body_table, float_bits, format_numbers, noise_numbers, place, state, values,
+)  # fmt: skip
+from dtrain.kernels.operands import SUM_TILE, Adam, Format, Noise, Piece, Public
+
+_ALONE = Format("identity")
+
+
+def _adam_numbers(adam: Adam) -> tuple[int | float, ...]:
+    return (
+        *(1.0 / adam.every, 1.0 - adam.beta1, 1.0 - adam.beta2),
+        *(adam.lr / (1.0 - adam.power1), (1.0 - adam.power2) ** -0.5, float(adam.eps)),
+        *(float(adam.beta1), float(adam.beta2), int(adam.closes), int(adam.every > 1)),
+    )
+
+
+def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, fmt: Format) -> tuple[array[int], int]:
+    """A row of ``PIECE_FIELDS`` numbers a piece; returns the elements, too. The wires' zones follow each other as ``zones`` says."""
+    table, unit, total = array("q"), max(kernels.UNIT, fmt.block), 0
+    first_unit, scales_at, codes_at = 0, 0, 2 * sum(fmt.num_scales(p.x.numel()) for p in pieces)
+    for i, p in enumerate(pieces):
+        n = p.x.numel()
+        a = state(p.a, n, "a") if adam.every > 1 else 0
+        hat, s = (state(public[i].xhat, n, "xhat"), state(public[i].s, n, "s")) if public else (0, 0)
+        table.extend((first_unit, n, *values(p.x, n, "x"), *values(p.g, n, "g"), state(p.m, n, "m"), state(p.v, n, "v"), a))
+        table.extend((hat, s, float_bits(1.0 - adam.lr * p.weight_decay), scales_at, codes_at))
+        first_unit += -(-n // unit)
+        scales_at += 2 * fmt.num_scales(n)
+        codes_at += fmt.code_bytes(n)
+        total += n
+    return table, total
+
+
+def accum_adam(pieces: Sequence[Piece], adam: Adam, grad_scale: Tensor) -> None:
+    table, total = _piece_table(pieces, (), adam, _ALONE)
+    args = (address(table), len(pieces), 0.0, 0.0, 0, 0, 0, state(grad_scale, 1, "grad_scale"))
+    run(kernels.step, (0, 0, *format_numbers(_ALONE), *args, *_adam_numbers(adam), -1, 0), total)
+
+
+def _gossip(
+    pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, grad_scale: Tensor, alpha: float, self_weight: float,
+    wires: Sequence[Tensor], weights: Sequence[float], out: Tensor, fmt: Format, noise: Noise | None,
+) -> None:  # fmt: skip
+    if fmt.kind == "topk":
+        raise ValueError("a one-pass step does not write topk wires; call mix or choco_mix, accum_adam and an encode one by one")
+    table, total = _piece_table(pieces, public, adam, fmt)
+    num_bytes = sum(2 * fmt.num_scales(p.x.numel()) + fmt.code_bytes(p.x.numel()) for p in pieces)
+    wires_table = body_table(wires, weights, num_bytes)
+    args = (
+        *(address(table), len(pieces), float(alpha), float(self_weight), address(wires_table), len(wires)),
+        *(place(out, num_bytes, torch.uint8, "the next wire"), state(grad_scale, 1, "grad_scale")),
+    )
+    numbers = (*_adam_numbers(adam), *noise_numbers(noise))
+    run(kernels.step, (1, int(bool(public)), *format_numbers(fmt), *args, *numbers), total)
+
+
+def gossip_adam(
+    pieces: Sequence[Piece], adam: Adam, grad_scale: Tensor, self_weight: float, wires: Sequence[Tensor],
+    weights: Sequence[float], out: Tensor, fmt: Format, noise: Noise | None = None,
+) -> None:  # fmt: skip
+    _gossip(pieces, (), adam, grad_scale, self_weight, 0.0, wires, weights, out, fmt, noise)
+
+
+def choco_gossip_adam(
+    pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, grad_scale: Tensor, gamma: float, self_weight: float,
+    wires: Sequence[Tensor], weights: Sequence[float], out: Tensor, fmt: Format, noise: Noise | None = None,
+) -> None:  # fmt: skip
+    if len(public) != len(pieces):
+        raise ValueError(f"{len(pieces)} pieces have {len(public)} public copies; give each its own")
+    _gossip(pieces, public, adam, grad_scale, gamma, self_weight, wires, weights, out, fmt, noise)
+
+
+def outer_step(
+    x: Tensor, sent: Tensor, anchor: Tensor, momentum: Tensor, delta: Tensor, lr: float, mu: float
+) -> None:
+    n = x.numel()
+    states = (state(anchor, n, "anchor"), state(momentum, n, "momentum"), state(delta, n, "delta"))
+    run(flat.outer, (n, *values(x, n, "x"), *values(sent, n, "sent"), *states, -float(lr), float(mu)), n)
+
+
+def _tensor_table(tensors: Sequence[Tensor], unit: int) -> tuple[array[int], int, int]:
+    """A row of ``TENSOR_FIELDS`` numbers a tensor; the elements; the units."""
+    table, units, total = array("q"), 0, 0
+    for x in tensors:
+        n = x.numel()
+        at, half = values(x, n, "x")
+        table.extend((units, n, at, half))
+        units += -(-n // unit)
+        total += n
+    return table, total, units
+
+
+def sum_of_squares(tensors: Sequence[Tensor], partial: Tensor) -> None:
+    table, total, units = _tensor_table(tensors, SUM_TILE)
+    if tensors:
+        run(flat.squares, (address(table), len(tensors), place(partial, units, torch.float64, "partial")), total)
+
+
+def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    table, total, _ = _tensor_table(tensors, flat.UNIT)
+    if tensors:
+        run(flat.scale, (address(table), len(tensors), state(factor, 1, "factor")), total)
+
+
+def checksum(data: Tensor, first_word: int, start: int, out: Tensor) -> None:
+    n = data.numel()
+    at = place(data, n, torch.uint8, "data")
+    result = place(out, 1, torch.int64, "out")
+    out.fill_(start)
+    run(flat.check_sum, (n, at, first_word, result), n // 4)
+
+
+def flag_non_finite(values_: Tensor, flag: Tensor) -> None:
+    n = values_.numel()
+    at, half = values(values_, n, "values")
+    result = place(flag, 1, torch.uint8, "flag")
+    flag.zero_()
+    run(flat.not_finite, (n, at, half, result), n)
