@@ -10,6 +10,7 @@ accumulation, mixed precision and global clipping keep their meaning."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -27,12 +28,15 @@ from dtrain.exact import Exact
 from dtrain.fused import fused_steps
 from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
+from dtrain.kernels import prepare
 from dtrain.link import Peers
 from dtrain.membership import Notice
 from dtrain.recipes import Recipe, resolve
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
+
+log = logging.getLogger("dtrain")
 
 
 class Stats(NamedTuple):
@@ -68,6 +72,7 @@ class Sync:
         self._model = model
         plan = assemble(recipe, seed)
         self._flat = flatten(model.named_parameters())
+        prepare(self._flat.storages[0].device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = make_buckets(
             self._flat,
             num_fragments=recipe.fragments,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-State = Literal["starting", "training", "waiting", "evaluating", "merging", "done"]
+State = Literal["starting", "compiling", "training", "waiting", "evaluating", "merging", "done"]
 ErrorKind = Literal["user", "resumable", "bug"]
 
 

@@ -28,6 +28,7 @@ from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
 from dtrain.island.device import own_device
+from dtrain.kernels import prepare
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
@@ -58,6 +59,8 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     status = StatusFile(
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
+
+    prepare(device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.

@@ -1,7 +1,7 @@
 """Compression, gossip and optimizer kernels: what each operation means is ``reference.py``; which backend runs is
 ``dispatch.py``; what their bytes mean is ``WIRE.md``."""
 
-from dtrain.kernels.dispatch import BACKENDS, OPERATIONS, backend, operations
+from dtrain.kernels.dispatch import BACKENDS, OPERATIONS, backend, operations, prepare
 from dtrain.kernels.operands import MAX_BLOCK, MIN_BLOCK, SUM_TILE, Adam, Coded, Format, Noise, Piece, Public, zones
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Public",
     "backend",
     "operations",
+    "prepare",
     "zones",
 ]

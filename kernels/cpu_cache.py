@@ -4,9 +4,12 @@ A marker is written once everything is compiled. It is named for what the machin
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +52,21 @@ def is_compiled() -> bool:
     except (OSError, PackageNotFoundError):
         return False
     return bool(listed) and all(Path(name).exists() for name in listed)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process (or thread) of this machine at a time, where a file can be locked: the others load what it compiled."""
+    marker = _marker()
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        lock = marker.with_suffix(".lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def note_compiled(files: list[str]) -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
+
+from dtrain.kernels.cpu_cache import alone, is_compiled
 
 BACKENDS = {
     "reference": "dtrain.kernels.reference",
@@ -33,6 +36,16 @@ OPERATIONS = (
 def operations(device: torch.device) -> ModuleType:
     """The module whose functions are the operations for tensors of a device."""
     return backend(os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference"))
+
+
+def prepare(device: torch.device, say: Callable[[], None]) -> None:
+    """Compile the kernels of a device where that has not been done on this machine; ``say`` is called first, for it takes about
+    half a minute. Without this they are compiled at their first calls."""
+    if operations(device).__name__ != BACKENDS["numba"] or is_compiled():
+        return
+    say()
+    with alone():
+        operations(device).prepare()
 
 
 def backend(name: str) -> ModuleType:

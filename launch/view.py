@@ -70,7 +70,7 @@ def now(view: IslandView) -> str:
     if view.note:
         return view.note
     if not view.waiting_for:
-        return view.state
+        return "compiling the CPU kernels, once, about half a minute" if view.state == "compiling" else view.state
     return f"waiting for {_names(view.waiting_for)}, {view.waited_s:.0f} s of {view.timeout_s:.0f}"
 
 
