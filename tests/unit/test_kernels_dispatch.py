@@ -49,6 +49,28 @@ def test_each_backend_has_every_operation_with_the_references_signature(name: st
         assert [(p.name, p.default) for p in got.values()] == [(p.name, p.default) for p in want.values()], operation
 
 
+def test_kernels_are_compiled_once_and_that_is_said(tmp_path: Path) -> None:
+    """In processes of their own, whose cache begins empty: the first says so and compiles, the second does neither. One kernel
+    stands for all, which take half a minute."""
+    program = (
+        "import torch; from dtrain.kernels import _numba, dispatch\n"
+        "whole = _numba.prepare\n"
+        "_numba.prepare = lambda: (whole((), ('scale',)), note())\n"
+        "from dtrain.kernels._numba import compiled\n"
+        "def note(): compiled.note_compiled([compiled.KERNELS['scale']._cache._cache_file._index_path])\n"
+        "dispatch.prepare(torch.device('cpu'), lambda: print('compiling'))\n"
+        "x = torch.ones(5); _numba.scale([x], torch.tensor([2.0]))\n"
+        "print(x.tolist())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "DTRAIN_KERNELS"} | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    said = [
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said == ["compiling\n[2.0, 2.0, 2.0, 2.0, 2.0]\n", "[2.0, 2.0, 2.0, 2.0, 2.0]\n"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["reference", "numba"])

@@ -193,3 +193,9 @@ def test_progress_joins_metrics_and_status(tmp_path: Path) -> None:
     assert first.state == "starting", "the numbers are an earlier start's until the island says what it does"
     assert now(second) == "waiting for island 0, 2 s of 30"
     assert slowest_step([first, second]) == 6
+
+
+def test_a_first_start_says_why_it_takes_longer() -> None:
+    said = now(IslandView(0, "compiling", steps=10))
+    assert said == "compiling the CPU kernels, once, about half a minute"
+    assert said in plain_line([IslandView(0, "compiling", steps=10), TRAINING])
