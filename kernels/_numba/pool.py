@@ -75,11 +75,15 @@ def _forget_threads() -> None:
 os.register_at_fork(after_in_child=_forget_threads)
 
 
+def num_threads() -> int:
+    return torch.get_num_threads()
+
+
 def run(kernel: Any, args: tuple[int | float, ...], numel: int) -> None:
     """kernel(*args, counter) on as many threads as torch uses."""
     counter = array("q", [0])
     args = (*args, counter.buffer_info()[0])
-    helpers = torch.get_num_threads() - 1 if numel >= LEAST_SHARED else 0
+    helpers = num_threads() - 1 if numel >= LEAST_SHARED else 0
     if helpers == 0:
         kernel(*args)
         return
