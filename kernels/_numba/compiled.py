@@ -75,6 +75,6 @@ def prepare(kinds: Sequence[Kind] | None = None, kernels: Sequence[str] | None =
     for name in KERNELS if kernels is None else kernels:
         KERNELS[name].compile(_signature(KERNELS[name].py_func, float64))
     if kinds is None and kernels is None:
-        caches = [getattr(compiled, "_cache", None) for compiled in (*KERNELS.values(), *functions)]
+        caches: list[Any] = [compiled._cache for compiled in (*KERNELS.values(), *functions)]
         note_compiled([c._cache_file._index_path for c in caches if hasattr(c, "_cache_file")])
     return time.perf_counter() - start

@@ -1,4 +1,5 @@
 """Which kernels treat a tensor as a plain row of numbers? The outer step, sums, checks, a scale: 8 or 32 elements at a time."""
+# ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def _outer(x, x_half, sent, sent_half, anchor, momentum, delta, groups, minus_lr
 
 
 @kernel
-def outer(n, x, x_half, sent, sent_half, anchor, momentum, delta, minus_lr: float, mu: float, counter):
-    minus_lr, mu = np.float32(minus_lr), np.float32(mu)
+def outer(n, x, x_half, sent, sent_half, anchor, momentum, delta, minus_lr64: float, mu64: float, counter):
+    minus_lr, mu = np.float32(minus_lr64), np.float32(mu64)
     x_room, sent_room, anchor_room, momentum_room, delta_room = (
         _x_room(), _sent_room(), _anchor_room(), _momentum_room(), _delta_room()
     )  # fmt: skip

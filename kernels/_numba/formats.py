@@ -2,8 +2,11 @@
 
 ``src`` and ``dst`` are fp32 (the ``src`` of a decode may be bf16: ``half``) and reach to the end of the last block, filled with
 zeros behind ``valid`` elements. Seed -1 rounds to nearest. decode: dst = src src_weight + weight decode(codes)."""
+# ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -20,8 +23,8 @@ from dtrain.kernels._numba.simd import (
 from dtrain.kernels.operands import MAX_BLOCK
 from dtrain.kernels.reference import LUT4 as LUT4_TABLE
 
-inlined = njit(error_model="numpy", forceinline=True)
-called = njit(error_model="numpy")
+inlined: Any = njit(error_model="numpy", forceinline=True)
+called: Any = njit(error_model="numpy")
 
 _LUT = np.array(LUT4_TABLE, np.float32)
 _TOP = tuple(_LUT[8:])

@@ -1,20 +1,20 @@
-"""Which loops over whole tensors does Python call? One specialization each: numbers are int64 and float64, tensors are addresses.
+"""Which loops over whole tensors does Python call? Numbers are int64 and float64, tensors addresses: one specialization each.
 
-Every kernel takes work units from ``counter``, which threads share, until none is left; so a late thread takes none, and a unit is
-computed the same way by whoever takes it. A unit is a whole number of rows, a row of blocks."""
+Every kernel takes work units from ``counter``, which threads share, until none is left; so a late thread takes none, and a unit
+is computed the same way by whoever takes it. A unit is a whole number of rows, a row of blocks."""
+# ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
 
 import numpy as np
 
 from dtrain.kernels._numba.compiled import kernel
-from dtrain.kernels._numba.formats import called, inlined
+from dtrain.kernels._numba.formats import _ONE, called, inlined
 from dtrain.kernels._numba.memory import clear_bytes, copy_bytes, load_float, load_long, stack, take
 from dtrain.kernels._numba.rows import (
     CHOCO, FEEDBACK, MINUS_ONE, PLAIN, adam_row, add_wires, borrow, decode_into, encode_any, give_back,
     narrow, read32, round_in_place, short_bytes, store, subtract, towards,
 )  # fmt: skip
-from dtrain.kernels._numba.formats import _ONE  # isort: skip
 from dtrain.kernels.operands import MAX_BLOCK
 
 ROW = 2048
@@ -58,9 +58,12 @@ def _encode_part(mode, fmt, x, x_half, b, b_half, s, alpha, blocks, valid, codes
 
 
 @kernel
-def encode(mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, alpha: float, codes, scales, seed, first, counter):
+def encode(
+    mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, factor: float, codes, scales,
+    seed, first, counter,
+):  # fmt: skip
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha = np.float32(alpha)
+    alpha = np.float32(factor)
     row = row_of(block)
     unit = max(UNIT, row)
     x_size, b_size = 2 - x_half, 2 - b_half
@@ -77,7 +80,7 @@ def encode(mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, 
             )  # fmt: skip
             if rest == 0:
                 continue
-            at += blocks * block
+            at = at + blocks * block
             borrow(x_room, x + (at << x_size), rest, block, x_half)
             if mode != PLAIN:
                 borrow(b_room, b + (at << b_size), rest, block, b_half)
@@ -88,7 +91,7 @@ def encode(mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, 
                 seed, first + at,
             )  # fmt: skip
             copy_bytes(codes + at // block * code_bytes, out, short_bytes(fmt, rest))
-            if mode == FEEDBACK or mode == CHOCO:
+            if mode >= FEEDBACK:
                 give_back(b + 4 * at, b_room, rest, 0)
             if mode == CHOCO:
                 give_back(s + 4 * at, s_room, rest, 0)
@@ -105,9 +108,12 @@ def _mix_part(choco, fmt, x, x_half, xhat, s, alpha, wires, num_wires, code_offs
 
 
 @kernel
-def mix(choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, alpha: float, wires, num_wires, counter):
+def mix(
+    choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, factor: float, wires, num_wires,
+    counter,
+):  # fmt: skip
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha = np.float32(alpha)
+    alpha = np.float32(factor)
     row = row_of(block)
     unit = max(UNIT, row)
     size = 2 - x_half
@@ -127,7 +133,7 @@ def mix(choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n,
                 narrow(y, x + 2 * at, blocks * fmt[2])
             if rest == 0:
                 continue
-            at += blocks * block
+            at = at + blocks * block
             borrow(x_room, x + (at << size), rest, block, x_half)
             if choco:
                 borrow(hat_room, xhat + 4 * at, rest, block, 0)
@@ -182,14 +188,14 @@ def _field(piece, i):
 
 @kernel
 def step(
-    gossips, choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, alpha: float, self_weight: float,
+    gossips, choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, factor: float, own: float,
     wires, num_wires, out, grad_scale, part: float, one1: float, one2: float, step_size: float, over_root: float, eps: float,
     beta1: float, beta2: float, closes, gathers, seed, first, counter,
 ):  # fmt: skip
     """Of a piece the table holds: its first unit, length, x, x_half, g, g_half, m, v, a, xhat, s, 1 - lr wd, the place of its
     scales, that of its codes (in a wire); and its element's place in the model is the sum of the lengths before it."""
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha, self_weight, scaling = np.float32(alpha), np.float32(self_weight), load_float(grad_scale)
+    alpha, self_weight, scaling = np.float32(factor), np.float32(own), load_float(grad_scale)
     f32 = np.float32
     row = row_of(block)
     unit = max(UNIT, row)
@@ -205,8 +211,8 @@ def step(
         n, lo = _field(p, 1), (u - _field(p, 0)) * unit
         if lo >= n:
             return
-        x, x_half, g, g_half, m, v, a = (_field(p, 2), _field(p, 3), _field(p, 4), _field(p, 5), _field(p, 6), _field(p, 7), _field(p, 8))
-        xhat, s = _field(p, 9), _field(p, 10)
+        x, x_half, g, g_half = _field(p, 2), _field(p, 3), _field(p, 4), _field(p, 5)
+        m, v, a, xhat, s = _field(p, 6), _field(p, 7), _field(p, 8), _field(p, 9), _field(p, 10)
         numbers = (
             scaling, f32(part), f32(one1), f32(one2), f32(step_size), f32(over_root), f32(eps), load_float(p + 88),
             f32(beta1), f32(beta2), closes, gathers,
@@ -222,7 +228,7 @@ def step(
             )  # fmt: skip
             if rest == 0:
                 continue
-            at += blocks * block
+            at = at + blocks * block
             code_offset, scale_offset = codes_at + at // block * code_bytes, scales_at + at // block * scale_bytes
             borrow(x_room, x + (at << (2 - x_half)), rest, block, x_half)
             borrow(g_room, g + (at << (2 - g_half)), rest, block, g_half)

@@ -9,9 +9,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing.templates import signature
-from numba.extending import intrinsic
 
-from dtrain.kernels._numba.simd import Vector
+from dtrain.kernels._numba.simd import Vector, intrinsic
 
 _BYTE = ir.IntType(8)
 _LONG = ir.IntType(64)
@@ -184,12 +183,14 @@ def _caller(num_args: int, floats: tuple[int, ...]) -> Any:
 
 
 @intrinsic
-def call_encode(typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any) -> Any:
+def call_encode(
+    typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any
+) -> Any:  # fmt: skip
     return _caller(10, ())
 
 
 @intrinsic
 def call_decode(
-    typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any, l: Any
+    typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any, m: Any
 ) -> Any:  # fmt: skip
     return _caller(12, (2, 10))

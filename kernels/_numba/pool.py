@@ -1,7 +1,7 @@
 """How do the cores share a kernel? The caller works, and so do threads of ours that are free.
 
-Not numba's own layer: it aborts where two threads call at once, and ours do (training and its traffic). Each thread makes one call
-and takes units until none is left, so that only waking up and going to sleep need the interpreter's lock."""
+Not numba's own layer: it aborts where two threads call at once, and ours do (training and its traffic). Each thread makes one
+call and takes units until none is left, so that only waking up and going to sleep need the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -65,28 +65,24 @@ def _work(jobs: SimpleQueue[_Job]) -> None:
 
 
 _pool = _Pool()
+os.register_at_fork(after_in_child=_pool.__init__)  # a child has none of its parent's threads, and maybe a lock that one held
 
 
-def _forget_threads() -> None:
-    global _pool
-    _pool = _Pool()
-
-
-os.register_at_fork(after_in_child=_forget_threads)
+def num_threads() -> int:
+    return torch.get_num_threads()
 
 
 def run(kernel: Any, args: tuple[int | float, ...], numel: int) -> None:
     """kernel(*args, counter) on as many threads as torch uses."""
     counter = array("q", [0])
     args = (*args, counter.buffer_info()[0])
-    helpers = torch.get_num_threads() - 1 if numel >= LEAST_SHARED else 0
+    helpers = num_threads() - 1 if numel >= LEAST_SHARED else 0
     if helpers == 0:
         kernel(*args)
         return
-    pool = _pool
-    if pool.size < helpers:
-        pool.grow(helpers)
+    if _pool.size < helpers:
+        _pool.grow(helpers)
     job = _Job(kernel, args)
     for _ in range(helpers):
-        pool.jobs.put(job)
+        _pool.jobs.put(job)
     job.finish()

@@ -1,8 +1,9 @@
 """How is one row of a tensor mixed, updated and encoded? The parts that the one-pass kernels are made of.
 
-A row is a few whole blocks, or the short last block of a tensor in a copy that is filled with zeros. ``half`` is 1 where a
-tensor is bf16. ``fmt`` is (address of encode, of decode, groups, code bytes and scale bytes of a block, k, bits); one machine-code
-function a format and way, called by its address, is compiled once and only where it is used."""
+A row is a few whole blocks, or the short last block of a tensor in a copy that is filled with zeros. ``half`` is 1 where a tensor
+is bf16. ``fmt`` is (address of encode, of decode, groups, code bytes and scale bytes of a block, k, bits); a format's machine code
+is called by its address, so it is compiled once, and only where it is used."""
+# ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
 

@@ -11,13 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.core.typing import templates
+from numba.core.typing.templates import AbstractTemplate, signature
+from numba.extending import lower_builtin, models, register_model
 
-_ELEMENT = {
-    **{"i1": ir.IntType(1), "i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "i64": ir.IntType(64)},
-    **{"f32": ir.FloatType(), "f64": ir.DoubleType()},
+# numba's own annotations hide that an intrinsic is called without its first argument.
+intrinsic: Any = extending.intrinsic
+infer_global: Any = templates.infer_global
+
+_ELEMENT: dict[str, Any] = {f"i{bits}": ir.IntType(bits) for bits in (1, 8, 16, 32, 64)} | {
+    "f32": ir.FloatType(),
+    "f64": ir.DoubleType(),
 }
 _SCALAR = {"i1": types.boolean, "i8": types.uint8, "i16": types.uint16, "i32": types.uint32, "i64": types.int64}
 _SCALAR |= {"f32": types.float32, "f64": types.float64}

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from dtrain.kernels._numba import flat, kernels
 from dtrain.kernels._numba.pool import run
-from dtrain.kernels._numba.tables import (
-    address, body_table, float_bits, format_numbers, noise_numbers, place, state, values,
-)  # fmt: skip
+from dtrain.kernels._numba.tables import address, body_table, float_bits, format_numbers, noise_numbers, place, state, values
 from dtrain.kernels.operands import SUM_TILE, Adam, Format, Noise, Piece, Public
 
 _ALONE = Format("identity")
@@ -27,7 +25,7 @@ def _adam_numbers(adam: Adam) -> tuple[int | float, ...]:
 
 
 def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, fmt: Format) -> tuple[array[int], int]:
-    """A row of ``PIECE_FIELDS`` numbers a piece; returns the elements, too. The wires' zones follow each other as ``zones`` says."""
+    """A row of ``PIECE_FIELDS`` numbers a piece, and the elements. The wires' zones follow each other as ``zones`` says."""
     table, unit, total = array("q"), max(kernels.UNIT, fmt.block), 0
     first_unit, scales_at, codes_at = 0, 0, 2 * sum(fmt.num_scales(p.x.numel()) for p in pieces)
     for i, p in enumerate(pieces):

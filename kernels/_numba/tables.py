@@ -19,7 +19,8 @@ MASK32 = 0xFFFFFFFF
 def place(t: Tensor, numel: int, dtype: torch.dtype, what: str) -> int:
     """The address of a flat tensor."""
     if t.numel() != numel or t.dtype != dtype or not t.is_contiguous() or not t.is_cpu:
-        raise ValueError(f"{what} has {t.numel()} elements of {t.dtype} on {t.device}, not {numel} of {dtype} in a row on the CPU")
+        found = f"{t.numel()} elements of {t.dtype} on {t.device}{'' if t.is_contiguous() else ', strided'}"
+        raise ValueError(f"{what} has {found}, not {numel} of {dtype} in a row on the CPU")
     return t.data_ptr()
 
 
@@ -43,9 +44,8 @@ def format_numbers(fmt: Format) -> tuple[int, ...]:
     if fmt.kind != "topk":
         return *addresses(fmt.kind), fmt.block, fmt.block * CODE_BITS[fmt.kind] // 8, 2 * SCALES[fmt.kind], 0, 0
     if fmt.k & (fmt.k - 1) or not 4 <= fmt.k <= fmt.block or fmt.bits not in (2, 8):
-        raise ValueError(
-            f"topk keeps {fmt.k} of {fmt.block} elements in {fmt.bits} bits; use a power of two from 4 to {fmt.block}, and 2 or 8 bits"
-        )
+        found = f"{fmt.k} of {fmt.block} elements in {fmt.bits} bits"
+        raise ValueError(f"topk keeps {found}; use a power of two from 4 to {fmt.block}, and 2 or 8 bits")
     return *addresses("topk"), fmt.block, fmt.k * (12 + fmt.bits) // 8, 4 if fmt.bits == 2 else 2, fmt.k, fmt.bits
 
 

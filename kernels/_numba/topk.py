@@ -1,7 +1,8 @@
 """How are the k largest magnitudes of a chunk found without sorting it?
 
-A magnitude's bits order as the magnitude does. The k-th largest of the groups' maxima is a bound that at least k elements reach, and
-few more do; only those are counted, bit by bit, until the k-th largest value is known."""
+A magnitude's bits order as the magnitude does. The k-th largest of the groups' maxima is a bound that at least k elements reach,
+and few more do; only those are counted, bit by bit, until the k-th largest value is known."""
+# ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
 
