@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dtrain.kernels._triton.check import kind_rows, same_length, wire_lengths
-from dtrain.kernels._triton.formats import decode_again, encode_tile
 from dtrain.kernels._triton.launch import aligned, kernel, launch
 from dtrain.kernels._triton.memory import bytes_at, load_float, store
+from dtrain.kernels._triton.tiles import decode_again, encode_tile
 from dtrain.kernels._triton.topk import topk_encode
 from dtrain.kernels.operands import Coded, Format, Noise
 
