@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    began = time.perf_counter()
+    began, date = time.perf_counter(), time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory() as cache_dir:
         rows = compile_all(args.few, args.jobs, cache_dir)
     seconds = time.perf_counter() - began
@@ -142,7 +143,7 @@ def main() -> None:
         print(f"    spills {sum(row.spills for row in here)}, shared at most {max(row.shared_bytes for row in here)} bytes")
     print(f"{len(rows)} compiled in {seconds:.0f} s; faults: {dict(Counter(f for row in rows for f in row.faults))}")
     if args.json:
-        found = {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds)}
+        found = {"triton": triton.__version__, "torch": torch.__version__, "date": date, "seconds": round(seconds)}
         text = ",\n".join(json.dumps(asdict(row)) for row in rows)
         args.json.write_text(f'{json.dumps(found)[:-1]}, "kernels": [\n{text}\n]}}\n', encoding="utf-8")
 

@@ -16,6 +16,7 @@ from dtrain.kernels.operands import Adam
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
+pytestmark = pytest.mark.timeout(400)  # about 30 s on two free cores; the first test waits for all
 
 
 def _compare(operations: tuple[str, ...], *options: str) -> dict[str, str | None]:
