@@ -72,6 +72,13 @@ def test_a_wire_of_another_length_is_refused_before_anything_is_written() -> Non
         )
 
 
+def test_a_block_that_no_kernel_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="a power of two from 32 to 4096, got 48"):
+        backend("triton").quantize_int8(
+            torch.zeros(48), torch.zeros(48, dtype=torch.uint8), torch.zeros(1, dtype=torch.bfloat16), 48
+        )
+
+
 def test_topk_has_no_fused_step() -> None:
     x, one = torch.zeros(64), torch.ones(1)
     adam = Adam(1e-3, 0.9, 0.95, 1e-8, 0.9, 0.95, 1, True)
