@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
 
-from dtrain.kernels._triton.launch import Launch
+from dtrain.kernels._triton.launch import Launch, options
 from dtrain.kernels._triton.specializations import few, launches, one_each
 
 TARGETS = (
@@ -80,8 +80,7 @@ def compile_one(task: tuple[bool, int]) -> Row:
     launch, operation, target = wanted(small)[number]
     signature = dict(launch.signature) | {name: "constexpr" for name, _ in launch.constants}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
-    built = triton.compile(source, target=target, options=options)
+    built = triton.compile(source, target=target, options=options(launch.name, launch.num_warps, target.backend))
     registers, spills = _cuda_resources(built.asm["cubin"]) if target.backend == "cuda" else _hip_resources(built.asm["amdgcn"])
     return Row(
         str(launch), launch.name, f"{target.backend}:{target.arch}", registers, built.metadata.shared, spills, launch.num_warps,
