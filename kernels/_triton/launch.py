@@ -91,7 +91,7 @@ def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | floa
 
 
 def options(name: str, num_warps: int, backend: str) -> dict[str, Any]:
-    """What a kernel is compiled with, besides its specialization. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
+    """What a kernel is compiled with, besides its constants. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
     limit = {"maxnreg": MOST_REGISTERS[name]} if backend == "cuda" and name in MOST_REGISTERS else {}
     return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
 

@@ -82,6 +82,6 @@ def topk_add(wire: Coded, y: Tensor, weight: float, fmt: Format) -> None:
 
 def topk_mix(mode: str, x: Tensor, xhat: Tensor, s: Tensor, factor: float, wires: Tensor, num_wires: int, fmt: Format) -> None:
     launch(
-        topk_mix_kernel, fmt.num_blocks(x.numel()), max(1, fmt.block // 512), x, xhat, s, wires, num_wires, float(factor), x.numel(),
-        int(aligned(x, xhat, s)), MODE=mode, CHUNK=fmt.block, K=fmt.k, LOG_K=fmt.k.bit_length() - 1, BITS=fmt.bits,
+        topk_mix_kernel, fmt.num_blocks(x.numel()), max(1, fmt.block // 512), x, xhat, s, wires, num_wires, float(factor),
+        x.numel(), int(aligned(x, xhat, s)), MODE=mode, CHUNK=fmt.block, K=fmt.k, LOG_K=fmt.k.bit_length() - 1, BITS=fmt.bits,
     )  # fmt: skip
