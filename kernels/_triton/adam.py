@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dtrain.kernels._triton.check import kind_rows, same_length
+from dtrain.kernels._triton.check import CASTS, kind_rows, same_length
 from dtrain.kernels._triton.launch import aligned, launch
 from dtrain.kernels._triton.step import step_kernel
 from dtrain.kernels._triton.tables import float_bits, on_device, tile_map
@@ -62,7 +62,7 @@ def _step(
         1.0 - adam.beta1, 1.0 - adam.beta2, float(adam.beta1), float(adam.beta2), (1.0 - adam.power2) ** -0.5,
         float(adam.eps), adam.lr / (1.0 - adam.power1), 1.0 / adam.every, int(adam.every > 1), int(adam.closes), seed, first,
         ELEMENT=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, MODE=mode, KIND=fmt.kind, BITS=bits, R=rows, B=block,
-        NOISY=noise is not None and fmt.kind not in ("identity", "bf16"),
+        NOISY=noise is not None and fmt.kind not in CASTS,
     )  # fmt: skip
 
 

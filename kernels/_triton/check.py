@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dtrain.kernels._triton.launch import ELEMENTS_PER_WARP, TILE
-from dtrain.kernels.operands import CODE_BITS, Coded, Format
+from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, Coded, Format
+
+CASTS = ("identity", "bf16")
+"""Formats without scales and rounding at random."""
 
 
 def same_length(x: Tensor, *others: Tensor) -> None:
@@ -15,14 +18,21 @@ def same_length(x: Tensor, *others: Tensor) -> None:
 
 
 def wire_lengths(wire: Coded, fmt: Format, numel: int) -> None:
+    block_length(fmt)
     want = fmt.code_bytes(numel), fmt.num_scales(numel)
     got = wire.codes.numel(), wire.scales.numel()
     if got != want:
         raise ValueError(f"{fmt.kind} of {numel} elements has (bytes of codes, scales) {want}, got {got}")
 
 
+def block_length(fmt: Format) -> None:
+    if fmt.kind not in CASTS and (fmt.block & (fmt.block - 1) or not MIN_BLOCK <= fmt.block <= MAX_BLOCK):
+        raise ValueError(f"a block must be a power of two from {MIN_BLOCK} to {MAX_BLOCK}, got {fmt.block}")
+
+
 def kind_rows(fmt: Format) -> tuple[int, int, int, int]:
     """A tile's blocks, their length, its warps, and the bits of a code; a cast's tile is one block."""
-    block = TILE if fmt.kind in ("identity", "bf16") else fmt.block
+    block_length(fmt)
+    block = TILE if fmt.kind in CASTS else fmt.block
     tile = max(TILE, block)
     return tile // block, block, tile // ELEMENTS_PER_WARP, CODE_BITS[fmt.kind]

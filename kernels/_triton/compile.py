@@ -22,12 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
 
-from dtrain.kernels._triton.launch import Launch
+from dtrain.kernels._triton.launch import Launch, options
 from dtrain.kernels._triton.specializations import few, launches, one_each
 
 TARGETS = (
@@ -79,8 +80,7 @@ def compile_one(task: tuple[bool, int]) -> Row:
     launch, operation, target = wanted(small)[number]
     signature = dict(launch.signature) | {name: "constexpr" for name, _ in launch.constants}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
-    built = triton.compile(source, target=target, options=options)
+    built = triton.compile(source, target=target, options=options(launch.name, launch.num_warps, target.backend))
     registers, spills = _cuda_resources(built.asm["cubin"]) if target.backend == "cuda" else _hip_resources(built.asm["amdgcn"])
     return Row(
         str(launch), launch.name, f"{target.backend}:{target.arch}", registers, built.metadata.shared, spills, launch.num_warps,
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    began = time.perf_counter()
+    began, date = time.perf_counter(), time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory() as cache_dir:
         rows = compile_all(args.few, args.jobs, cache_dir)
     seconds = time.perf_counter() - began
@@ -142,7 +142,7 @@ def main() -> None:
         print(f"    spills {sum(row.spills for row in here)}, shared at most {max(row.shared_bytes for row in here)} bytes")
     print(f"{len(rows)} compiled in {seconds:.0f} s; faults: {dict(Counter(f for row in rows for f in row.faults))}")
     if args.json:
-        found = {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds)}
+        found = {"triton": triton.__version__, "torch": torch.__version__, "date": date, "seconds": round(seconds)}
         text = ",\n".join(json.dumps(asdict(row)) for row in rows)
         args.json.write_text(f'{json.dumps(found)[:-1]}, "kernels": [\n{text}\n]}}\n', encoding="utf-8")
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from dtrain.kernels._triton.check import kind_rows, same_length, wire_lengths
-from dtrain.kernels._triton.formats import decode_again, encode_tile
+from dtrain.kernels._triton.check import CASTS, kind_rows, same_length, wire_lengths
 from dtrain.kernels._triton.launch import aligned, kernel, launch
 from dtrain.kernels._triton.memory import bytes_at, load_float, store
+from dtrain.kernels._triton.tiles import decode_again, encode_tile
 from dtrain.kernels._triton.topk import topk_encode
 from dtrain.kernels.operands import Coded, Format, Noise
 
@@ -95,7 +95,7 @@ def _encode(mode: str, x: Tensor, b: Tensor, s: Tensor, factor: float, out: Code
         return
     rows, block, warps, bits = kind_rows(fmt)
     seed, first = noise or (0, 0)
-    noisy = noise is not None and fmt.kind not in ("identity", "bf16")
+    noisy = noise is not None and fmt.kind not in CASTS
     launch(
         encode_kernel, -(-x.numel() // (rows * block)), warps, x, b, s, out.codes, out.scales, x.numel(), float(factor), seed,
         first, int(aligned(x, b, s, out.codes)), MODE=mode, KIND=fmt.kind, BITS=bits, R=rows, B=block, NOISY=noisy,

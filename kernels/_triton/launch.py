@@ -33,6 +33,11 @@ operands that are updated in place."""
 ELEMENTS_PER_WARP = 256
 
 
+MOST_REGISTERS = {"step_kernel": 168, "topk_mix_kernel": 128}
+"""A thread's, on cuda. Left to itself ptxas spills two registers of some of these to seat one more program on an SM; told a limit
+that seats 3 (step) or 2, it spills none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One compiled kernel: what the pointers point to, the constexpr arguments and the warps of a program."""
@@ -72,7 +77,7 @@ def kernel(fn: Callable[..., None]) -> Any:
 
 
 def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | float, **constants: Any) -> None:
-    """Run ``programs`` programs. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
+    """Run ``programs`` programs."""
     if _recorded is not None:
         signature = tuple(zip(kernel.arg_names, map(_type, arguments), strict=False))
         _recorded.append(Launch(kernel, signature, tuple(constants.items()), num_warps))
@@ -81,7 +86,14 @@ def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | floa
     if device.type == "cpu" and not runtime.interpret:
         raise ValueError("the triton kernels got CPU tensors; use a GPU, or DTRAIN_KERNELS=numba, or TRITON_INTERPRET=1 to debug")
     if programs:
-        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        backend = "hip" if torch.version.hip else "cuda"
+        kernel[(programs,)](*arguments, **constants, **options(kernel.fn.__name__, num_warps, backend))
+
+
+def options(name: str, num_warps: int, backend: str) -> dict[str, Any]:
+    """What a kernel is compiled with, besides its constants. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
+    limit = {"maxnreg": MOST_REGISTERS[name]} if backend == "cuda" and name in MOST_REGISTERS else {}
+    return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
 
 
 def aligned(*tensors: Tensor) -> bool:

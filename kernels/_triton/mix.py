@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dtrain.kernels._triton.check import kind_rows, same_length, wire_lengths
-from dtrain.kernels._triton.formats import decode_tile
 from dtrain.kernels._triton.launch import aligned, kernel, launch
 from dtrain.kernels._triton.memory import bytes_at, float_of, load_float, store_float, typed
 from dtrain.kernels._triton.tables import float_bits, on_device
+from dtrain.kernels._triton.tiles import decode_tile
 from dtrain.kernels._triton.topk_add import topk_add as _topk_add
 from dtrain.kernels._triton.topk_add import topk_mix
 from dtrain.kernels.operands import Coded, Format

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from dtrain.kernels._triton.formats import decode_again, encode_tile
 from dtrain.kernels._triton.launch import kernel
 from dtrain.kernels._triton.memory import float_of, load_float, rounded_as, store_float, typed
 from dtrain.kernels._triton.mix import add_wires
+from dtrain.kernels._triton.tiles import decode_again, encode_tile
 
 WORDS = tl.constexpr(14)
 

@@ -162,11 +162,6 @@ def topk_encode_kernel(
 
 def topk_encode(mode: str, x: Tensor, b: Tensor, s: Tensor, factor: float, out: Coded, fmt: Format) -> None:
     launch(
-        topk_encode_kernel, fmt.num_blocks(x.numel()), warps(fmt.block), x, b, s, out.codes, out.scales, x.numel(), float(factor),
-        int(aligned(x, b)), MODE=mode, CHUNK=fmt.block, K=fmt.k, BITS=fmt.bits,
+        topk_encode_kernel, fmt.num_blocks(x.numel()), max(1, fmt.block // 256), x, b, s, out.codes, out.scales, x.numel(),
+        float(factor), int(aligned(x, b)), MODE=mode, CHUNK=fmt.block, K=fmt.k, BITS=fmt.bits,
     )  # fmt: skip
-
-
-def warps(chunk: int) -> int:
-    """16 elements a thread of a long chunk."""
-    return max(1, chunk // 512)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.kernels._triton.launch import TILE, aligned, kernel, launch
 from dtrain.kernels._triton.memory import float_of, load_float, store_float, typed
-from dtrain.kernels._triton.topk import code_at, index_at, read_scales, value_of, warps
+from dtrain.kernels._triton.topk import code_at, index_at, read_scales, value_of
 from dtrain.kernels.operands import Coded, Format
 
 
@@ -82,6 +82,6 @@ def topk_add(wire: Coded, y: Tensor, weight: float, fmt: Format) -> None:
 
 def topk_mix(mode: str, x: Tensor, xhat: Tensor, s: Tensor, factor: float, wires: Tensor, num_wires: int, fmt: Format) -> None:
     launch(
-        topk_mix_kernel, fmt.num_blocks(x.numel()), warps(fmt.block), x, xhat, s, wires, num_wires, float(factor), x.numel(),
-        int(aligned(x, xhat, s)), MODE=mode, CHUNK=fmt.block, K=fmt.k, LOG_K=fmt.k.bit_length() - 1, BITS=fmt.bits,
+        topk_mix_kernel, fmt.num_blocks(x.numel()), max(1, fmt.block // 512), x, xhat, s, wires, num_wires, float(factor),
+        x.numel(), int(aligned(x, xhat, s)), MODE=mode, CHUNK=fmt.block, K=fmt.k, LOG_K=fmt.k.bit_length() - 1, BITS=fmt.bits,
     )  # fmt: skip

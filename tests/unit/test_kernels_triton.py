@@ -16,6 +16,7 @@ from dtrain.kernels.operands import Adam
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
+pytestmark = pytest.mark.timeout(400)  # about 30 s on two free cores; the first test waits for all
 
 
 def _compare(operations: tuple[str, ...], *options: str) -> dict[str, str | None]:
@@ -68,6 +69,13 @@ def test_a_wire_of_another_length_is_refused_before_anything_is_written() -> Non
     with pytest.raises(ValueError, match="int4 of 65 elements"):
         backend("triton").quantize_int4(
             torch.zeros(65), torch.zeros(32, dtype=torch.uint8), torch.zeros(2, dtype=torch.bfloat16), 64
+        )
+
+
+def test_a_block_that_no_kernel_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="a power of two from 32 to 4096, got 48"):
+        backend("triton").quantize_int8(
+            torch.zeros(48), torch.zeros(48, dtype=torch.uint8), torch.zeros(1, dtype=torch.bfloat16), 48
         )
 
 
