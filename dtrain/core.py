@@ -17,6 +17,7 @@ from dtrain.bucket import Bucket
 from dtrain.codec import State, Update
 from dtrain.link import Link, Peers
 from dtrain.transport.base import ROUND, Tag
+from dtrain.wire import same_header
 
 
 class Flight:
@@ -136,7 +137,9 @@ class Core:
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             out[f"{name}.round"] = torch.tensor(lane.round)
-            out[f"{name}.land_step"] = torch.tensor(lane.land_step)
+            # A round that was dropped will not land, here or after a resume.
+            lands = lane.land_step if self.lands(lane, lane.land_step) else -1
+            out[f"{name}.land_step"] = torch.tensor(lands)
             out |= {f"{name}.{key}": value for key, value in lane.state.items()}
         return out
 
@@ -149,6 +152,9 @@ class Core:
                     f"the saved state is of another recipe, model or number of ranks: {key} has shape {have} there and "
                     f"{tuple(value.shape)} here; resume with what it was saved with"
                 )
+        for key, value in self._wires():
+            if not same_header(saved[key], value):
+                raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
         self.step = int(saved["step"])
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
@@ -157,6 +163,10 @@ class Core:
             lane.flight = None
             for key, value in lane.state.items():
                 value.copy_(saved[f"{name}.{key}"])
+
+    def _wires(self) -> Iterator[tuple[str, Tensor]]:
+        for lane in self.lanes:
+            yield from ((f"bucket{lane.bucket.index}.{k}", v) for k, v in lane.state.items() if v.dtype == torch.uint8)
 
     def _link(self, lane: Lane) -> Link:
         row = self.plan.topology(lane.round, self.peers.node, self.peers.num_nodes)

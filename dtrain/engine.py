@@ -86,7 +86,7 @@ class Sync:
         self._wait = Wait(connection, self._traffic)
         self._exact = Exact(model, self._flat, self.buckets, connection, self._traffic, self._wait)
         self._base: dict[str, float] = {}
-        self._prepared = False
+        self._prepared = self._closed = False
         self._merged_at: tuple[int, ...] = ()
         with ExitStack() as undo:
             undo.callback(self._traffic.close, drain_s=0.0)
@@ -122,9 +122,9 @@ class Sync:
             self._wait_for([lane.flight for lane in self.core.due(self.step + 1) if lane.flight is not None])
         if self._gradients is not None and self.num_islands > 1:
             self._exchange_gradients()
-        if self._clip:
+        if self._clip and self._fused is None:  # a fused step clips in its own pass
             with span("clip"):
-                self._clip_to(self._clip)
+                nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -218,6 +218,9 @@ class Sync:
     def close(self, *, failed: bool = False) -> None:
         """Take the hooks off, say good-bye, let the last wires leave (not after a failure)."""
         self._release()
+        if self._closed:
+            return
+        self._closed = True
         membership = self._connection.membership
         membership.announce(Notice(self.step, self._exact.merges, failed=failed))
         self._traffic.close(
@@ -252,13 +255,11 @@ class Sync:
     def _fused_step(self) -> None:
         """The optimizer's step, while it is taken over."""
         assert self._fused is not None
-        self._launch(self._fused.step(self.step + 1, may_start=not self._wait.peer_left))
-
-    def _clip_to(self, norm: float) -> None:
-        if self._fused is None:
-            nn.utils.clip_grad_norm_(self._flat.parameters, norm)
-        else:
-            self._fused.clip(norm)
+        flights = self._fused.step(self.step + 1, clip=self._clip, may_start=not self._wait.peer_left)
+        self._launch(flights)
+        for flight in flights:
+            if flight.error is not None:  # the step itself may not have been done
+                raise flight.error
 
     def _wait_for(self, flights: Sequence[Flight]) -> None:
         with span("wait"):

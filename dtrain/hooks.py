@@ -53,10 +53,14 @@ def hook(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, e
 def take_over(optimizer: Optimizer, step: Callable[[], None], release: Callable[[], None]) -> Callable[[], None]:
     """Let ``step`` run in place of an AccumAdamW's own kernel. Returns what undoes this and then calls ``release``."""
     assert isinstance(optimizer, AccumAdamW)
+    if optimizer.taken_over is not None:
+        release()
+        raise ValueError("this optimizer's steps belong to another dtrain.join that is still open; close that one first")
     optimizer.taken_over = step
 
     def give_back() -> None:
-        optimizer.taken_over = None
+        if optimizer.taken_over is step:
+            optimizer.taken_over = None
         release()
 
     return give_back

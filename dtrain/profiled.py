@@ -65,6 +65,8 @@ class Profiled:
             self._traced.append(self._recorder.now_ns())
         if step == at.shapes:
             self._held.close()
+            # At once: exporting a session after another has been opened has crashed inside torch.
+            self._times.export_chrome_trace(str(self._trace("times")))
             self._shapes = self._held.enter_context(self._torch_profiler(shapes=True))
         if step == at.end:
             self._held.close()
@@ -78,11 +80,13 @@ class Profiled:
         every_thread = _ExperimentalConfig(profile_all_threads=True)
         return profile(activities=activities, record_shapes=shapes, experimental_config=every_thread)
 
+    def _trace(self, what: str) -> Path:
+        return self._folder / f"{what}-rank{self._place.rank}.json"
+
     def _write(self) -> None:
         rank = self._place.rank
-        traces = [self._folder / f"{what}-rank{rank}.json" for what in ("times", "shapes")]
-        for profiler, trace in zip((self._times, self._shapes), traces, strict=True):
-            profiler.export_chrome_trace(str(trace))
+        traces = [self._trace(what) for what in ("times", "shapes")]
+        self._shapes.export_chrome_trace(str(traces[1]))
         content = {
             "island": self._place.island,
             "rank": rank,

@@ -63,7 +63,10 @@ def all_to_all(codec: Codec) -> Reduce:
         bound = [codec.bind(layout.part(p.start, p.stop), peers.node) for p in parts]
         combine = mean(peers.num_nodes)
         encoders = [_encoder(b) for b in bound]
-        mine, encode_mine = bound[peers.node], _encoder(bound[peers.node])
+        mine = bound[peers.node]
+        # The owner's second rounding draws other random bits than its first, or the two would not cancel out.
+        mine_layout = layout.part(parts[peers.node].start, parts[peers.node].stop)
+        encode_mine = _encoder(codec.bind(mine_layout, peers.num_nodes + peers.node))
         part = _Scratch(parts[peers.node].stop - parts[peers.node].start)
 
         def init(device: torch.device) -> State:

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import torch
 from torch import Tensor
 
-_IDLE_REFERENCES = 3
-"""Of a buffer that only the pool knows: its list, the loop's variable, and the argument of getrefcount."""
-
 
 class Pool:
-    """Byte buffers by length. One is free again when nobody else refers to it: its sender, its receiver and whoever reads it
-    need not say so, and none of them can say so too early."""
+    """Byte buffers by length. One is free again when no tensor but the pool's own shares its memory: a view, a slice or a
+    transfer under way keeps it, and nobody has to say that they are done. (numpy arrays and raw addresses do not count: keep the
+    tensor beside them.)"""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pinned = device.type == "cpu" and torch.cuda.is_available()
         self._buffers: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
+        self._idle = _users(torch.empty(1, dtype=torch.uint8))
 
     def take(self, num_bytes: int) -> Tensor:
         """An uint8 buffer that nobody else uses; what is in it is left over from its last use."""
         with self._lock:
             buffers = self._buffers.setdefault(num_bytes, [])
             for buffer in buffers:
-                if sys.getrefcount(buffer) == _IDLE_REFERENCES:
-                    return buffer
-            buffers.append(torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned))
-            return buffers[-1]
+                if _users(buffer) == self._idle:
+                    return buffer[:]
+            # Host memory that a GPU copies to and from is pinned; a job on the CPU wakes no GPU for that.
+            pinned = self._device.type == "cpu" and torch.cuda.is_initialized()
+            buffers.append(torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=pinned))
+            return buffers[-1][:]
+
+
+def _users(buffer: Tensor) -> int:
+    """How many hold the memory of a tensor, this function's own hold among them."""
+    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)

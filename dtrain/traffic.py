@@ -145,13 +145,11 @@ class Traffic:
         """Send copies, so that a wire can be written again while an earlier one still leaves; one copy serves all peers."""
         copies: dict[int, Tensor] = {}
         for peer, wire in flight.link.outbox:
-            if flight.kind != ROUND:  # once in a run, and as long as the model: no buffer is kept for them
-                self._transport.post(peer, flight.tag(), wire)
-            else:
-                if id(wire) not in copies:
-                    copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire)
-                    refuse_non_finite(copies[id(wire)])
-                self._transport.post(peer, flight.tag(), copies[id(wire)])
+            if id(wire) not in copies:
+                # Exchanges beside the rounds are as long as the model and rare: no buffer is kept for them.
+                copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire) if flight.kind == ROUND else wire
+                refuse_non_finite(copies[id(wire)])
+            self._transport.post(peer, flight.tag(), copies[id(wire)])
             self._count(self.bytes.sent, flight.kind, wire.numel())
 
     def _count(self, counts: dict[int, int], kind: int, wire_bytes: int) -> None:

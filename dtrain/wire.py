@@ -77,10 +77,22 @@ class WireFormat:
         ops.checksum(wire[HEADER_BYTES:], _WORDS, self._start, found)
         if int(found) != int(wire[_CHECKED:HEADER_BYTES].view(torch.int64)):
             raise WireError("a wire whose checksum does not fit its bytes: they changed on the way")
+        if self.fmt.kind == "topk" and not self._indices_rise(wire):
+            raise WireError("a wire whose top-k indices do not rise within their chunk")
         flag = torch.zeros(1, dtype=torch.uint8)
         ops.flag_non_finite(self._finite(wire), flag)
         if flag:
             raise WireError("a wire with a scale or value that is inf or NaN")
+
+    def _indices_rise(self, wire: Tensor) -> bool:
+        """Whether each chunk's indices are different and inside it; else two islands might add equal ones in another order."""
+        fmt, ok = self.fmt, True
+        for part in self.parts(wire):
+            triples = part.codes.view(-1, fmt.k * (12 + fmt.bits) // 8)[:, : fmt.k * 12 // 8].reshape(-1, 3).int()
+            first, second = triples[:, 0] | (triples[:, 1] & 15) << 8, triples[:, 1] >> 4 | triples[:, 2] << 4
+            index = torch.stack((first, second), 1).view(-1, fmt.k)
+            ok = ok and bool((index.diff(dim=1) > 0).all() and (index[:, -1] < fmt.block).all())
+        return ok
 
     def _finite(self, wire: Tensor) -> Tensor:
         """What must be finite: the scales, or where there are none the values."""
@@ -89,7 +101,12 @@ class WireFormat:
         return wire[HEADER_BYTES:].view(torch.float32 if self.fmt.kind == "identity" else torch.bfloat16)
 
 
+def same_header(one: Tensor, other: Tensor) -> bool:
+    """Whether two wires are of one codec, cut and length."""
+    return torch.equal(one[:_CHECKED].cpu(), other[:_CHECKED].cpu())
+
+
 def refuse_non_finite(wire: Tensor) -> None:
     """Raises NonFinite where a sealed wire says that its payload held inf or NaN: it must not be sent."""
-    if bytes(wire[:3].tolist()) == _MAGIC and wire[_FLAG]:
+    if wire.numel() > HEADER_BYTES and bytes(wire[:3].tolist()) == _MAGIC and wire[_FLAG]:
         raise NonFinite("the payload holds inf or NaN")

@@ -324,7 +324,8 @@ def outer_step(x: Tensor, sent: Tensor, anchor: Tensor, momentum: Tensor, delta:
 
 
 def sum_of_squares(tensors: Sequence[Tensor], partial: Tensor) -> None:
-    """partial (fp64, sum of ceil(n / SUM_TILE)): the sum of squares of each SUM_TILE elements of each tensor, in fp64."""
+    """partial (fp64, sum of ceil(n / SUM_TILE)): the sum of squares of each SUM_TILE elements of each tensor, in fp64. The one
+    operation whose order is a backend's own: two results differ by at most SUM_TILE 2^-53 of themselves."""
     tiles = [tile for x in tensors for tile in x.split(SUM_TILE)]
     partial.copy_(torch.stack([tile.double().square().sum() for tile in tiles]))
 

@@ -50,9 +50,12 @@ def command(codec: str, numel: int) -> list[str]:
 
 def collect(codec: str, numel: int) -> list[Launched]:
     """Count one vector's encode and decode. Raises ValueError with ncu's last line where it fails."""
-    done = subprocess.run(
-        command(codec, numel), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command(codec, numel), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"ncu did not end within {_TIMEOUT_S:g} s; leave --ncu out") from None
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise ValueError(f"ncu ended with exit status {done.returncode}: {said[-1].strip() if said else 'it said nothing'}")

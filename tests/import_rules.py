@@ -29,7 +29,7 @@ UNNAMED_LAYER = 5
 ALGORITHMS_SEE = (
     *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "link", "outer", "payload", "reduce", "topology"),
 )
-KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "train")
+KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine")
 
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
 # islands meet at (meeting) and calls torchrun (agent).
@@ -45,7 +45,7 @@ LAUNCH_ONLY = ("typer", "click", "rich")
 KERNELS_NEED = {
     "kernels": {"torch"},
     "kernels._triton": {"torch", "triton"},
-    "kernels._numba": {"torch", "numba", "numpy"},
+    "kernels._numba": {"torch", "numba", "llvmlite", "numpy"},
     # What a benchmark compares with is imported where it is installed, inside the function that calls it; no other module may.
     "kernels.bench_baselines": {"torch", "bitsandbytes", "deepspeed"},
 }

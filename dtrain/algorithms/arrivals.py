@@ -15,15 +15,15 @@ def arrivals(codec: BoundCodec, in_degree: int, device: torch.device) -> State:
     return wires | {"weights": torch.zeros(in_degree, dtype=torch.float64)}
 
 
-def hear(link: Link, codec: BoundCodec) -> None:
-    """Expect one wire from each peer of this round."""
+def hear(link: Link, codec: BoundCodec, state: State) -> None:
+    """Expect one wire from each peer of this round; until they are here nothing has arrived."""
+    state["weights"].zero_()
     for peer, _ in link.row.recvs:
         link.expect(peer, codec.wire_bytes, codec.check)
 
 
 def keep(state: State, link: Link) -> None:
     """Put what arrived into State."""
-    state["weights"].zero_()
     for k, (peer, weight) in enumerate(link.row.recvs):
         state[f"in{k}"].copy_(link.received(peer))
         state["weights"][k] = weight

@@ -35,7 +35,7 @@ def gossip(codec: Codec, topology: str) -> Method:
         def fly(state: State, link: Link) -> Iterator[None]:
             for peer in link.row.sends:
                 link.post(peer, state["own"])
-            hear(link, bound)
+            hear(link, bound, state)
             yield
             keep(state, link)
 

@@ -6,7 +6,7 @@ step can be taken over by ``dtrain.join``, which mixes and encodes in the same p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ Step = Callable[[], None]
 
 class AccumAdamW(torch.optim.Optimizer):
     """``every`` is s. State of a parameter: ``exp_avg`` and ``exp_avg_sq`` (fp32, stored already decayed), ``accumulated`` (fp32,
-    empty where s = 1), and ``step``, which counts the optimizer's steps and is the same for all parameters.
+    empty where s = 1), and ``step``, its updates so far. A parameter without a gradient is left alone, as torch's AdamW does.
 
-    A parameter without a gradient is left alone, as torch's AdamW does. Raises ValueError for settings out of range."""
+    Raises ValueError for settings out of range, and for a parameter that is not contiguous."""
 
     def __init__(
         self,
@@ -42,11 +42,15 @@ class AccumAdamW(torch.optim.Optimizer):
         for name, value, allowed, words in ranges:
             if not allowed:
                 raise ValueError(f"{name} = {value!r} is not allowed; use {words}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.every = every
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "every": every})
         self.taken_over: Step | None = None
-        """Called in place of this optimizer's own kernel; it does ``begin`` and updates all pieces itself."""
+        """Called in place of this optimizer's own kernel; it calls ``begin`` and updates every parameter itself."""
         self._ones: dict[torch.device, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy belongs to nobody."""
+        super().__setstate__(state)
+        self.taken_over, self._ones = None, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -57,27 +61,28 @@ class AccumAdamW(torch.optim.Optimizer):
         if self.taken_over is not None:
             self.taken_over()
             return loss
-        adams = self.begin()
-        for group, adam in zip(self.param_groups, adams, strict=True):
-            pieces = [self.piece(p, group) for p in group["params"] if p.grad is not None]
-            if pieces:
-                device = pieces[0].x.device
-                operations(device).accum_adam(pieces, adam, self._one(device))
+        together: dict[tuple[Adam, torch.device], list[Piece]] = {}
+        for p, (group, adam) in self.begin().items():
+            together.setdefault((adam, p.device), []).append(self.piece(p, group))
+        for (adam, device), pieces in together.items():
+            operations(device).accum_adam(pieces, adam, self._one(device))
         return loss
 
-    def begin(self) -> list[Adam]:
-        """Count the step; returns its numbers for each group."""
-        for group in self.param_groups:
+    def begin(self) -> dict[Tensor, tuple[dict[str, Any], Adam]]:
+        """Count the step of every parameter that has a gradient; returns its group and the numbers of its step."""
+        counts = [self._state(p)["step"] for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if counts:
+            cast(Any, torch)._foreach_add_(counts, 1.0)  # its stubs leave it out
+        numbers: dict[tuple[int, float], Adam] = {}
+        found: dict[Tensor, tuple[dict[str, Any], Adam]] = {}
+        for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                self._state(p)["step"] += 1
-        t = self.steps()
-        k = -(-t // self.every)
-        numbers = [(g["lr"], g["betas"][0], g["betas"][1], g["eps"]) for g in self.param_groups]
-        return [Adam(lr, b1, b2, eps, b1**k, b2**k, self.every, t % self.every == 0) for lr, b1, b2, eps in numbers]
-
-    def steps(self) -> int:
-        """Steps so far."""
-        return int(self._state(self.param_groups[0]["params"][0])["step"])
+                if p.grad is not None:
+                    t = self.state[p]["step"].item()
+                    if (index, t) not in numbers:
+                        numbers[index, t] = _numbers(group, int(t))
+                    found[p] = group, numbers[index, t]
+        return found
 
     def piece(self, p: Tensor, group: dict[str, Any], part: slice = slice(None)) -> Piece:
         """A parameter's part with its moments, flat."""
@@ -86,28 +91,46 @@ class AccumAdamW(torch.optim.Optimizer):
         tensors = (p.detach(), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
         x, g, m, v = (t.view(-1)[part] for t in tensors)
         accumulated = state["accumulated"].view(-1)
-        return Piece(x, g, m, v, accumulated[part] if self.every > 1 else accumulated, group["weight_decay"])
+        return Piece(x, g, m, v, accumulated[part] if group["every"] > 1 else accumulated, group["weight_decay"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay fp32 where parameters are bf16."""
+        """As torch's, but moments stay fp32 where parameters are bf16. Raises ValueError, with nothing changed, for the state of
+        another optimizer, or of another ``every``."""
+        own = [group["every"] for group in self.param_groups]
+        saved = [group.get("every") for group in state_dict["param_groups"]]
+        if saved != own:
+            raise ValueError(
+                f"the saved optimizer accumulates over every = {saved} steps (None: it is no AccumAdamW), this one over {own}; "
+                "load it into one like it"
+            )
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, saved in state_dict["state"].items():
+        for index, state in state_dict["state"].items():
             p = parameters[index]
-            self.state[p] |= {key: value.to("cpu" if key == "step" else p.device, copy=True) for key, value in saved.items()}
+            self.state[p] |= {key: value.to("cpu" if key == "step" else p.device, copy=True) for key, value in state.items()}
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
+            if not p.is_contiguous():
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous; AccumAdamW walks over flat memory")
+            every = next(g["every"] for g in self.param_groups if any(q is p for q in g["params"]))
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros(p.shape, device=p.device) for _ in range(2))
-            state["accumulated"] = torch.zeros(p.shape if self.every > 1 else (0,), device=p.device)
+            state["accumulated"] = torch.zeros(p.shape if every > 1 else (0,), device=p.device)
         return state
 
     def _one(self, device: torch.device) -> Tensor:
         if device not in self._ones:
             self._ones[device] = torch.ones(1, device=device)
         return self._ones[device]
+
+
+def _numbers(group: dict[str, Any], t: int) -> Adam:
+    """Of a parameter's t-th update, the k-th of its moments."""
+    (b1, b2), every = group["betas"], group["every"]
+    k = -(-t // every)
+    return Adam(group["lr"], b1, b2, group["eps"], b1**k, b2**k, every, t % every == 0)
 
 
 def owned(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> AccumAdamW | None:

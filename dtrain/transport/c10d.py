@@ -122,6 +122,7 @@ class _Waiter:
                 self._current = None
             if tag is not None:
                 self._inbox.deliver(self._peer, tag, wire)
+            del item, work, wire  # while it waits for the next, this thread keeps no buffer in use
 
 
 def _number(tag: Tag) -> int:
