@@ -40,7 +40,11 @@ STREAM_USERS = ("transport", "engine", "traffic")
 STREAM_NAMES = ("Stream", "stream", "current_stream", "default_stream", "set_stream", "ExternalStream", "StreamContext")
 STREAM_METHODS = {"wait_stream", "record_stream"}
 LAUNCH_ONLY = ("typer", "click", "rich")
-KERNELS_NEED = {"kernels": {"torch"}, "kernels._triton": {"torch", "triton"}, "kernels._numba": {"torch", "numba", "llvmlite", "numpy"}}
+KERNELS_NEED = {
+    "kernels": {"torch"},
+    "kernels._triton": {"torch", "triton"},
+    "kernels._numba": {"torch", "numba", "llvmlite", "numpy"},
+}
 
 
 @dataclass(frozen=True, slots=True)
