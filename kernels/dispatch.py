@@ -16,7 +16,7 @@ BACKENDS = {
     "numba": "dtrain.kernels._numba",
     "triton": "dtrain.kernels._triton",
 }
-_BY_DEVICE: dict[str, str] = {}
+_BY_DEVICE: dict[str, str] = {"cpu": "numba"}
 
 _BLOCK_FORMATS = ("int8", "int4", "e3m0", "lut4", "sign")
 OPERATIONS = (
