@@ -121,7 +121,8 @@ def check(name: str, backend: ModuleType, args: tuple[object, ...], offset: int 
         if not torch.equal(bits(a), bits(b)):
             wrong = (bits(a) != bits(b)).nonzero().flatten()
             raise AssertionError(
-                f"{name} {what}: tensor {i}, {a.numel()} of {a.dtype}, differs in {wrong.numel()} places, first at {int(wrong[0])}: "
+                f"{name} {what}: tensor {i}, {a.numel()} of {a.dtype}, differs in {wrong.numel()} places, first "
+                f"at {int(wrong[0])}: "
                 f"{a[wrong[0]].item()} is not {b[wrong[0]].item()}"
             )
     assert all(untouched() for untouched in inside), f"{name} {what} wrote outside of its operands"

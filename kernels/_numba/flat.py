@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 
 from dtrain.kernels._numba.compiled import kernel
-from dtrain.kernels._numba.formats import _ABS, _INFINITE, called, inlined, mix_lanes, read32
+from dtrain.kernels._numba.formats import AHEAD, _ABS, _INFINITE, called, inlined, mix_lanes, read32
 from dtrain.kernels._numba.memory import (
-    add_shared, clear_bytes, copy_bytes, load_f32x8, load_float, load_i16x32, load_i32x8, load_i32x32, load_long, stack, store,
-    store_byte, store_double, take,
+    add_shared, clear_bytes, copy_bytes, fetch, load_f32x8, load_float, load_i16x32, load_i32x8, load_i32x32, load_long, stack,
+    store, store_byte, store_double, take,
 )  # fmt: skip
 from dtrain.kernels._numba.rows import borrow, give_back, read8, write8, write32
 from dtrain.kernels._numba.simd import (
@@ -27,15 +27,22 @@ _momentum_room, _delta_room = stack(128), stack(128)
 
 @called
 def _outer(x, x_half, sent, sent_half, anchor, momentum, delta, groups, minus_lr, mu):
-    for i in range(0, 32 * groups, 8):
-        at = 4 * i
-        d = load_f32x8(delta + at)
-        u = load_f32x8(momentum + at) * mu + d
-        new = fma(fma(u, mu, d), minus_lr, load_f32x8(anchor + at))
-        moved = read8(x + (i << (2 - x_half)), x_half) - read8(sent + (i << (2 - sent_half)), sent_half)
-        store(momentum + at, u)
-        store(anchor + at, new)
-        write8(x + (i << (2 - x_half)), x_half, moved + new)
+    for first in range(0, 32 * groups, 16):
+        ahead = 4 * first + AHEAD
+        fetch(x + (ahead >> x_half))
+        fetch(sent + (ahead >> sent_half))
+        fetch(anchor + ahead)
+        fetch(momentum + ahead)
+        fetch(delta + ahead)
+        for i in range(first, first + 16, 8):
+            at = 4 * i
+            d = load_f32x8(delta + at)
+            u = load_f32x8(momentum + at) * mu + d
+            new = fma(fma(u, mu, d), minus_lr, load_f32x8(anchor + at))
+            moved = read8(x + (i << (2 - x_half)), x_half) - read8(sent + (i << (2 - sent_half)), sent_half)
+            store(momentum + at, u)
+            store(anchor + at, new)
+            write8(x + (i << (2 - x_half)), x_half, moved + new)
 
 
 @kernel

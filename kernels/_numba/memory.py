@@ -150,6 +150,21 @@ def clear_bytes(typingctx: Any, to: Any, num_bytes: Any) -> Any:
 
 
 @intrinsic
+def fetch(typingctx: Any, address: Any) -> Any:
+    """Start reading a cache line that will be needed; the address need not exist."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kinds = [_BYTE.as_pointer(), *(ir.IntType(32),) * 3]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
+        )
+        builder.call(function, [builder.inttoptr(args[0], kinds[0]), *(ir.IntType(32)(i) for i in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64), codegen
+
+
+@intrinsic
 def take(typingctx: Any, counter: Any) -> Any:
     """Add one to a counter that threads share; returns what it was."""
 

@@ -1,8 +1,8 @@
 """How is one row of a tensor mixed, updated and encoded? The parts that the one-pass kernels are made of.
 
 A row is a few whole blocks, or the short last block of a tensor in a copy that is filled with zeros. ``half`` is 1 where a tensor
-is bf16. ``fmt`` is (address of encode, of decode, groups, code bytes and scale bytes of a block, k, bits); a format's machine code
-is called by its address, so it is compiled once, and only where it is used."""
+is bf16. ``fmt`` is (address of encode, of decode, groups, code bytes and scale bytes of a block, k, bits); a format's machine
+code is called by its address, so it is compiled once, and only where it is used."""
 # ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from dtrain.kernels._numba.formats import (
-    _ONE, as_floats, called, inlined, read32, round_half, write32,
+    AHEAD, _ONE, as_floats, called, fetch2, inlined, read32, round_half, write32,
 )  # fmt: skip
 from dtrain.kernels._numba.memory import (
-    bits_float, call_decode, call_encode, clear_bytes, copy_bytes, load_f32x8, load_f32x32, load_i16x8, load_long, stack, store,
+    bits_float, call_decode, call_encode, clear_bytes, copy_bytes, fetch, load_f32x8, load_f32x32, load_i16x8, load_long, stack,
+    store,
 )  # fmt: skip
 from dtrain.kernels._numba.simd import floats8, low_half, root, wider16
 from dtrain.kernels.operands import MAX_BLOCK
@@ -99,6 +100,9 @@ def towards(x, half, xhat, s, gamma, groups, dst):
     """dst = x + gamma (s - xhat)."""
     step = 64 if half else 128
     for g in range(groups):
+        fetch2(s + 128 * g + AHEAD)
+        fetch2(xhat + 128 * g + AHEAD)
+        fetch2(x + step * g + AHEAD)
         moved = (load_f32x32(s + 128 * g) - load_f32x32(xhat + 128 * g)) * gamma
         store(dst + 128 * g, read32(x + step * g, half) + moved)
 
@@ -106,6 +110,8 @@ def towards(x, half, xhat, s, gamma, groups, dst):
 @inlined
 def subtract(a, a_half, b, b_half, groups, dst):
     for g in range(groups):
+        fetch2(a + (64 if a_half else 128) * g + AHEAD)
+        fetch2(b + (64 if b_half else 128) * g + AHEAD)
         left = read32(a + (64 if a_half else 128) * g, a_half)
         store(dst + 128 * g, left - read32(b + (64 if b_half else 128) * g, b_half))
 
@@ -132,22 +138,30 @@ def adam_row(x, x_half, g, g_half, m, v, a, groups, src, numbers):
     ``numbers`` is (grad_scale, 1 / s, 1 - beta1, 1 - beta2, step size, root, eps, decay of x, beta1, beta2, closes, s > 1).
     8 lanes at a time: five tensors and their results are then in registers."""
     grad_scale, part, one1, one2, step_size, over_root, eps, decay, beta1, beta2, closes, gathers = numbers
-    for i in range(0, 32 * groups, 8):
-        at = 4 * i
-        grad = read8(g + (i << (2 - g_half)), g_half) * grad_scale
-        m0, v0 = load_f32x8(m + at), load_f32x8(v + at)
-        m1, v1 = m0 + grad * one1, v0 + grad * one2 * grad
-        new = load_f32x8(src + at) * decay - m1 / (root(v1) * over_root + eps) * step_size
+    for first in range(0, 32 * groups, 16):
+        ahead = 4 * first + AHEAD
+        fetch(src + ahead)
+        fetch(g + (ahead >> g_half))
+        fetch(m + ahead)
+        fetch(v + ahead)
         if gathers:
-            total = load_f32x8(a + at) + grad * part
+            fetch(a + ahead)
+        for i in range(first, first + 16, 8):
+            at = 4 * i
+            grad = read8(g + (i << (2 - g_half)), g_half) * grad_scale
+            m0, v0 = load_f32x8(m + at), load_f32x8(v + at)
+            m1, v1 = m0 + grad * one1, v0 + grad * one2 * grad
+            new = load_f32x8(src + at) * decay - m1 / (root(v1) * over_root + eps) * step_size
+            if gathers:
+                total = load_f32x8(a + at) + grad * part
+                if closes:
+                    m1, v1 = m0 + total * one1, v0 + total * one2 * total
+                    store(a + at, floats8(0.0))
+                else:
+                    store(a + at, total)
             if closes:
-                m1, v1 = m0 + total * one1, v0 + total * one2 * total
-                store(a + at, floats8(0.0))
-            else:
-                store(a + at, total)
-        if closes:
-            store(m + at, m1 * beta1)
-            store(v + at, v1 * beta2)
-        write8(x + (i << (2 - x_half)), x_half, new)
-        if x_half:
-            store(src + at, as_floats(round_half(new) << 16))
+                store(m + at, m1 * beta1)
+                store(v + at, v1 * beta2)
+            write8(x + (i << (2 - x_half)), x_half, new)
+            if x_half:
+                store(src + at, as_floats(round_half(new) << 16))

@@ -36,7 +36,7 @@ def values(t: Tensor, numel: int, what: str) -> tuple[int, int]:
 
 @lru_cache
 def format_numbers(fmt: Format) -> tuple[int, ...]:
-    """The addresses of encode and decode, block, code bytes and scale bytes of a block, k, bits; what a kernel takes for a format."""
+    """What a kernel takes for a format: the addresses of encode and decode, block, its code bytes and scale bytes, k, bits."""
     if fmt.kind in ("identity", "bf16"):
         return *addresses(fmt.kind), 32, 4 * CODE_BITS[fmt.kind], 0, 0, 0
     if fmt.block & (fmt.block - 1) or not MIN_BLOCK <= fmt.block <= MAX_BLOCK:
