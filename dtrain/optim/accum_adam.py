@@ -48,9 +48,10 @@ class AccumAdamW(torch.optim.Optimizer):
         self._ones: dict[torch.device, Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy belongs to nobody."""
+        """A copy (copy, pickle) belongs to nobody; torch's load_state_dict comes by here too, and changes no owner."""
         super().__setstate__(state)
-        self.taken_over, self._ones = None, {}
+        if "taken_over" not in self.__dict__:
+            self.taken_over, self._ones = None, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]

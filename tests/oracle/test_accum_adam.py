@@ -16,6 +16,7 @@ import dtrain
 from dtrain import engine
 from dtrain.connect import Connection
 from dtrain.fused import FusedSteps
+from dtrain.hooks import take_over
 from dtrain.optim import AccumAdamW
 from tests.islands import Quadratic, run_islands, sgd_step
 
@@ -94,6 +95,59 @@ def test_it_resumes_from_its_state_dict_and_keeps_fp32_moments_of_bf16_parameter
     again.load_state_dict(saved)
     assert again.state[y]["exp_avg"].dtype == torch.float32
     assert torch.equal(run_steps(optimizer, x, gs[4:]), run_steps(again, y, gs[4:]))
+
+
+def test_a_copy_steps_by_itself_and_another_s_is_refused() -> None:
+    x = torch.ones(8, requires_grad=True)
+    optimizer = AccumAdamW([x], lr=LR, every=2)
+    run_steps(optimizer, x, torch.ones(3, 8))
+    twin = copy.deepcopy(optimizer)
+    (y,) = twin.param_groups[0]["params"]
+    assert torch.equal(run_steps(optimizer, x, torch.ones(3, 8)), run_steps(twin, y, torch.ones(3, 8)))
+    with pytest.raises(ValueError, match=r"every = \[2\]"):
+        AccumAdamW([x], lr=LR, every=3).load_state_dict(optimizer.state_dict())
+
+
+def test_a_late_gradient_is_corrected_from_its_own_beginning() -> None:
+    """As torch counts: a parameter that has had no gradient has taken no step."""
+    parameters = [[torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)] for _ in range(2)]
+    ours = AccumAdamW(parameters[0], lr=LR, betas=BETAS)
+    theirs = torch.optim.AdamW(parameters[1], lr=LR, betas=BETAS, weight_decay=0.0)
+    for step in range(12):
+        for pair in parameters:
+            pair[0].grad = torch.full((4,), 1.0 + step)
+            pair[1].grad = torch.full((4,), 1.0) if step > 8 else None
+        ours.step()
+        theirs.step()
+    for a, b in zip(*parameters, strict=True):
+        assert float((a - b).abs().max()) <= 12 * (200 * U * 5 * LR + 6 * U)
+
+
+def test_groups_may_be_empty_or_come_later() -> None:
+    x, late = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    optimizer = AccumAdamW([{"params": []}, {"params": [x]}], lr=LR)
+    run_steps(optimizer, x, torch.ones(1, 4))
+    optimizer.add_param_group({"params": [late]})
+    run_steps(optimizer, late, torch.ones(1, 4))
+    assert float(late.max()) < 1.0
+
+
+def test_a_second_join_of_one_optimizer_is_refused_and_a_second_close_is_harmless() -> None:
+    start, a, c = problem(1)
+
+    def island(connection: Connection) -> str:
+        model = Quadratic(start, a[0], c[0], CUT)
+        optimizer = AccumAdamW(model.parameters(), lr=LR)
+        sync = dtrain.join(model, optimizer, recipe="dpsgd", topology="complete", link=connection)
+        assert optimizer.taken_over is not None
+        with pytest.raises(ValueError, match="still open"):
+            take_over(optimizer, lambda: None, lambda: None)
+        sync.close()
+        optimizer.taken_over = later = lambda: None
+        sync.close()
+        return "kept" if optimizer.taken_over is later else "lost"
+
+    assert run_islands(1, island) == ["kept"]
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,18 @@ def test_without_error_feedback_the_same_sums_drift_apart() -> None:
         outs, _ = exchange(bind(all_to_all, codec, layout, 2), [x, x], [{}, {}])
         total += outs[0].double()
     assert float((total - ROUNDS * x.double()).abs().max()) > 1.0
+
+
+def test_random_rounding_of_sender_and_owner_cancels_over_rounds() -> None:
+    """Both round by chance, each off by at most half a step in standard deviation: after T rounds of the same values an element's
+    mean is off by at most sqrt(2 / 4 / T) steps (and the mean of magnitudes by no more, Jensen). If the owner drew the sender's
+    bits again, 0.055 steps would stay for good."""
+    rounds, layout = 800, layout_of((1024,))
+    paths = bind(all_to_all, by_name("int4:1024:stochastic", error_feedback=False), layout, 2)
+    xs = [torch.rand(layout.numel, generator=torch.Generator().manual_seed(node)) * 2 - 1 for node in range(2)]
+    states = [p.init(CPU) for p in paths]
+    total = torch.zeros(layout.numel, dtype=torch.float64)
+    for _ in range(rounds):
+        total += exchange(paths, xs, states)[0][0]
+    off = (total / rounds - torch.stack(xs).double().mean(0)).abs().mean()
+    assert float(off) <= (0.5 / rounds) ** 0.5 * 1.2 / 7, "a step is the largest over 7; 1.2 for the mean of 1,024 elements"
