@@ -106,8 +106,8 @@ def test_a_round_allocates_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -
         return peak
 
     peaks = run_islands(2, island)
-    # The pools grow by a buffer whenever more wires than ever before are under way at once, a matter of threads' luck: at most one
-    # for each of a round's two phases and both islands. What a round needs each time would be there STEPS times.
+    # The pools grow by a buffer whenever more wires than ever before are under way at once, a matter of threads' luck: at most
+    # one for each of a round's two phases and both islands. What a round needs each time would be there STEPS times.
     grown = [entry for entry in found if entry.startswith("aten.empty")]
     assert [entry for entry in found if entry not in grown] == []
     assert len(grown) <= 4, grown
