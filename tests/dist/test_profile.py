@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.dist.job import QUICKSTART, ROOT, SMALL, logs
 
 RTT_MS = 60
 WAITED = ("sync.every=6", "sync.delay=0", f"link.rtt={RTT_MS}ms", "train.batch=4")
 
 
+@pytest.mark.slow
 def test_a_round_that_is_waited_for_is_found_exposed(tmp_path: Path) -> None:
     words = ["profile", str(QUICKSTART), f"job.dir={tmp_path}", "job.name=small", *SMALL, *WAITED, "--steps", "12"]
     done = subprocess.run(

@@ -207,16 +207,17 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-CASES = [
-    {"recipe": "dpsgd", "topology": topology, "codec": codec, "delay": delay}
-    for topology in ("ring", "one_peer_exponential", "random_pairs", "complete")
-    for codec, delay in (("identity", 1), ("int8:64", 1), ("int4:64", 0))
+CASES: list[dict[str, Any]] = [
+    {"recipe": "dpsgd", "topology": "ring", "codec": "identity", "delay": 1},
+    {"recipe": "dpsgd", "topology": "one_peer_exponential", "codec": "int8:64", "delay": 1},
+    {"recipe": "dpsgd", "topology": "random_pairs", "codec": "int4:64", "delay": 0},
+    {"recipe": "dpsgd", "topology": "complete", "codec": "int8:64", "delay": 1},
 ]
 CASES += [
     {"recipe": "choco", "codec": codec, "delay": delay, "gamma": 0.75}
     for codec, delay in (("int8:64", 1), ("sign:64", 1), ("int4:64:stochastic", 0), ("lut4:128", 1))
 ]
-CASES += [{"recipe": "dpsgd", "codec": codec} for codec in ("bf16", "e3m0:32", "int4:64:stochastic")]
+CASES += [{"recipe": "dpsgd", "codec": codec} for codec in ("bf16", "e3m0:32")]
 CASES += [{"recipe": "dpsgd", "codec": "int8:64", "every": every, "delay": delay} for every, delay in ((3, 2), (2, 1))]
 
 
