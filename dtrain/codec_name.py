@@ -26,6 +26,10 @@ def parse(name: str) -> CodecName:
     base, *rest = name.split(":")
     if base in CASTS and not rest:
         return CodecName(base)
+    if base in CASTS:
+        raise ValueError(f"codec {name!r}: {base} has no block and rounds to nearest; write {base} alone")
+    if base == "topk" and rest and rest[-1] == STOCHASTIC:
+        raise ValueError(f"codec {name!r}: top-k values are rounded to nearest only; leave :{STOCHASTIC} out")
     if base == "topk":
         return _topk(name, rest)
     if base not in BLOCKS:
@@ -36,6 +40,8 @@ def parse(name: str) -> CodecName:
     stochastic = bool(rest) and rest[-1] == STOCHASTIC
     sizes = rest[:-1] if stochastic else rest
     block = _size(sizes[0]) if len(sizes) == 1 else 0 if sizes else DEFAULT_BLOCK
+    if len(sizes) > 1 or (len(rest) == 2 and not stochastic):
+        raise ValueError(f"codec {name!r}: behind the block only :{STOCHASTIC} may stand, as in {base}:64:{STOCHASTIC}")
     if not _is_power(block, MIN_BLOCK, MAX_BLOCK):
         raise ValueError(
             f"codec {name!r}: the block is a power of two from {MIN_BLOCK} to {MAX_BLOCK}, as in {base}:64; behind it may stand "

@@ -103,7 +103,8 @@ class Sync(Section):
     codec: str | None = Field(
         None,
         description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
-        '"int4:64:stochastic" rounds at random; "topk:64/4096:2" keeps 64 of 4096 in 2 bits each',
+        '"int4:64:stochastic" rounds at random; "topk:64/4096:2" (or "topk") keeps 64 of 4096 in 2 bits each; a block is 64 when '
+        "left out",
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")

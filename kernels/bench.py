@@ -117,6 +117,10 @@ def parse_numel(text: str) -> int:
 def find_backends(names: Sequence[str], device: torch.device, say: Callable[[str], None]) -> dict[str, ModuleType]:
     """Those that are named, or else those that can run on the device; raises ValueError where a named one cannot."""
     found = {}
+    if forced := os.environ.get("DTRAIN_KERNELS"):
+        if names and forced not in names:
+            raise ValueError(f"DTRAIN_KERNELS = {forced!r} forces a backend, and --backend names another; leave one of them out")
+        names = (forced,)
     for name in names or ("reference", "triton" if device.type == "cuda" else "numba"):
         try:
             if name not in BACKENDS:
@@ -130,7 +134,7 @@ def find_backends(names: Sequence[str], device: torch.device, say: Callable[[str
             found[name] = backend(name)
         except ValueError as e:
             if names:
-                raise ValueError(f"--backend {name}: {e}") from e
+                raise ValueError(f"{'DTRAIN_KERNELS =' if forced else '--backend'} {name}: {e}") from e
             say(f"left out: {e}")
     return found
 

@@ -15,8 +15,22 @@ How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
 
 
+def check_kernels() -> None:
+    """Raises ValueError where DTRAIN_KERNELS forces a backend that cannot run here; nothing is asked, or imported, without it."""
+    if os.environ.get("DTRAIN_KERNELS"):
+        import torch
+
+        from dtrain.kernels import operations
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = operations(device).__name__
+        if name.endswith("_triton") and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+            raise ValueError("DTRAIN_KERNELS = 'triton' needs a GPU, and this machine shows none; leave it out, or use 'numba'")
+
+
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """``load_job``, with one line also for a path that the system refuses."""
+    """``load_job``, with one line also for a path that the system refuses, and for kernels that cannot run here."""
+    check_kernels()
     try:
         return load_job(path, overrides)
     except OSError as e:

@@ -29,7 +29,7 @@ UNNAMED_LAYER = 5
 ALGORITHMS_SEE = (
     *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "link", "outer", "payload", "reduce", "topology"),
 )
-KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine")
+KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "launch.checks")
 
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
 # islands meet at (meeting) and calls torchrun (agent).

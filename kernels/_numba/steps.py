@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dtrain.kernels._numba import flat, kernels
 from dtrain.kernels._numba.pool import run
-from dtrain.kernels._numba.tables import address, body_table, float_bits, format_numbers, noise_numbers, place, state, values
+from dtrain.kernels._numba.tables import address, body_table, float_bits, format_numbers, noise_numbers, place, state
+from dtrain.kernels._numba.tables import values as floats
 from dtrain.kernels.operands import SUM_TILE, Adam, Format, Noise, Piece, Public
 
 _ALONE = Format("identity")
@@ -32,7 +33,7 @@ def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, 
         n = p.x.numel()
         a = state(p.a, n, "a") if adam.every > 1 else 0
         hat, s = (state(public[i].xhat, n, "xhat"), state(public[i].s, n, "s")) if public else (0, 0)
-        table.extend((first_unit, n, *values(p.x, n, "x"), *values(p.g, n, "g"), state(p.m, n, "m"), state(p.v, n, "v"), a))
+        table.extend((first_unit, n, *floats(p.x, n, "x"), *floats(p.g, n, "g"), state(p.m, n, "m"), state(p.v, n, "v"), a))
         table.extend((hat, s, float_bits(1.0 - adam.lr * p.weight_decay), scales_at, codes_at))
         first_unit += -(-n // unit)
         scales_at += 2 * fmt.num_scales(n)
@@ -85,7 +86,7 @@ def outer_step(
 ) -> None:
     n = x.numel()
     states = (state(anchor, n, "anchor"), state(momentum, n, "momentum"), state(delta, n, "delta"))
-    run(flat.outer, (n, *values(x, n, "x"), *values(sent, n, "sent"), *states, -float(lr), float(mu)), n)
+    run(flat.outer, (n, *floats(x, n, "x"), *floats(sent, n, "sent"), *states, -float(lr), float(mu)), n)
 
 
 def _tensor_table(tensors: Sequence[Tensor], unit: int) -> tuple[array[int], int, int]:
@@ -93,7 +94,7 @@ def _tensor_table(tensors: Sequence[Tensor], unit: int) -> tuple[array[int], int
     table, units, total = array("q"), 0, 0
     for x in tensors:
         n = x.numel()
-        at, half = values(x, n, "x")
+        at, half = floats(x, n, "x")
         table.extend((units, n, at, half))
         units += -(-n // unit)
         total += n
@@ -120,9 +121,9 @@ def checksum(data: Tensor, first_word: int, start: int, out: Tensor) -> None:
     run(flat.check_sum, (n, at, first_word, result), n // 4)
 
 
-def flag_non_finite(values_: Tensor, flag: Tensor) -> None:
-    n = values_.numel()
-    at, half = values(values_, n, "values")
+def flag_non_finite(values: Tensor, flag: Tensor) -> None:
+    n = values.numel()
+    at, half = floats(values, n, "values")
     result = place(flag, 1, torch.uint8, "flag")
     flag.zero_()
     run(flat.not_finite, (n, at, half, result), n)

@@ -127,3 +127,20 @@ def test_the_quickstart_is_small_and_leaves_the_recipe_to_the_default() -> None:
     assert job.sync.model_dump(exclude_none=True) == {}
     assert (job.islands.count, job.link.rate, job.link.rtt) == (2, "10mbit", "20ms")
     assert job.train.steps >= 1500
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [("nonsense", "DTRAIN_KERNELS = 'nonsense' is not a backend"), ("triton", "DTRAIN_KERNELS = 'triton' needs a GPU")],
+)
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(
+    backend: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DTRAIN_KERNELS", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_command(["run", str(QUICKSTART), f"job.dir={tmp_path / 'runs'}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
