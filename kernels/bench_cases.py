@@ -19,6 +19,7 @@ TILE = 1 << 20
 
 BLOCK_FORMATS = ("int8", "int4", "e3m0", "lut4", "sign")
 TOPK = Format("topk", 4096, 64, 2)
+INT8 = Format("int8", 64)
 SEED = 0x9E3779B9
 
 Values = Callable[[int, int], Tensor]
@@ -44,7 +45,7 @@ class Case(NamedTuple):
             fmt = self.fmt
             words.append(f"topk:{fmt.k}/{fmt.block}:{fmt.bits}" if fmt.kind == "topk" else f"{fmt.kind}:{fmt.block}")
             words[0] = words[0].removesuffix(":1")
-        words += [f"{self.wires} wires"] if self.wires else []
+        words += [f"{self.wires} wire{'s' if self.wires > 1 else ''}"] if self.wires else []
         if self.op.endswith("adam"):
             words.append(f"s={self.every}{' closes' if self.every > 1 and self.closes else ''}")
         return ", ".join([*words, *(["random"] if self.random else [])])
@@ -73,10 +74,14 @@ def default_cases(dtypes: tuple[str, ...], fmt: Format) -> list[Case]:
             *(Case(op, dtype, fmt) for op in any_format[:1]),
             Case("decode_add", "fp32", fmt),
             *(Case(op, dtype, fmt) for op in any_format[1:]),
-            *(Case(op, dtype, fmt, wires=2) for op in ("choco_mix", "mix")),
+            *(Case(op, dtype, f, wires) for op in ("choco_mix", "mix") for f, wires in ((INT8, 1), (fmt, 2))),
             *(Case("accum_adam", dtype, None, 0, every, closes) for every, closes in ((1, True), (4, False), (4, True))),
-            *(Case("gossip_adam", dtype, fmt, 2, every, closes) for every, closes in ((1, True), (4, False))),
-            *(Case("choco_gossip_adam", dtype, fmt, 2, every, closes) for every, closes in ((1, True), (4, False))),
+            *(
+                Case(op, dtype, f, wires, every, closes)
+                for op in ("gossip_adam", "choco_gossip_adam")
+                for f, wires in ((INT8, 1), (fmt, 2))
+                for every, closes in ((1, True), (4, False))
+            ),
             *(Case(op, dtype) for op in ("outer_step", "sum_of_squares", "scale")),
             *(Case("checksum", "uint8"), Case("flag_non_finite", dtype)),
         ]
