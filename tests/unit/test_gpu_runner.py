@@ -194,7 +194,7 @@ def test_the_benchmark_stops_at_its_deadline_and_says_how_far_it_came(monkeypatc
     found = speed.timed((plan,), CPU, 60.0)
     assert found.data["rows"][0]["gb_s"] > 0
     cut = speed.timed((plan, plan), CPU, 0.0)
-    assert cut.detail.startswith("1 of 4 rows")
+    assert cut.detail.startswith("1 of 6 rows")
 
 
 def test_the_benchmark_fails_where_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
