@@ -11,7 +11,7 @@ accumulation, mixed precision and global clipping keep their meaning."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from dtrain.assemble import assemble
 from dtrain.bucket import flatten, make_buckets
+from dtrain.codec import plain
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
 from dtrain.exact import Exact
@@ -72,7 +73,9 @@ class Sync:
         self._model = model
         plan = assemble(recipe, seed)
         self._flat = flatten(model.named_parameters())
-        prepare(self._flat.storages[0].device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
+        prepare_kernels(
+            recipe, self._flat.storages[0].device, lambda: log.warning("compiling the CPU kernels, once: about half a minute")
+        )
         self.buckets = make_buckets(
             self._flat,
             num_fragments=recipe.fragments,
@@ -309,6 +312,11 @@ class Sync:
                 f"the islands averaged their models after different numbers of steps ({steps}) and cannot go on together; "
                 "give all islands loaders of one length"
             )
+
+
+def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None]) -> None:
+    """So that no round waits for them: ``dtrain.kernels.prepare`` for the recipe's codec, and for the exact merge."""
+    prepare(device, [plain(recipe.codec).fmt.kind, "identity"], say)
 
 
 def join(

@@ -24,7 +24,7 @@ from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
 from dtrain.data.corpus import Corpus, load_corpus
 from dtrain.data.sampler import heldout_sequences, sample_batch
-from dtrain.engine import Sync, prepare
+from dtrain.engine import Sync, prepare_kernels
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
 from dtrain.island.device import own_device
@@ -59,7 +59,8 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    prepare(device, lambda: status.update("compiling", 0))
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    prepare_kernels(recipe, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.

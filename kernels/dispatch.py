@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 
 from dtrain.kernels.cpu_cache import alone, is_compiled
+from dtrain.kernels.operands import Kind
 
 BACKENDS = {
     "reference": "dtrain.kernels.reference",
@@ -38,14 +39,16 @@ def operations(device: torch.device) -> ModuleType:
     return backend(os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference"))
 
 
-def prepare(device: torch.device, say: Callable[[], None]) -> None:
+def prepare(device: torch.device, kinds: Sequence[Kind], say: Callable[[], None]) -> None:
     """Compile the kernels of a device where that has not been done on this machine; ``say`` is called first, for it takes about
-    half a minute. Without this they are compiled at their first calls."""
-    if operations(device).__name__ != BACKENDS["numba"] or is_compiled():
+    half a minute. Then load those of the formats that will be used, 0.4 s that the first round would wait for."""
+    if operations(device).__name__ != BACKENDS["numba"]:
         return
-    say()
-    with alone():
-        operations(device).prepare()
+    if not is_compiled():
+        say()
+        with alone():
+            operations(device).prepare()
+    operations(device).prepare(kinds)
 
 
 def backend(name: str) -> ModuleType:

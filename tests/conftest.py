@@ -11,4 +11,4 @@ from dtrain.kernels import prepare
 
 def pytest_sessionstart() -> None:
     if os.environ.get("DTRAIN_KERNELS") != "triton":
-        prepare(torch.device("cpu"), lambda: print("compiling the CPU kernels, once: about half a minute", flush=True))
+        prepare(torch.device("cpu"), (), lambda: print("compiling the CPU kernels, once: about half a minute", flush=True))

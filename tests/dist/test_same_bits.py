@@ -38,6 +38,7 @@ def test_four_simulated_islands_equal_four_live_ones(tmp_path: Path, job: tuple[
         assert summaries[0][key] == summaries[1][key], key
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_two_ranks_an_island_send_the_bytes_of_one(tmp_path: Path) -> None:
     # 16 KiB buckets cut the small model into ten, so that both ranks carry some.
