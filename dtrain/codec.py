@@ -155,14 +155,14 @@ class BoundBlocks:
 
     def adam(self, update: Update) -> None:
         """The optimizer's step alone."""
-        with span("optimizer", self._update_bytes(update)):
+        with span("optimizer", adam_bytes(update.pieces)):
             operations(update.grad_scale.device).accum_adam(*update)
 
     def gossip_adam(
         self, update: Update, wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State
     ) -> None:
         """``mix``, the optimizer's step, and ``encode``, in one pass over the parameters."""
-        with span("gossip_adam", self._update_bytes(update) + (len(wires) + 1) * self.wire_bytes):
+        with span("gossip_adam", adam_bytes(update.pieces) + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
             operations(wire.device).gossip_adam(
                 *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
@@ -175,7 +175,7 @@ class BoundBlocks:
         wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State,
     ) -> None:  # fmt: skip
         """``choco_mix``, the optimizer's step, and ``choco_encode``, in one pass."""
-        with span("gossip_adam", self._update_bytes(update) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
+        with span("gossip_adam", adam_bytes(update.pieces) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
             public = [Public(xhat[a:b], s[a:b]) for a, b in self._spans]
             operations(wire.device).choco_gossip_adam(
@@ -196,11 +196,10 @@ class BoundBlocks:
         state["draws"] += 1
         return Noise((self._seed + int(state["draws"])) % 2**32, self._first)
 
-    def _update_bytes(self, update: Update) -> int:
-        """x, m, v (and the accumulator) are read and written, the gradient is read."""
-        return sum(
-            p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in update.pieces
-        )
+
+def adam_bytes(pieces: Sequence[Piece]) -> int:
+    """What an optimizer's step must move: x, m, v (and the accumulator) are read and written, the gradient is read."""
+    return sum(p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in pieces)
 
 
 def _runs(layout: Layout, block: int) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.bucket import Flat
-from dtrain.codec import Update
+from dtrain.codec import Update, adam_bytes
 from dtrain.core import Core, Flight
 from dtrain.kernels import SUM_TILE, Adam, Piece, operations
 from dtrain.optim.accum_adam import AccumAdamW, owned
@@ -88,8 +88,7 @@ class FusedSteps:
             if place[0] in now:
                 together.setdefault((now[place[0]][1], place[0].device), []).append(self._piece(place, now))
         for (adam, device), pieces in together.items():
-            moved_bytes = sum(p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in pieces)
-            with span("optimizer", moved_bytes):
+            with span("optimizer", adam_bytes(pieces)):
                 operations(device).accum_adam(pieces, adam, self._grad_scale)
 
     def _piece(self, place: Place, now: Mapping[Tensor, Numbers]) -> Piece:

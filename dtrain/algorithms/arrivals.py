@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,14 @@ def arrivals(codec: BoundCodec, in_degree: int, device: torch.device) -> State:
     return wires | {"weights": torch.zeros(in_degree, dtype=torch.float64)}
 
 
-def hear(link: Link, codec: BoundCodec, state: State) -> None:
-    """Expect one wire from each peer of this round; until they are here nothing has arrived."""
-    state["weights"].zero_()
+def fly(state: State, link: Link, codec: BoundCodec) -> Iterator[None]:
+    """Send one's own wire to this round's peers, and put theirs into State; until they are here nothing has arrived."""
+    for peer in link.row.sends:
+        link.post(peer, state["own"])
     for peer, _ in link.row.recvs:
         link.expect(peer, codec.wire_bytes, codec.check)
-
-
-def keep(state: State, link: Link) -> None:
-    """Put what arrived into State."""
+    state["weights"].zero_()
+    yield
     for k, (peer, weight) in enumerate(link.row.recvs):
         state[f"in{k}"].copy_(link.received(peer))
         state["weights"][k] = weight

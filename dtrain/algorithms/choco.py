@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, hear, keep
+from dtrain.algorithms.arrivals import arrivals, arrived, fly
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Blocks, State, Update
 from dtrain.link import Link, Peers
@@ -30,14 +30,7 @@ def choco(codec: Blocks, gamma: float, topology: str) -> Method:
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.choco_encode(b.x, state["xhat"], state["s"], link.row.self_weight, state["own"], state)
-            yield from fly(state, link)
-
-        def fly(state: State, link: Link) -> Iterator[None]:
-            for peer in link.row.sends:
-                link.post(peer, state["own"])
-            hear(link, bound, state)
-            yield
-            keep(state, link)
+            yield from fly(state, link, bound)
 
         def land(b: Bucket, state: State) -> None:
             bound.choco_mix(b.x, state["xhat"], state["s"], gamma, *arrived(state))
@@ -50,7 +43,7 @@ def choco(codec: Blocks, gamma: float, topology: str) -> Method:
             bound.choco_gossip_adam(
                 *(update, state["xhat"], state["s"], gamma, link.row.self_weight, *arrived(state), state["own"], state)
             )
-            yield from fly(state, link)
+            yield from fly(state, link, bound)
 
         return Algorithm(init, send, land, fused=fused if bound.fuses else None)
 

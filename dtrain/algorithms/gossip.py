@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, hear, keep
+from dtrain.algorithms.arrivals import arrivals, arrived, fly
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import BoundBlocks, Codec, State, Update
 from dtrain.link import Link, Peers
@@ -30,14 +30,7 @@ def gossip(codec: Codec, topology: str) -> Method:
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.encode(b.x, state["own"], state)
-            yield from fly(state, link)
-
-        def fly(state: State, link: Link) -> Iterator[None]:
-            for peer in link.row.sends:
-                link.post(peer, state["own"])
-            hear(link, bound, state)
-            yield
-            keep(state, link)
+            yield from fly(state, link, bound)
 
         def to_mix(state: State) -> tuple[list[Tensor], list[float]]:
             wires, weights = arrived(state)
@@ -51,7 +44,7 @@ def gossip(codec: Codec, topology: str) -> Method:
             wires, weights = to_mix(state) if landing else ([], [])
             bound.gossip_adam(update, wires, weights, state["next"], state)
             state["own"], state["next"] = state["next"], state["own"]
-            yield from fly(state, link)
+            yield from fly(state, link, bound)
 
         return Algorithm(init, send, land, fused=fused if isinstance(bound, BoundBlocks) and bound.fuses else None)
 
