@@ -13,7 +13,7 @@ from dtrain.core import Flight
 from dtrain.errors import WireError
 from dtrain.spans import mark
 from dtrain.staging import Pool
-from dtrain.transport.base import MERGE, ROUND, START, Left, Transport, nobody
+from dtrain.transport.base import MERGE, OWN_WORK_S, ROUND, START, Left, Transport, nobody
 from dtrain.wire import refuse_non_finite
 
 
@@ -81,7 +81,7 @@ class Traffic:
             self._open = False
             self._inbox.changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=drain_s)
+            self._thread.join(timeout=max(drain_s, OWN_WORK_S))
         self._transport.close(drain_s=drain_s, left=left)
 
     def _run(self) -> None:

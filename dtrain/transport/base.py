@@ -17,6 +17,10 @@ START, ROUND, MERGE = 0, 1, 2
 Left = Callable[[], Set[int]]
 """The peers that have ended and take no wire any more, as of now."""
 
+OWN_WORK_S = 5.0
+"""How long a close waits for a thread that is at work, even one that drains nothing. A thread that is inside torch when the
+interpreter ends aborts the process in place of its exit status (Python before 3.14 unwinds it through C++)."""
+
 _POLL_S = 0.25
 
 

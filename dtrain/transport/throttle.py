@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtrain.transport.base import Left, Tag, Transport, nobody
+from dtrain.transport.base import OWN_WORK_S, Left, Tag, Transport, nobody
 
 
 class Uplink(Protocol):
@@ -80,6 +80,7 @@ class Throttle:
         self._uplink = uplink
         self._one_way_s = rtt_s / 2
         self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor, torch.Event | None] | None] = queue.SimpleQueue()
+        self._let_go = threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="dtrain-throttle", daemon=True)
         self._thread.start()
 
@@ -98,15 +99,16 @@ class Throttle:
         self._queue.put(None)
         until = time.monotonic() + drain_s
         self._thread.join(timeout=drain_s)
+        self._let_go.set()
+        self._thread.join(timeout=OWN_WORK_S)
         self._inner.close(drain_s=max(0.0, until - time.monotonic()), left=left)
 
     def _deliver(self) -> None:
         """Reservations of one process only grow, so first come is first served."""
         while (item := self._queue.get()) is not None:
             due, peer, tag, wire, written = item
-            wait_s = due - time.monotonic()
-            if wait_s > 0:
-                time.sleep(wait_s)
+            if self._let_go.wait(timeout=max(0.0, due - time.monotonic())):
+                return
             if written is not None:
                 torch.cuda.current_stream(wire.device).wait_event(written)
             self._inner.post(peer, tag, wire)
