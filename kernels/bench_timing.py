@@ -13,7 +13,7 @@ import torch
 
 Call = Callable[[], object]
 
-ROUNDS = 9
+ROUNDS = 15
 MOST_S = 2.0
 """A contender that takes longer than this for all rounds together takes part in the first few only."""
 LEAST_ROUNDS = 3

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
-from numba import float32, float64, int64, njit, void
+from numba import float32, int64, void
 from numba.core.ccallback import CFunc
 
 from dtrain.kernels._numba import formats, topk
 from dtrain.kernels.cpu_cache import note_compiled, source_stamp
 from dtrain.kernels.operands import Kind
 
-KERNELS: dict[str, Any] = {}
+KERNELS: dict[str, Kernel] = {}
 _FORMATS = {
     "identity": (formats.encode_identity, formats.decode_identity),
     "bf16": (formats.encode_bf16, formats.decode_bf16),
@@ -28,53 +29,61 @@ _FORMATS = {
 }
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Jit a function that Python calls without the interpreter's lock; it is compiled or loaded at its first call."""
-    jitted: Any = njit(nogil=True, error_model="numpy")(function)
-    _keep_on_disk(jitted)
-    KERNELS[function.__name__] = jitted
-    return jitted
+class Kernel:
+    """Machine code that takes the address of its arguments, compiled or loaded when it is first asked for."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.code = _machine_code(function)
+
+    @cached_property
+    def address(self) -> int:
+        self.code.compile()
+        return self.code.address
+
+    @cached_property
+    def call(self) -> Callable[[int], None]:
+        """From Python, without the interpreter's lock."""
+        return ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.address)
 
 
-def _keep_on_disk(compiled: Any) -> None:
-    try:
-        compiled.enable_caching()
-    except RuntimeError:  # numba found no folder that it may write to: every process compiles
-        return
-    compiled._cache._cache_file._source_stamp = source_stamp()
+def kernel(function: Callable[..., None]) -> Kernel:
+    made = KERNELS[function.__name__] = Kernel(function)
+    return made
 
 
-def _signature(function: Callable[..., None], floating: Any) -> Any:
-    """An argument that is annotated float is ``floating``, others are int64."""
+def _machine_code(function: Callable[..., None]) -> Any:
+    """A C function of int64 arguments, and float32 where one is annotated float."""
     parameters = inspect.signature(function).parameters.values()
-    return void(*(floating if p.annotation in ("float", float) else int64 for p in parameters))
+    kinds = (float32 if p.annotation in ("float", float) else int64 for p in parameters)
+    code: Any = CFunc(function, (void(*kinds).args, void), {}, {"error_model": "numpy"})
+    try:
+        code.enable_caching()
+    except RuntimeError:  # numba found no folder that it may write to: every process compiles
+        return code
+    code._cache._cache_file._source_stamp = source_stamp()
+    return code
 
 
 @cache
-def _functions(kind: Kind) -> tuple[Any, Any]:
-    both = []
-    for function in _FORMATS[kind]:
-        machine_code = CFunc(function, (_signature(function, float32).args, void), {}, {"error_model": "numpy"})
-        _keep_on_disk(machine_code)
-        machine_code.compile()
-        both.append(machine_code)
-    return both[0], both[1]
+def _formats(kind: Kind) -> tuple[Kernel, Kernel]:
+    encode, decode = _FORMATS[kind]
+    return Kernel(encode), Kernel(decode)
 
 
-@cache
 def addresses(kind: Kind) -> tuple[int, int]:
     """Of a format's encode and decode."""
-    encode, decode = _functions(kind)
+    encode, decode = _formats(kind)
     return encode.address, decode.address
 
 
 def prepare(kinds: Sequence[Kind] | None = None, kernels: Sequence[str] | None = None) -> float:
     """Compile or load formats and kernels, all where none are named; returns the seconds that took."""
     start = time.perf_counter()
-    functions = [f for kind in (_FORMATS if kinds is None else kinds) for f in _functions(kind)]
-    for name in KERNELS if kernels is None else kernels:
-        KERNELS[name].compile(_signature(KERNELS[name].py_func, float64))
+    wanted = [code for kind in (_FORMATS if kinds is None else kinds) for code in _formats(kind)]
+    wanted += [KERNELS[name] for name in (KERNELS if kernels is None else kernels)]
+    for each in wanted:
+        assert each.address
     if kinds is None and kernels is None:
-        caches: list[Any] = [compiled._cache for compiled in (*KERNELS.values(), *functions)]
+        caches: list[Any] = [each.code._cache for each in wanted]
         note_compiled([c._cache_file._index_path for c in caches if hasattr(c, "_cache_file")])
     return time.perf_counter() - start

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.kernels._numba import kernels, rows
 from dtrain.kernels._numba.pool import run
-from dtrain.kernels._numba.tables import address, coded, format_numbers, noise_numbers, state, values, wire_table
+from dtrain.kernels._numba.tables import address, coded, float_bits, format_numbers, noise_numbers, state, values, wire_table
 from dtrain.kernels.operands import Coded, Format, Noise
 
 _NONE = torch.empty(0, dtype=torch.bfloat16)
@@ -24,7 +24,7 @@ def _encode(
     if b is not None:
         second = values(b, n, "b") if mode == rows.DIFFERENCE else (state(b, n, "residual or xhat"), 0)
     third = 0 if s is None else state(s, n, "s")
-    args = (*first, *second, third, float(alpha), *coded(out, fmt, n, "the wire"), *noise_numbers(noise))
+    args = (*first, *second, third, float_bits(alpha), *coded(out, fmt, n, "the wire"), *noise_numbers(noise))
     run(kernels.encode, (mode, *format_numbers(fmt), n, *args), n)
 
 
@@ -51,7 +51,7 @@ def choco_encode(
 def mix(x: Tensor, self_weight: float, wires: Sequence[Coded], weights: Sequence[float], fmt: Format) -> None:
     n = x.numel()
     table = wire_table(wires, weights, fmt, n)
-    args = (n, *values(x, n, "x"), 0, 0, float(self_weight), address(table), len(wires))
+    args = (n, *values(x, n, "x"), 0, 0, float_bits(self_weight), address(table), len(wires))
     run(kernels.mix, (0, *format_numbers(fmt), *args), n)
 
 
@@ -65,7 +65,7 @@ def choco_mix(
 ) -> None:
     n = x.numel()
     table = wire_table(wires, weights, fmt, n)
-    args = (n, *values(x, n, "x"), state(xhat, n, "xhat"), state(s, n, "s"), float(gamma), address(table), len(wires))
+    args = (n, *values(x, n, "x"), state(xhat, n, "xhat"), state(s, n, "s"), float_bits(gamma), address(table), len(wires))
     run(kernels.mix, (1, *format_numbers(fmt), *args), n)
 
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from dtrain.kernels._numba.compiled import kernel
 from dtrain.kernels._numba.formats import AHEAD, _ABS, _INFINITE, called, inlined, mix_lanes, read32
 from dtrain.kernels._numba.memory import (
-    add_shared, clear_bytes, copy_bytes, fetch, load_f32x8, load_float, load_i16x32, load_i32x8, load_i32x32, load_long, stack,
-    store, store_byte, store_double, take,
+    add_shared, bits_float, clear_bytes, copy_bytes, fetch, load_f32x8, load_float, load_i16x32, load_i32x8, load_i32x32,
+    load_long, longs, stack, store, store_byte, store_double, take,
 )  # fmt: skip
 from dtrain.kernels._numba.rows import borrow, give_back, read8, write8, write32
 from dtrain.kernels._numba.simd import (
@@ -23,6 +21,7 @@ TENSOR_FIELDS = 4
 
 _x_room, _sent_room, _anchor_room = stack(128), stack(128), stack(128)
 _momentum_room, _delta_room = stack(128), stack(128)
+_three, _four, _ten = longs(3), longs(4), longs(10)
 
 
 @called
@@ -46,8 +45,9 @@ def _outer(x, x_half, sent, sent_half, anchor, momentum, delta, groups, minus_lr
 
 
 @kernel
-def outer(n, x, x_half, sent, sent_half, anchor, momentum, delta, minus_lr64: float, mu64: float, counter):
-    minus_lr, mu = np.float32(minus_lr64), np.float32(mu64)
+def outer(arguments):
+    n, x, x_half, sent, sent_half, anchor, momentum, delta, minus_lr_bits, mu_bits = _ten(arguments)
+    minus_lr, mu, counter = bits_float(minus_lr_bits), bits_float(mu_bits), arguments + 80
     x_room, sent_room, anchor_room, momentum_room, delta_room = (
         _x_room(), _sent_room(), _anchor_room(), _momentum_room(), _delta_room()
     )  # fmt: skip
@@ -83,7 +83,9 @@ def _find(tensors, count, i, u):
 
 
 @kernel
-def scale(tensors, count, factor, counter):
+def scale(arguments):
+    tensors, count, factor = _three(arguments)
+    counter = arguments + 24
     room = _x_room()
     by = load_float(factor)
     i = 0
@@ -109,8 +111,10 @@ def scale(tensors, count, factor, counter):
 
 
 @kernel
-def squares(tensors, count, partial, counter):
+def squares(arguments):
     """The units are the tiles of ``SUM_TILE``: 32 running sums in fp64, in which each square is exact."""
+    tensors, count, partial = _three(arguments)
+    counter = arguments + 24
     room = _x_room()
     i = 0
     while True:
@@ -137,8 +141,10 @@ def squares(tensors, count, partial, counter):
 
 
 @kernel
-def check_sum(num_bytes, data, first_word, out, counter):
+def check_sum(arguments):
     """Adds to ``out``. A unit is ``UNIT`` words; lanes are widened before they are added."""
+    num_bytes, data, first_word, out = _four(arguments)
+    counter = arguments + 32
     room = _x_room()
     num_words = (num_bytes + 3) // 4
     while True:
@@ -161,7 +167,9 @@ def check_sum(num_bytes, data, first_word, out, counter):
 
 
 @kernel
-def not_finite(n, x, half, flag, counter):
+def not_finite(arguments):
+    n, x, half, flag = _four(arguments)
+    counter = arguments + 32
     room = _x_room()
     step = 64 if half else 128
     while True:

@@ -1,24 +1,23 @@
-"""Which loops over whole tensors does Python call? Numbers are int64 and float64, tensors addresses: one specialization each.
+"""Which loops over whole tensors does Python call? With the address of their arguments, all int64: tensors are addresses, floats
+the bits of a float32.
 
-Every kernel takes work units from ``counter``, which threads share, until none is left; so a late thread takes none, and a unit
-is computed the same way by whoever takes it. A unit is a whole number of rows, a row of blocks."""
+Every kernel takes work units from ``counter``, behind the arguments, which threads share, until none is left; so a late thread
+takes none, and a unit is computed the same way by whoever takes it. A unit is a whole number of rows, a row of blocks."""
 # ruff: noqa: I001 -- many names fill lines, not a line each
 
 from __future__ import annotations
 
-import numpy as np
-
 from dtrain.kernels._numba.compiled import kernel
-from dtrain.kernels._numba.formats import _ONE, called, inlined
-from dtrain.kernels._numba.memory import clear_bytes, copy_bytes, load_float, load_long, stack, take
+from dtrain.kernels._numba.formats import _ONE, AHEAD, called, inlined
+from dtrain.kernels._numba.memory import bits_float, clear_bytes, copy_bytes, fetch, load_float, load_long, longs, stack, take
 from dtrain.kernels._numba.rows import (
     CHOCO, FEEDBACK, MINUS_ONE, PLAIN, adam_row, add_wires, borrow, decode_into, encode_any, give_back,
     narrow, read32, round_in_place, short_bytes, store, subtract, towards,
 )  # fmt: skip
 from dtrain.kernels.operands import MAX_BLOCK
 
-ROW = 2048
-"""Elements, or a block where that is longer: fp32 rows of five tensors stay in the second cache, that of x in the first."""
+ROW = MAX_BLOCK
+"""Elements, whole blocks of any length: fp32 rows of five tensors stay in the second cache, that of x in the first."""
 UNIT = 32768
 """Elements that a thread takes at a time."""
 PIECE_FIELDS = 14
@@ -26,11 +25,7 @@ PIECE_FIELDS = 14
 _y_room, _out_room = stack(4 * MAX_BLOCK), stack(4 * MAX_BLOCK)
 _x_room, _g_room, _m_room, _v_room, _a_room = (stack(4 * MAX_BLOCK) for _ in range(5))
 _hat_room, _s_room = stack(4 * MAX_BLOCK), stack(4 * MAX_BLOCK)
-
-
-@inlined
-def row_of(block):
-    return max(block, ROW)
+_encode_arguments, _mix_arguments, _step_arguments = longs(19), longs(16), longs(29)
 
 
 @called
@@ -58,22 +53,21 @@ def _encode_part(mode, fmt, x, x_half, b, b_half, s, alpha, blocks, valid, codes
 
 
 @kernel
-def encode(
-    mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, factor: float, codes, scales,
-    seed, first, counter,
-):  # fmt: skip
+def encode(arguments):
+    (
+        mode, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, b, b_half, s, factor, codes, scales,
+        seed, first,
+    ) = _encode_arguments(arguments)  # fmt: skip
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha = np.float32(factor)
-    row = row_of(block)
-    unit = max(UNIT, row)
+    alpha, counter = bits_float(factor), arguments + 8 * 19
     x_size, b_size = 2 - x_half, 2 - b_half
     out, x_room, b_room, s_room = _out_room(), _x_room(), _hat_room(), _s_room()
     while True:
-        lo = take(counter) * unit
+        lo = take(counter) * UNIT
         if lo >= n:
             return
-        for at in range(lo, min(n, lo + unit), row):
-            blocks, rest = min(n - at, row) // block, min(n - at, row) % block
+        for at in range(lo, min(n, lo + UNIT), ROW):
+            blocks, rest = min(n - at, ROW) // block, min(n - at, ROW) % block
             _encode_part(
                 mode, fmt, x + (at << x_size), x_half, b + (at << b_size), b_half, s + 4 * at, alpha, blocks, blocks * block,
                 codes + at // block * code_bytes, scales + at // block * scale_bytes, seed, first + at,
@@ -108,22 +102,20 @@ def _mix_part(choco, fmt, x, x_half, xhat, s, alpha, wires, num_wires, code_offs
 
 
 @kernel
-def mix(
-    choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, factor: float, wires, num_wires,
-    counter,
-):  # fmt: skip
+def mix(arguments):
+    (
+        choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, factor, wires, num_wires,
+    ) = _mix_arguments(arguments)  # fmt: skip
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha = np.float32(factor)
-    row = row_of(block)
-    unit = max(UNIT, row)
+    alpha, counter = bits_float(factor), arguments + 8 * 16
     size = 2 - x_half
     y, x_room, hat_room, s_room = _y_room(), _x_room(), _hat_room(), _s_room()
     while True:
-        lo = take(counter) * unit
+        lo = take(counter) * UNIT
         if lo >= n:
             return
-        for at in range(lo, min(n, lo + unit), row):
-            blocks, rest = min(n - at, row) // block, min(n - at, row) % block
+        for at in range(lo, min(n, lo + UNIT), ROW):
+            blocks, rest = min(n - at, ROW) // block, min(n - at, ROW) % block
             to = y if x_half else x + 4 * at
             _mix_part(
                 choco, fmt, x + (at << size), x_half, xhat + 4 * at, s + 4 * at, alpha, wires, num_wires,
@@ -169,6 +161,12 @@ def _step_part(
     adam_row(x, x_half, g, g_half, m, v, a, groups, y, numbers)
     if not gossips:
         return
+    for i in range(AHEAD, 2 * AHEAD, 64):  # of the next row: the memory is not idle while this one is encoded (7 %)
+        fetch(g + ((128 * groups + i) >> g_half))
+        fetch(m + 128 * groups + i)
+        fetch(v + 128 * groups + i)
+        if numbers[11]:
+            fetch(a + 128 * groups + i)
     if valid < 32 * groups:
         clear_bytes(y + 4 * valid, 4 * (32 * groups - valid))
     if choco:
@@ -187,18 +185,16 @@ def _field(piece, i):
 
 
 @kernel
-def step(
-    gossips, choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, factor: float, own: float,
-    wires, num_wires, out, grad_scale, part: float, one1: float, one2: float, step_size: float, over_root: float, eps: float,
-    beta1: float, beta2: float, closes, gathers, seed, first, counter,
-):  # fmt: skip
+def step(arguments):
     """Of a piece the table holds: its first unit, length, x, x_half, g, g_half, m, v, a, xhat, s, 1 - lr wd, the place of its
     scales, that of its codes (in a wire); and its element's place in the model is the sum of the lengths before it."""
+    (
+        gossips, choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, pieces, num_pieces, factor, own, wires,
+        num_wires, out, grad_scale, part, one1, one2, step_size, over_root, eps, beta1, beta2, closes, gathers, seed, first,
+    ) = _step_arguments(arguments)  # fmt: skip
+    counter = arguments + 8 * 29
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha, self_weight, scaling = np.float32(factor), np.float32(own), load_float(grad_scale)
-    f32 = np.float32
-    row = row_of(block)
-    unit = max(UNIT, row)
+    alpha, self_weight, scaling = bits_float(factor), bits_float(own), load_float(grad_scale)
     out_codes, x_room, g_room, m_room, v_room = _x_room(), _y_room(), _g_room(), _m_room(), _v_room()
     a_room, hat_room, s_room = _a_room(), _hat_room(), _s_room()
     i = 0
@@ -208,18 +204,18 @@ def step(
             first += _field(pieces + 8 * PIECE_FIELDS * i, 1)
             i += 1
         p = pieces + 8 * PIECE_FIELDS * i
-        n, lo = _field(p, 1), (u - _field(p, 0)) * unit
+        n, lo = _field(p, 1), (u - _field(p, 0)) * UNIT
         if lo >= n:
             return
         x, x_half, g, g_half = _field(p, 2), _field(p, 3), _field(p, 4), _field(p, 5)
         m, v, a, xhat, s = _field(p, 6), _field(p, 7), _field(p, 8), _field(p, 9), _field(p, 10)
         numbers = (
-            scaling, f32(part), f32(one1), f32(one2), f32(step_size), f32(over_root), f32(eps), load_float(p + 88),
-            f32(beta1), f32(beta2), closes, gathers,
+            scaling, bits_float(part), bits_float(one1), bits_float(one2), bits_float(step_size), bits_float(over_root),
+            bits_float(eps), load_float(p + 88), bits_float(beta1), bits_float(beta2), closes, gathers,
         )  # fmt: skip
         scales_at, codes_at = _field(p, 12), _field(p, 13)
-        for at in range(lo, min(n, lo + unit), row):
-            blocks, rest = min(n - at, row) // block, min(n - at, row) % block
+        for at in range(lo, min(n, lo + UNIT), ROW):
+            blocks, rest = min(n - at, ROW) // block, min(n - at, ROW) % block
             code_offset, scale_offset = codes_at + at // block * code_bytes, scales_at + at // block * scale_bytes
             _step_part(
                 gossips, choco, fmt, x + (at << (2 - x_half)), x_half, g + (at << (2 - g_half)), g_half, m + 4 * at, v + 4 * at,

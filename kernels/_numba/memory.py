@@ -109,6 +109,23 @@ def lowest_set(typingctx: Any, bits: Any) -> Any:
     return signature(types.int64, types.int64), codegen
 
 
+def longs(count: int) -> Any:
+    """A jitted function that reads so many int64 in a row: what a kernel is called with."""
+    result = types.UniTuple(types.int64, count)
+
+    @intrinsic
+    def read(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first = builder.inttoptr(args[0], _LONG.as_pointer())
+            return context.make_tuple(
+                builder, result, [builder.load(builder.gep(first, [_LONG(i)]), align=8) for i in range(count)]
+            )
+
+        return signature(result, types.int64), codegen
+
+    return read
+
+
 def stack(num_bytes: int) -> Any:
     """A jitted function that gives the address of so many bytes of the caller's stack, aligned to a cache line."""
 

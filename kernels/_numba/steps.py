@@ -17,17 +17,17 @@ from dtrain.kernels.operands import SUM_TILE, Adam, Format, Noise, Piece, Public
 _ALONE = Format("identity")
 
 
-def _adam_numbers(adam: Adam) -> tuple[int | float, ...]:
-    return (
+def _adam_numbers(adam: Adam) -> tuple[int, ...]:
+    numbers = (
         *(1.0 / adam.every, 1.0 - adam.beta1, 1.0 - adam.beta2),
-        *(adam.lr / (1.0 - adam.power1), (1.0 - adam.power2) ** -0.5, float(adam.eps)),
-        *(float(adam.beta1), float(adam.beta2), int(adam.closes), int(adam.every > 1)),
+        *(adam.lr / (1.0 - adam.power1), (1.0 - adam.power2) ** -0.5, adam.eps, adam.beta1, adam.beta2),
     )
+    return *map(float_bits, numbers), int(adam.closes), int(adam.every > 1)
 
 
 def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, fmt: Format) -> tuple[array[int], int]:
     """A row of ``PIECE_FIELDS`` numbers a piece, and the elements. The wires' zones follow each other as ``zones`` says."""
-    table, unit, total = array("q"), max(kernels.UNIT, fmt.block), 0
+    table, total = array("q"), 0
     first_unit, scales_at, codes_at = 0, 0, 2 * sum(fmt.num_scales(p.x.numel()) for p in pieces)
     for i, p in enumerate(pieces):
         n = p.x.numel()
@@ -35,7 +35,7 @@ def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, 
         hat, s = (state(public[i].xhat, n, "xhat"), state(public[i].s, n, "s")) if public else (0, 0)
         table.extend((first_unit, n, *floats(p.x, n, "x"), *floats(p.g, n, "g"), state(p.m, n, "m"), state(p.v, n, "v"), a))
         table.extend((hat, s, float_bits(1.0 - adam.lr * p.weight_decay), scales_at, codes_at))
-        first_unit += -(-n // unit)
+        first_unit += -(-n // kernels.UNIT)
         scales_at += 2 * fmt.num_scales(n)
         codes_at += fmt.code_bytes(n)
         total += n
@@ -44,7 +44,7 @@ def _piece_table(pieces: Sequence[Piece], public: Sequence[Public], adam: Adam, 
 
 def accum_adam(pieces: Sequence[Piece], adam: Adam, grad_scale: Tensor) -> None:
     table, total = _piece_table(pieces, (), adam, _ALONE)
-    args = (address(table), len(pieces), 0.0, 0.0, 0, 0, 0, state(grad_scale, 1, "grad_scale"))
+    args = (address(table), len(pieces), 0, 0, 0, 0, 0, state(grad_scale, 1, "grad_scale"))
     run(kernels.step, (0, 0, *format_numbers(_ALONE), *args, *_adam_numbers(adam), -1, 0), total)
 
 
@@ -58,7 +58,7 @@ def _gossip(
     num_bytes = sum(2 * fmt.num_scales(p.x.numel()) + fmt.code_bytes(p.x.numel()) for p in pieces)
     wires_table = body_table(wires, weights, num_bytes)
     args = (
-        *(address(table), len(pieces), float(alpha), float(self_weight), address(wires_table), len(wires)),
+        *(address(table), len(pieces), float_bits(alpha), float_bits(self_weight), address(wires_table), len(wires)),
         *(place(out, num_bytes, torch.uint8, "the next wire"), state(grad_scale, 1, "grad_scale")),
     )
     numbers = (*_adam_numbers(adam), *noise_numbers(noise))
@@ -86,7 +86,7 @@ def outer_step(
 ) -> None:
     n = x.numel()
     states = (state(anchor, n, "anchor"), state(momentum, n, "momentum"), state(delta, n, "delta"))
-    run(flat.outer, (n, *floats(x, n, "x"), *floats(sent, n, "sent"), *states, -float(lr), float(mu)), n)
+    run(flat.outer, (n, *floats(x, n, "x"), *floats(sent, n, "sent"), *states, float_bits(-lr), float_bits(mu)), n)
 
 
 def _tensor_table(tensors: Sequence[Tensor], unit: int) -> tuple[array[int], int, int]:

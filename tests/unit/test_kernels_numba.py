@@ -29,10 +29,14 @@ def check_codec(x: Tensor, fmt: Format, noise: Noise | None, offset: int = 0, wh
         cases.check(name, _numba, operands, offset, f"{fmt} {noise} {x.numel()} {x.dtype} {what}")
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(params=["alone", "torch's threads", "threads of our own"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Set through the pool: torch's own number is the whole process's."""
-    monkeypatch.setattr(pool, "num_threads", lambda: request.param)
+    monkeypatch.setattr(pool, "num_threads", lambda: 1 if request.param == "alone" else 2)
+    if request.param == "threads of our own":
+        monkeypatch.setattr(pool._team, "parallel", None)
+    else:
+        assert pool._team.parallel is not None, "torch has another OpenMP than the kernels look for"
     return request.param
 
 
@@ -82,7 +86,7 @@ def test_plain_operations(half: bool) -> None:
             cases.check(name, _numba, operands, offset=numel % 3, what=f"{numel}")
 
 
-def test_many_threads_write_what_one_does(threads: int) -> None:
+def test_many_threads_write_what_one_does(threads: str) -> None:
     x = cases.values(pool.LEAST_SHARED + 77)
     for fmt in (Format("int8", 64), Format("topk", 4096, 64, 2)):
         check_codec(x, fmt, None)
@@ -93,7 +97,7 @@ def test_many_threads_write_what_one_does(threads: int) -> None:
         cases.check(name, _numba, operands)
 
 
-def test_sums_of_squares(threads: int) -> None:
+def test_sums_of_squares(threads: str) -> None:
     """A square of fp32 is exact in fp64. n terms that are not negative, in 32 running sums, take n / 32 + 5 roundings at most."""
     tensors = [cases.values(n).to(kind) for n in (1, 33, 3 * SUM_TILE + 5) for kind in (torch.float32, torch.bfloat16)]
     partial = torch.full((sum(-(-x.numel() // SUM_TILE) for x in tensors),), torch.nan, dtype=torch.float64)
@@ -153,21 +157,19 @@ def test_offsets_beyond_32_bits() -> None:
     out, expected = cases.wire_zones(n, fmt), cases.wire_zones(n, fmt)
     reference.encode(x, expected, fmt, Noise(3, skipped))
     codes, scales = coded(out, fmt, n, "a wire")
-    counter = array("q", [units])
-    kernels.encode(
-        *(0, *format_numbers(fmt), skipped + n, x.data_ptr() - 4 * skipped, 0, 0, 0, 0, 0.0),
-        *(codes - skipped, scales - 2 * skipped // 64, 3, 0, address(counter)),
-    )
+    begin = (0, *format_numbers(fmt), skipped + n)
+    rest = (x.data_ptr() - 4 * skipped, 0, 0, 0, 0, 0, codes - skipped, scales - 2 * skipped // 64, 3, 0, units)
+    arguments = array("q", (*begin, *rest))
+    kernels.encode.call(address(arguments))
     assert torch.equal(out.codes, expected.codes)
     assert torch.equal(out.scales, expected.scales)
 
     y, expected_y = x.clone(), x.clone()
     reference.mix(expected_y, 0.5, [expected], [0.25], fmt)
     table = array("q", [codes - skipped, scales - 2 * skipped // 64, float_bits(0.25)])
-    counter = array("q", [units])
-    kernels.mix(
-        *(0, *format_numbers(fmt), skipped + n, y.data_ptr() - 4 * skipped, 0, 0, 0, 0.5, address(table), 1, address(counter)),
-    )
+    rest = (y.data_ptr() - 4 * skipped, 0, 0, 0, float_bits(0.5), address(table), 1, units)
+    arguments = array("q", (*begin, *rest))
+    kernels.mix.call(address(arguments))
     assert torch.equal(y, expected_y)
 
 
