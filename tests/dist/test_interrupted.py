@@ -169,6 +169,7 @@ pathlib.Path(sys.argv[1], f"ended{sync.island}").write_text(str(sync.step))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_script_begins_anew_on_every_island(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -76,6 +76,7 @@ def check(tmp_path: Path, arguments: tuple[str, ...], moments: list[int | None])
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     check(tmp_path, (*COMMON, "sync.delay=6"), [25, None])
