@@ -7,6 +7,7 @@ Cuts inside a parameter fall on multiples of GRAIN elements from its start, so t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,7 +62,10 @@ class Layout:
     def part(self, start: int, stop: int) -> Layout:
         """The layout of elements start:stop, positions counted from start."""
         spans = []
-        for s in self.spans:
+        for i in range(bisect_right(self.spans, start, key=lambda s: s.stop), len(self.spans)):
+            s = self.spans[i]
+            if s.start >= stop:
+                break
             a, b = max(s.start, start), min(s.stop, stop)
             if a < b:
                 spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
