@@ -93,8 +93,8 @@ IN_PLACE = (
     *("add_bf16", "topk_add", "decode_add", "encode_feedback", "choco_mix", "mix", "accum_adam", "gossip_adam"),
     *("choco_gossip_adam", "outer_step", "scale"),
 )
-"""Operations that write what they read: measured against an in-place scale, the others against a copy. ``choco_encode`` does both,
-and is held to a copy, as every encoder."""
+"""Operations that write what they read: measured against an in-place scale, the others against a copy. ``choco_encode`` is
+held to a copy, as every encoder."""
 
 
 def normal(numel: int, salt: int) -> Tensor:

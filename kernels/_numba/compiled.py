@@ -12,19 +12,19 @@ from typing import Any
 from numba import float32, int64, void
 from numba.core.ccallback import CFunc
 
-from dtrain.kernels._numba import formats, topk
+from dtrain.kernels._numba import decoders, encoders, topk
 from dtrain.kernels.cpu_cache import note_compiled, source_stamp
 from dtrain.kernels.operands import Kind
 
 KERNELS: dict[str, Kernel] = {}
 _FORMATS = {
-    "identity": (formats.encode_identity, formats.decode_identity),
-    "bf16": (formats.encode_bf16, formats.decode_bf16),
-    "int8": (formats.encode_int8, formats.decode_int8),
-    "int4": (formats.encode_int4, formats.decode_int4),
-    "e3m0": (formats.encode_e3m0, formats.decode_e3m0),
-    "lut4": (formats.encode_lut4, formats.decode_lut4),
-    "sign": (formats.encode_sign, formats.decode_sign),
+    "identity": (encoders.encode_identity, decoders.decode_identity),
+    "bf16": (encoders.encode_bf16, decoders.decode_bf16),
+    "int8": (encoders.encode_int8, decoders.decode_int8),
+    "int4": (encoders.encode_int4, decoders.decode_int4),
+    "e3m0": (encoders.encode_e3m0, decoders.decode_e3m0),
+    "lut4": (encoders.encode_lut4, decoders.decode_lut4),
+    "sign": (encoders.encode_sign, decoders.decode_sign),
     "topk": (topk.encode_topk, topk.decode_topk),
 }
 

@@ -69,7 +69,7 @@ def test_the_fewest_bytes_are_those_counted_by_hand(op: str) -> None:
 def test_every_operation_is_measured_against_one_of_two_bandwidths() -> None:
     assert {case.op for case in default_cases(("fp32",), INT4)} == set(FLOORS) == set(OPERATIONS)
     changed = {case.op for case in default_cases(("bf16",), INT4) if _changes_what_it_reads(case)}
-    assert changed == set(IN_PLACE)
+    assert changed - {"choco_encode"} == set(IN_PLACE), "an encoder, and held to a copy as they all are"
 
 
 def _changes_what_it_reads(case: Case) -> bool:
@@ -208,9 +208,9 @@ def test_contenders_take_turns_and_a_slow_one_drops_out(monkeypatch: pytest.Monk
         return run
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    timed = interleaved({"a": call("a", 0.1), "slow": call("slow", 5.0), "b": call("b", 0.2)}, CPU, least_s=0.2)
+    timed = interleaved({"a": call("a", 0.1), "slow": call("slow", 5.0), "b": call("b", 0.125)}, CPU, least_s=0.2)
     assert {name: timing.repetitions for name, timing in timed.items()} == {"a": ROUNDS, "slow": LEAST_ROUNDS, "b": ROUNDS}
-    assert {name: round(timing.median_s, 9) for name, timing in timed.items()} == {"a": 0.1, "slow": 5.0, "b": 0.2}
+    assert {name: round(timing.median_s, 9) for name, timing in timed.items()} == {"a": 0.1, "slow": 5.0, "b": 0.125}
     assert order[6:18] == ["a", "a", "slow", "slow", "b", "b"] * 2, "the first of each turn is not timed"
     assert timed["a"].spread == pytest.approx(0.0, abs=1e-9)
 
