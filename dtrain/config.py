@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dtrain import units
+from dtrain import topology, units
 
 Precision = Literal["fp32", "bf16"]
 
@@ -92,11 +92,19 @@ class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
-    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"] | None = Field(
+    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "choco", "diloco"] | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
-    topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] | None = Field(
-        None, description="who talks to whom (gossip methods)"
+    topology: str | None = Field(
+        None,
+        description="who talks to whom (gossip methods): \"complete\", \"ring\", \"torus\", \"hypercube\", \"star\"; one peer a round: "
+        '"one_peer_ring", "one_peer_exponential", "random_pairs"; "alternating_exp_ring:L" with L islands a host; of sync.graph: '
+        '"graph", all its edges each round, "coloured", one edge an island a round, or "directed"',
+    )
+    graph: str | None = Field(
+        None,
+        description='"ring", "path", "torus", "hypercube", "star", "complete", "random_regular:K", "barabasi_albert:M", or a file with an '
+        'edge a line as "0 1"; of topology "directed": "cycle", "random_out:K", or a file with an arc a line, from and to',
     )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
@@ -119,6 +127,13 @@ class Sync(Section):
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
+
+    @field_validator("topology")
+    @classmethod
+    def _topology_has_a_name(cls, value: str | None) -> str | None:
+        if value is not None:
+            topology.parameter(value)
+        return value
 
     @field_validator("delay")
     @classmethod

@@ -21,11 +21,12 @@ class Recipe:
     name: str
     summary: str
     paper: str
-    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"]
+    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "choco", "diloco"]
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
-    topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] = "complete"
+    topology: str = "complete"
+    graph: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
     combine: Literal["mean", "gossip"] = "mean"
@@ -107,6 +108,19 @@ _ROWS = (
         delay=1,
     ),
     Recipe(
+        name="push_sum",
+        summary="every step, over links that go one way: parameters to those that the graph says, a step late",
+        paper="Assran et al. 2019, arXiv 1811.10792",
+        algorithm="push_sum",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="directed",
+        graph="cycle",
+        combine="gossip",
+        delay=1,
+    ),
+    Recipe(
         name="choco",
         summary="every step, 8-bit differences to the ring's neighbours, a step late",
         paper="Koloskova et al. 2019, arXiv 1902.00340",
@@ -137,8 +151,9 @@ _ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "
 _USED: Mapping[str, frozenset[str]] = {
     "local": frozenset({"bucket_bytes"}),
     "allreduce": _ROUNDS,
-    "dpsgd": _ROUNDS | {"topology"},
-    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "gamma"},
+    "dpsgd": _ROUNDS | {"topology", "graph"},
+    "push_sum": _ROUNDS | {"topology", "graph"},
+    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
 """The axes that say something to an algorithm; any other would be ignored, so it is refused."""
@@ -213,15 +228,12 @@ def _check(r: Recipe, num_islands: int) -> None:
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
         )
-    smallest = topologies.MIN_NODES[r.topology]
-    if num_islands < smallest:
-        raise ValueError(
-            f'sync.topology = "{r.topology}" needs at least {smallest} islands, got {num_islands}; use "complete"'
-        )
+    topologies.check(r.topology, r.graph, num_islands)
     paths = {
         "local": ("none",),
         "allreduce": ("gather", "all_to_all"),
         "dpsgd": ("neighbours", "gather", "all_to_all"),
+        "push_sum": ("neighbours",),
         "choco": ("neighbours",),
         "diloco": ("gather", "all_to_all"),
     }[r.algorithm]
@@ -236,7 +248,15 @@ def _check(r: Recipe, num_islands: int) -> None:
     if r.algorithm == "choco" and r.topology not in topologies.STATIC:
         raise ValueError(
             f"choco keeps sums of its neighbours' public copies, so its topology must not change by round; "
-            f'"{r.topology}" does: use one of {", ".join(sorted(topologies.STATIC))}'
+            f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
+        )
+    if (r.topology in topologies.DIRECTED) != (r.algorithm == "push_sum"):
+        raise ValueError(
+            f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
+            'need not: use sync.recipe = "push_sum"'
+            if r.topology in topologies.DIRECTED
+            else f'push_sum is for links that go one way, and sync.topology = "{r.topology}" goes both: use topology = "directed", or '
+            'sync.recipe = "dpsgd"'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(

@@ -17,16 +17,16 @@ from dtrain.algorithms.arrivals import arrivals, arrived, fly
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import BoundBlocks, Codec, State, Update
 from dtrain.link import Link, Peers
-from dtrain.topology import in_degree
+from dtrain.topology import Mixing
 
 
-def gossip(codec: Codec, topology: str) -> Method:
+def gossip(codec: Codec, mixing: Mixing) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
 
         def init(b: Bucket) -> State:
             own = {name: bound.new_wire(b.x.device) for name in ("own", "next")}
-            return own | arrivals(bound, in_degree(topology, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.encode(b.x, state["own"], state)
