@@ -96,15 +96,10 @@ class Sync(Section):
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
     topology: str | None = Field(
-        None,
-        description="who talks to whom (gossip methods): \"complete\", \"ring\", \"torus\", \"hypercube\", \"star\"; one peer a round: "
-        '"one_peer_ring", "one_peer_exponential", "random_pairs"; "alternating_exp_ring:L" with L islands a host; of sync.graph: '
-        '"graph", all its edges each round, "coloured", one edge an island a round, or "directed"',
+        None, description="who talks to whom (gossip methods): a name that `dtrain topology` lists, as \"ring\""
     )
     graph: str | None = Field(
-        None,
-        description='"ring", "path", "torus", "hypercube", "star", "complete", "random_regular:K", "barabasi_albert:M", or a file with an '
-        'edge a line as "0 1"; of topology "directed": "cycle", "random_out:K", or a file with an arc a line, from and to',
+        None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
     )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")

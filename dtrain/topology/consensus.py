@@ -5,6 +5,7 @@ ratios follow the same product, scaled by positive weights). A static symmetric 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import networkx as nx
@@ -16,8 +17,8 @@ from dtrain.topology.names import Mixing
 Matrix = npt.NDArray[np.float64]
 
 TARGET = 1e-3
-_LOOK_AT = 256
-"""Rounds that are multiplied out one by one; after them whole periods are squared."""
+_LOOK_AT = 8_000
+"""Rounds x nodes up to which the round is found, not only the period in which it lies."""
 _DRAWN = 4096
 """Rounds after which a topology that is drawn anew each time is given up."""
 
@@ -69,20 +70,32 @@ def _distance(product: Matrix, mixing: Mixing) -> float:
 
 
 def _periodic(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
+    if mixing.static and mixing.doubly_stochastic:
+        return _symmetric(matrix(mixing, 0, num_nodes))
     period = mixing.period(num_nodes)
-    product, whole = np.eye(num_nodes), np.eye(num_nodes)
-    rounds: int | None = None
-    for index in range(max(_LOOK_AT, period)):
-        product = matrix(mixing, index % period, num_nodes) @ product
-        if index == period - 1:
-            whole = product
-        if rounds is None and _distance(product, mixing) <= TARGET:
-            rounds = index + 1
-        if rounds is not None and index >= period - 1:
-            break
+    whole = np.eye(num_nodes)
+    for index in range(period):
+        whole = matrix(mixing, index, num_nodes) @ whole
     values = np.sort(np.abs(np.linalg.eigvals(whole)))[::-1]
-    lambda2 = float(values[1]) ** (1 / period) if num_nodes > 1 and values[1] > 1e-12 else 0.0
-    return (rounds if rounds is not None else _by_squaring(whole, period, mixing)), lambda2
+    lambda2 = float(values[1]) ** (1 / period) if values[1] > 1e-12 else 0.0
+    by_periods = _by_squaring(whole, period, mixing)
+    if by_periods is None or by_periods * num_nodes > _LOOK_AT:
+        return by_periods, lambda2
+    product = np.eye(num_nodes)
+    for index in range(by_periods):
+        product = matrix(mixing, index, num_nodes) @ product
+        if _distance(product, mixing) <= TARGET:
+            return index + 1, lambda2
+    return by_periods, lambda2
+
+
+def _symmetric(w: Matrix) -> tuple[int | None, float]:
+    """||W^t - J|| is lambda2^t."""
+    values = np.sort(np.abs(np.linalg.eigvalsh(w)))[::-1]
+    lambda2 = float(values[1]) if len(values) > 1 and values[1] > 1e-12 else 0.0
+    if lambda2 >= 1 - 1e-12:
+        return None, lambda2
+    return (max(1, math.ceil(math.log(TARGET) / math.log(lambda2))) if lambda2 else 1), lambda2
 
 
 def _by_squaring(whole: Matrix, period: int, mixing: Mixing) -> int | None:
