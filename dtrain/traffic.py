@@ -93,6 +93,8 @@ class Traffic:
                 ready = [f for f in self._active if self._ready(f)]
             with torch.cuda.stream(self._stream):
                 for flight in ready:
+                    if not self._open:
+                        return
                     self._advance(flight)
             with self._inbox.changed:
                 self._active = [f for f in self._active if not f.done]

@@ -87,9 +87,12 @@ class OrderedTransport:
         until = time.monotonic() + drain_s
         for sender in self._senders.values():
             sender.finish(until, left)
-        for peer, receiver in self._receivers.items():
+        for peer in self._receivers:
             break_off(self._control, peer)
-            receiver.thread.join(timeout=_BROKEN_S)
+        broken_by = time.monotonic() + _BROKEN_S
+        for peer, receiver in self._receivers.items():
+            self._senders[peer].finish(broken_by, nobody)
+            receiver.thread.join(timeout=max(0.0, broken_by - time.monotonic()))
 
 
 class _Sender:

@@ -1,4 +1,4 @@
-"""The operations on a CPU: explicit vectors compiled by numba, cached on disk, shared by a few threads of our own."""
+"""The operations on a CPU: explicit vectors compiled by numba, cached on disk, shared by the cores."""
 # ruff: noqa: I001 -- many names fill lines, not a line each
 
 from dtrain.kernels._numba.exchange import (

@@ -29,20 +29,24 @@ _FORMATS = {
 }
 
 
-class Kernel:
-    """Machine code that takes the address of its arguments, compiled or loaded when it is first asked for."""
+class Code:
+    """A C function, compiled or loaded from the cache when it is first asked for."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.code = _machine_code(function)
+        self.compiled = _c_function(function)
 
     @cached_property
     def address(self) -> int:
-        self.code.compile()
-        return self.code.address
+        self.compiled.compile()
+        return self.compiled.address
+
+
+class Kernel(Code):
+    """One that takes the address of its arguments, which Python can call."""
 
     @cached_property
     def call(self) -> Callable[[int], None]:
-        """From Python, without the interpreter's lock."""
+        """Without the interpreter's lock."""
         return ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.address)
 
 
@@ -51,23 +55,23 @@ def kernel(function: Callable[..., None]) -> Kernel:
     return made
 
 
-def _machine_code(function: Callable[..., None]) -> Any:
+def _c_function(function: Callable[..., None]) -> Any:
     """A C function of int64 arguments, and float32 where one is annotated float."""
     parameters = inspect.signature(function).parameters.values()
     kinds = (float32 if p.annotation in ("float", float) else int64 for p in parameters)
-    code: Any = CFunc(function, (void(*kinds).args, void), {}, {"error_model": "numpy"})
+    made: Any = CFunc(function, (void(*kinds).args, void), {}, {"error_model": "numpy"})
     try:
-        code.enable_caching()
+        made.enable_caching()
     except RuntimeError:  # numba found no folder that it may write to: every process compiles
-        return code
-    code._cache._cache_file._source_stamp = source_stamp()
-    return code
+        return made
+    made._cache._cache_file._source_stamp = source_stamp()
+    return made
 
 
 @cache
-def _formats(kind: Kind) -> tuple[Kernel, Kernel]:
+def _formats(kind: Kind) -> tuple[Code, Code]:
     encode, decode = _FORMATS[kind]
-    return Kernel(encode), Kernel(decode)
+    return Code(encode), Code(decode)
 
 
 def addresses(kind: Kind) -> tuple[int, int]:
@@ -79,11 +83,10 @@ def addresses(kind: Kind) -> tuple[int, int]:
 def prepare(kinds: Sequence[Kind] | None = None, kernels: Sequence[str] | None = None) -> float:
     """Compile or load formats and kernels, all where none are named; returns the seconds that took."""
     start = time.perf_counter()
-    wanted = [code for kind in (_FORMATS if kinds is None else kinds) for code in _formats(kind)]
+    wanted: list[Code] = [code for kind in (_FORMATS if kinds is None else kinds) for code in _formats(kind)]
     wanted += [KERNELS[name] for name in (KERNELS if kernels is None else kernels)]
-    for each in wanted:
-        assert each.address
+    loaded = {code: code.address for code in wanted}
     if kinds is None and kernels is None:
-        caches: list[Any] = [each.code._cache for each in wanted]
+        caches: list[Any] = [code.compiled._cache for code in loaded]
         note_compiled([c._cache_file._index_path for c in caches if hasattr(c, "_cache_file")])
     return time.perf_counter() - start

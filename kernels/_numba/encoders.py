@@ -70,8 +70,8 @@ def _int4_block(src, groups, codes, scale_address, seed, index):
 
 @inlined
 def put_eight_scales(src, groups, most, scales, inverses):
-    """What ``put_scale`` does, for the scales max / most of eight blocks, with their inverses into a room; False, and nothing
-    done, where one is not finite.
+    """What ``put_scale`` does, for the scales max / most of eight blocks, with their inverses into a room; False, and no
+    scale written, where one is not finite.
 
     One by one, two divisions and the way through scalar registers and back took more than half of the time of an encoder."""
     for b in range(8):

@@ -134,5 +134,3 @@ def fold(work, groups):
         for g in range(groups):
             store(work + 128 * g, load_f32x32(work + 128 * g) + load_f32x32(work + 128 * (g + groups)))
     return tree_of_lanes(load_f32x32(work))
-
-

@@ -2,8 +2,8 @@
 
 The main thread shares with torch's own OpenMP threads. They spin for about 12 ms after each operation of torch's, and threads of
 ours would share the cores with them: an int8 encoder of 2^24 elements then took 1.4 times as long (6.5 ms, not 4.6, on 2 cores).
-Another thread (the traffic's) has threads of our own: OpenMP would make it a team that spins while the model trains. Neither is
-numba's own layer, which aborts where two threads call at once."""
+Another thread (the traffic's) has threads of our own, which sleep once nothing is left: a team of OpenMP's would spin beside the
+model's. Neither is numba's own layer, which aborts where two threads call at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import ctypes
 import os
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,13 +22,13 @@ import torch
 from dtrain.kernels._numba.compiled import Kernel
 
 LEAST_SHARED = 1 << 17
-"""Elements; below, a call is over before another thread has woken up (50 us)."""
+"""Elements; below, a call is over before another thread has woken up (50 us for one that sleeps)."""
 
 
 class _Job:
     """One call of a kernel. A thread that comes after the caller has finished must not touch its tensors any more."""
 
-    def __init__(self, call: Callable[[int], None], arguments: int) -> None:
+    def __init__(self, call: Callable[[int], None], arguments: array[int]) -> None:
         self.call, self.arguments = call, arguments
         self.lock, self.idle = threading.Lock(), threading.Lock()
         self.running, self.over = 0, False
@@ -38,19 +39,21 @@ class _Job:
             if self.over:
                 return
             self.running += 1
-        self.call(self.arguments)
+        self.call(_address(self.arguments))
         with self.lock:
             self.running -= 1
             if self.over and self.running == 0:
                 self.idle.release()
 
     def finish(self) -> None:
-        self.call(self.arguments)
-        with self.lock:
-            self.over = True
-            if self.running == 0:
-                return
-        self.idle.acquire()
+        try:
+            self.call(_address(self.arguments))
+        finally:  # after Ctrl-C too: the caller will free what the others still write to
+            with self.lock:
+                self.over = True
+                helped = self.running > 0
+            if helped:
+                self.idle.acquire()
 
 
 class _Pool:
@@ -59,7 +62,7 @@ class _Pool:
     def __init__(self) -> None:
         self.lock, self.jobs, self.size = threading.Lock(), SimpleQueue[_Job](), 0
 
-    def run(self, kernel: Kernel, arguments: int, num_threads: int) -> None:
+    def run(self, kernel: Kernel, arguments: array[int], num_threads: int) -> None:
         self._grow(num_threads - 1)
         job = _Job(kernel.call, arguments)
         for _ in range(num_threads - 1):
@@ -81,23 +84,31 @@ def _work(jobs: SimpleQueue[_Job]) -> None:
 
 
 class _Team:
-    """The OpenMP that torch itself is linked to. ``parallel`` is None where that is another library than GNU's or Intel's, and in
-    a child after a fork, which has a team without threads."""
+    """The OpenMP that torch itself calls. ``parallel`` is None where that is not GNU's or one that takes its calls, as Intel's
+    does, and in a child after a fork, whose team has no threads."""
 
     def __init__(self) -> None:
-        try:
-            self.parallel: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
-        except (OSError, AttributeError):
-            self.parallel = None
-            return
-        self.parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        self.parallel.restype = None
+        self.parallel: Any = next(_parallel(), None)
+        if self.parallel is not None:
+            self.parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            self.parallel.restype = None
 
-    def run(self, kernel: Kernel, arguments: int, num_threads: int) -> None:
-        self.parallel(kernel.address, arguments, num_threads, 0)
+    def run(self, kernel: Kernel, arguments: array[int], num_threads: int) -> None:
+        self.parallel(kernel.address, _address(arguments), num_threads, 0)
 
     def leave(self) -> None:
         self.parallel = None
+
+
+def _parallel() -> Iterator[Any]:
+    """Where the linker looks for torch: what is visible to the whole process first (a preloaded one, say), then its own."""
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with suppress(OSError, AttributeError):
+            yield ctypes.CDLL(library).GOMP_parallel
+
+
+def _address(arguments: array[int]) -> int:
+    return arguments.buffer_info()[0]
 
 
 _pool, _team = _Pool(), _Team()
@@ -113,11 +124,10 @@ def num_threads() -> int:
 def run(kernel: Kernel, arguments: tuple[int, ...], numel: int) -> None:
     """Call the kernel on as many threads as torch uses."""
     with_counter = array("q", (*arguments, 0))
-    at, _ = with_counter.buffer_info()
     threads = num_threads() if numel >= LEAST_SHARED else 1
     if threads == 1:
-        kernel.call(at)
+        kernel.call(_address(with_counter))
     elif _team.parallel is not None and threading.current_thread() is threading.main_thread():
-        _team.run(kernel, at, threads)
+        _team.run(kernel, with_counter, threads)
     else:
-        _pool.run(kernel, at, threads)
+        _pool.run(kernel, with_counter, threads)

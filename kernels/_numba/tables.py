@@ -57,6 +57,7 @@ def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:
 
 
 def float_bits(value: float) -> int:
+    """The bits of the nearest float32; raises OverflowError beyond its range."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 

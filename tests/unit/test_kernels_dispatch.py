@@ -57,7 +57,7 @@ def test_kernels_are_compiled_once_and_that_is_said(tmp_path: Path) -> None:
         "whole = _numba.prepare\n"
         "_numba.prepare = lambda *kinds: kinds or (whole((), ('scale',)), note())\n"
         "from dtrain.kernels._numba import compiled\n"
-        "def note(): compiled.note_compiled([compiled.KERNELS['scale'].code._cache._cache_file._index_path])\n"
+        "def note(): compiled.note_compiled([compiled.KERNELS['scale'].compiled._cache._cache_file._index_path])\n"
         "dispatch.prepare(torch.device('cpu'), (), lambda: print('compiling'))\n"
         "x = torch.ones(5); _numba.scale([x], torch.tensor([2.0]))\n"
         "print(x.tolist())"

@@ -54,7 +54,7 @@ def test_wires_of_any_length_at_any_address(fmt: Format) -> None:
 
 @pytest.mark.parametrize("fmt", cases.FORMATS, ids=name_of)
 def test_the_ends_of_fp32(fmt: Format) -> None:
-    for what, x in cases.extremes(200):
+    for what, x in (*cases.extremes(200), *cases.extremes(9 * 64 + 100)):  # eight whole blocks go another way than one
         for noise in cases.NOISES:
             for name in ("encode", "encode_difference"):
                 operands = dict(cases.codec_operands(x, fmt, noise))[name]
@@ -95,6 +95,24 @@ def test_many_threads_write_what_one_does(threads: str) -> None:
         cases.check(name, _numba, operands)
     for name, operands in cases.plain_operands(x.numel(), False):
         cases.check(name, _numba, operands)
+
+
+def test_only_the_main_thread_uses_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's team would spin beside the model's."""
+    called: list[str] = []
+    monkeypatch.setattr(pool, "num_threads", lambda: 2)
+    run = pool._team.run
+    monkeypatch.setattr(pool._team, "run", lambda *arguments: (called.append(threading.current_thread().name), run(*arguments)))
+    x = torch.ones(pool.LEAST_SHARED)
+    for name in ("main", "other"):
+        if name == "main":
+            _numba.scale([x], torch.tensor([2.0]))
+        else:
+            thread = threading.Thread(target=_numba.scale, args=([x], torch.tensor([2.0])))
+            thread.start()
+            thread.join()
+    assert called == [threading.main_thread().name]
+    assert bool((x == 4).all())
 
 
 def test_sums_of_squares(threads: str) -> None:

@@ -13,7 +13,7 @@ from dtrain.core import Flight
 from dtrain.link import Link
 from dtrain.topology import Round
 from dtrain.traffic import Traffic
-from dtrain.transport.base import ROUND, Tag
+from dtrain.transport.base import OWN_WORK_S, ROUND, Tag
 from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import Throttle
 
@@ -62,5 +62,7 @@ def test_an_idle_traffic_ends_at_once(drain_s: float) -> None:
     before = set(threading.enumerate())
     traffic = Traffic(LocalHub(2).transport(0), torch.device("cpu"))
     (own,) = set(threading.enumerate()) - before
+    begun = time.monotonic()
     traffic.close(drain_s=drain_s)
+    assert time.monotonic() - begun < OWN_WORK_S
     assert not own.is_alive()
