@@ -15,6 +15,7 @@ from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
 from dtrain.algorithms.local import local
+from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.outer import Outer
 from dtrain.recipes import Recipe
@@ -62,6 +63,12 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
         case "dpsgd":
             return dpsgd(_reduce(r))
+        case "deepsqueeze":
+            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
+        case "multi_gossip":
+            return multi_gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
+        case "chebyshev":
+            return chebyshev(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps, mixed)
         case "push_sum":
             return push_sum(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
         case "choco":

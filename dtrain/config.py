@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dtrain import topology, units
 
+Algorithm = Literal["local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "choco", "diloco"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -92,7 +93,7 @@ class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
-    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "choco", "diloco"] | None = Field(
+    algorithm: Algorithm | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
     topology: str | None = Field(
@@ -114,10 +115,11 @@ class Sync(Section):
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
-    gamma: float | None = Field(None, gt=0, le=1, description="CHOCO's consensus step size")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco and deepsqueeze")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
+    gossip_steps: int | None = Field(None, ge=1, description="gossip steps in a row, of multi_gossip and chebyshev")
     landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
@@ -221,7 +223,7 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 def runs_a_script(job: Job) -> bool:
     """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
     answers = job.sync.model_dump()
-    return any(answers[key] is None for key in answers if key != "bucket_bytes")
+    return any(answers[key] is None for key in answers if key not in ("bucket_bytes", "graph"))
 
 
 def dump_job(job: Job) -> str:

@@ -21,7 +21,7 @@ class Recipe:
     name: str
     summary: str
     paper: str
-    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "choco", "diloco"]
+    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "choco", "diloco"]
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
@@ -34,6 +34,7 @@ class Recipe:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     gamma: float = 1.0
+    gossip_steps: int = 1
     delay: int | Literal["round"] = 0
     landing: Literal["keep", "eager"] = "keep"
     fragments: int = 1
@@ -121,6 +122,47 @@ _ROWS = (
         delay=1,
     ),
     Recipe(
+        name="multi_gossip",
+        summary="every 4 steps, 4 gossip steps in a row with the ring's neighbours",
+        paper="Shi et al. 2023, arXiv 2302.04083 (MGS)",
+        algorithm="multi_gossip",
+        payload="parameters",
+        every=4,
+        reduce="neighbours",
+        topology="ring",
+        combine="gossip",
+        gossip_steps=4,
+        delay=4,
+    ),
+    Recipe(
+        name="chebyshev",
+        summary="multi_gossip with the steps of Chebyshev's polynomial, which leave the least disagreement",
+        paper="Scaman et al. 2017, arXiv 1702.08704",
+        algorithm="chebyshev",
+        payload="parameters",
+        every=4,
+        reduce="neighbours",
+        topology="ring",
+        combine="gossip",
+        gossip_steps=4,
+        delay=4,
+    ),
+    Recipe(
+        name="deepsqueeze",
+        summary="every step, 8-bit parameters with error feedback to one peer, a step late",
+        paper="Tang et al. 2019, arXiv 1907.07346",
+        algorithm="deepsqueeze",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="one_peer_exponential",
+        codec="int8:64",
+        error_feedback=True,
+        combine="gossip",
+        gamma=0.5,
+        delay=1,
+    ),
+    Recipe(
         name="choco",
         summary="every step, 8-bit differences to the ring's neighbours, a step late",
         paper="Koloskova et al. 2019, arXiv 1902.00340",
@@ -147,12 +189,23 @@ FUSED = frozenset({"dpsgd", "choco"})
 _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
 """The axes that are answered by one of a few words."""
 
+MOST_GOSSIP_STEPS = 64
+"""A wire's name has 6 bits for the phase of its round."""
+
+_NEED_STATIC = {
+    "choco": "keeps sums of its neighbours' public copies",
+    "chebyshev": "has the polynomial of one matrix",
+}
+
 _ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
 _USED: Mapping[str, frozenset[str]] = {
     "local": frozenset({"bucket_bytes"}),
     "allreduce": _ROUNDS,
     "dpsgd": _ROUNDS | {"topology", "graph"},
     "push_sum": _ROUNDS | {"topology", "graph"},
+    "multi_gossip": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "chebyshev": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "deepsqueeze": _ROUNDS | {"topology", "graph", "gamma"},
     "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
@@ -196,6 +249,7 @@ def _check_values(r: Recipe) -> None:
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, words in ranges:
@@ -234,6 +288,9 @@ def _check(r: Recipe, num_islands: int) -> None:
         "allreduce": ("gather", "all_to_all"),
         "dpsgd": ("neighbours", "gather", "all_to_all"),
         "push_sum": ("neighbours",),
+        "multi_gossip": ("neighbours",),
+        "chebyshev": ("neighbours",),
+        "deepsqueeze": ("neighbours",),
         "choco": ("neighbours",),
         "diloco": ("gather", "all_to_all"),
     }[r.algorithm]
@@ -245,9 +302,9 @@ def _check(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
         )
-    if r.algorithm == "choco" and r.topology not in topologies.STATIC:
+    if r.algorithm in _NEED_STATIC and r.topology not in topologies.STATIC:
         raise ValueError(
-            f"choco keeps sums of its neighbours' public copies, so its topology must not change by round; "
+            f"{r.algorithm} {_NEED_STATIC[r.algorithm]}, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
         )
     if (r.topology in topologies.DIRECTED) != (r.algorithm == "push_sum"):
@@ -255,8 +312,8 @@ def _check(r: Recipe, num_islands: int) -> None:
             f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
             'need not: use sync.recipe = "push_sum"'
             if r.topology in topologies.DIRECTED
-            else f'push_sum is for links that go one way, and sync.topology = "{r.topology}" goes both: use topology = "directed", or '
-            'sync.recipe = "dpsgd"'
+            else f'push_sum is for links that go one way, and those of sync.topology = "{r.topology}" go both; use topology = '
+            '"directed", or sync.recipe = "dpsgd"'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(

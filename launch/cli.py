@@ -225,7 +225,7 @@ def recipes(
 def topology(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="left out: a list of them", show_default=False)] = None,
     num_islands: Annotated[int, typer.Option("--islands", help="how many", min=1)] = 8,
-    graph: Annotated[str | None, typer.Option("--graph", metavar="GRAPH", help="sync.graph, where the topology is of one")] = None,
+    graph: Annotated[str | None, typer.Option("--graph", metavar="GRAPH", help="sync.graph, where there is one")] = None,
     codec: Annotated[str, typer.Option("--codec", help="of a wire")] = "identity",
     numel: Annotated[int, typer.Option("--numel", help="parameters of the model", min=1)] = 1_000_000,
     seed: Annotated[int, typer.Option("--seed", help="of graphs and rounds that are drawn")] = 0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 
 import networkx as nx
 
@@ -60,10 +61,14 @@ def edge_colours(graph: nx.Graph[int]) -> dict[tuple[int, int], int]:
             del at[a][colour], at[b][colour]
 
     for u, v in sorted((min(edge), max(edge)) for edge in graph.edges):
+        both = next((colour for colour in range(most) if colour not in at[u] and colour not in at[v]), None)
+        if both is not None:  # most edges, and all of a path or an even ring with two colours
+            paint(u, v, both)
+            continue
         fan = _fan(at, graph, u, v)
         c, d = free(u), free(fan[-1])
         _swap_path(at, u, c, d)
-        # After the swap d is free at u. The longest start of the fan that is still one, and whose last node has d free too, turns.
+        # After the swap d is free at u. The first start of the fan that is still one, and whose last node has d free too, turns.
         end = next(i for i in range(len(fan)) if d not in at[fan[i]] and _is_fan(at, u, fan[: i + 1]))
         turning = [colour_of(u, fan[i + 1]) for i in range(end)]
         for i in range(end):
@@ -87,7 +92,7 @@ def _fan(at: dict[int, dict[int, int]], graph: nx.Graph[int], u: int, v: int) ->
 
 def _is_fan(at: dict[int, dict[int, int]], u: int, fan: list[int]) -> bool:
     to = {peer: colour for colour, peer in at[u].items()}
-    return all(to[b] not in at[a] for a, b in zip(fan, fan[1:], strict=False))
+    return all(to[b] not in at[a] for a, b in pairwise(fan))
 
 
 def _swap_path(at: dict[int, dict[int, int]], u: int, c: int, d: int) -> None:
@@ -96,7 +101,7 @@ def _swap_path(at: dict[int, dict[int, int]], u: int, c: int, d: int) -> None:
     while colour in at[nodes[-1]]:
         nodes.append(at[nodes[-1]][colour])
         colour = c if colour == d else d
-    edges = list(zip(nodes, nodes[1:], strict=False))
+    edges = list(pairwise(nodes))
     for i, (a, b) in enumerate(edges):
         old = d if i % 2 == 0 else c
         del at[a][old], at[b][old]

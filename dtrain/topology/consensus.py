@@ -48,6 +48,11 @@ def matrix(mixing: Mixing, index: int, num_nodes: int) -> Matrix:
     return w
 
 
+def second_largest(mixing: Mixing, num_nodes: int) -> float:
+    """lambda2 of a W that stays the same and is symmetric."""
+    return _symmetric(matrix(mixing, 0, num_nodes))[1]
+
+
 def consensus(mixing: Mixing, num_nodes: int) -> Consensus:
     """Where rounds are drawn, lambda2 is the mean factor of a round on the way to TARGET."""
     rounds, lambda2 = _drawn(mixing, num_nodes) if mixing.drawn else _periodic(mixing, num_nodes)

@@ -31,7 +31,7 @@ def random_out(degree: int, seed: int) -> Arcs:
 
     def arcs(num_nodes: int) -> nx.DiGraph[int]:
         if not 1 <= degree < num_nodes:
-            raise ValueError(f"random_out:{degree} needs more than {max(degree, 1)} islands, got {num_nodes}, and 1 arc or more")
+            raise ValueError(f"random_out:{degree} needs more than {max(degree, 1)} islands, got {num_nodes}, and 1 arc")
         made = cycle(num_nodes)
         draw = random.Random(f"arcs/{seed}")
         for node in range(num_nodes):

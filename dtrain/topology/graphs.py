@@ -54,7 +54,7 @@ def barabasi_albert(edges: int, seed: int) -> Graph:
 
     def graph(num_nodes: int) -> nx.Graph[int]:
         if not 1 <= edges < num_nodes:
-            raise ValueError(f"barabasi_albert:{edges} needs more than {max(edges, 1)} islands, got {num_nodes}, and 1 edge or more")
+            raise ValueError(f"barabasi_albert:{edges} needs more than {max(edges, 1)} islands, got {num_nodes}, and 1 edge")
         return nx.barabasi_albert_graph(num_nodes, edges, seed=seed)
 
     return graph
@@ -96,8 +96,8 @@ def check_connected(name: str, graph: nx.Graph[int]) -> None:
     parts = sorted((sorted(part) for part in nx.connected_components(graph)), key=len)
     if len(parts) > 1:
         raise ValueError(
-            f"the graph {name} falls into {len(parts)} parts, and islands {', '.join(map(str, parts[0]))} would never hear of the "
-            "others; add an edge between the parts"
+            f"the graph {name} falls into {len(parts)} parts, and islands {', '.join(map(str, parts[0]))} would never hear of "
+            "the others; add an edge between the parts"
         )
 
 

@@ -86,8 +86,8 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> No
     if name == "alternating_exp_ring":
         if num_nodes % ranks or not _is_power_of_two(num_nodes // ranks):
             raise ValueError(
-                f'sync.topology = "{topology}" pairs hosts of {ranks} islands, a power of two of them; {num_nodes} islands are none: '
-                f"use {ranks} x 2, 4, 8 ..."
+                f'sync.topology = "{topology}" pairs hosts of {ranks} islands, and needs 2, 4, 8 ... hosts, not {num_nodes} '
+                f"islands; use {ranks} x 2, 4, 8 ..."
             )
     elif name == "directed":
         directed.check_strongly_connected(str(graph), _arcs(graph, seed)(num_nodes))
@@ -96,7 +96,7 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> No
 
 
 def parameter(topology: str) -> tuple[str, int]:
-    """``alternating_exp_ring:4`` -> (alternating_exp_ring, 4), 1 where there is none; raises ValueError for no topology's name."""
+    """``alternating_exp_ring:4`` -> (alternating_exp_ring, 4), 1 where there is none; raises ValueError for any other name."""
     name, colon, text = topology.partition(":")
     if name not in NAMES or (colon and (name != "alternating_exp_ring" or not text.isdecimal() or int(text) < 1)):
         raise ValueError(
@@ -112,7 +112,7 @@ def _graph(graph: str | None, seed: int) -> Graph:
         return graphs.FAMILIES[graph]
     if name in ("random_regular", "barabasi_albert") and text.isdecimal():
         return {"random_regular": graphs.random_regular, "barabasi_albert": graphs.barabasi_albert}[name](int(text), seed)
-    if _is_file(graph):
+    if is_file(graph):
         return graphs.of_file(Path(graph))
     raise ValueError(f"sync.graph = {graph!r} is no graph; use {GRAPHS}, with a / or a . in its name")
 
@@ -124,12 +124,13 @@ def _arcs(graph: str | None, seed: int) -> directed.Arcs:
         return directed.cycle
     if name == "random_out" and text.isdecimal():
         return directed.random_out(int(text), seed)
-    if _is_file(graph):
+    if is_file(graph):
         return directed.of_file(Path(graph))
     raise ValueError(f"sync.graph = {graph!r} is no directed graph; use {ARCS}, with a / or a . in its name")
 
 
-def _is_file(graph: str) -> bool:
+def is_file(graph: str) -> bool:
+    """Whether ``sync.graph`` names a file, and no family."""
     return "/" in graph or "." in graph
 
 

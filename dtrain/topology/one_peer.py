@@ -8,8 +8,8 @@ from dtrain.topology.row import ALONE, Round, Topology, pair
 
 
 def one_peer_ring(index: int, node: int, num_nodes: int) -> Round:
-    """Even rounds pair (0, 1), (2, 3) ..., odd ones (1, 2), (3, 4) ... around the ring. With odd n the node that sits out moves on
-    by one each round, which alternates the pairs just so."""
+    """Even rounds pair (0, 1), (2, 3) ..., odd ones (1, 2), (3, 4) ... around the ring. With odd n the node that sits out moves
+    on by one each round, which alternates the pairs just so."""
     if num_nodes == 2:
         return pair(1 - node)
     first = index % (2 if num_nodes % 2 == 0 else num_nodes)
@@ -45,11 +45,11 @@ def random_pairs(seed: int) -> Topology:
 
 
 def alternating_exp_ring(ranks: int) -> Topology:
-    """Nodes of a gossip that share a host talk over its fast network, and hosts over the slow one in turns (arXiv 2410.11998, code).
+    """Nodes that share a host talk over its fast network, and hosts over the slow one in turns (arXiv 2410.11998, code).
 
     ``ranks`` neighbours a host, N = n / ranks hosts, a power of two. Each of log2 N hops takes two rounds. In one a pair of hosts
     (j, j + 2^r) takes the mean of its 2 ranks members (weight 1 / (2 ranks)), in the other each host takes the mean of its own
-    (weight 1 / ranks). Of the pairs every second one goes inside first, so that only half of them use the slow network at any time.
+    (weight 1 / ranks). Every second pair goes inside first, so that only half of them use the slow network at any time.
     After 2 log2 N rounds all nodes hold the exact mean."""
 
     def topology(index: int, node: int, num_nodes: int) -> Round:

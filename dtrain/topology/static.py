@@ -38,7 +38,7 @@ def hypercube(index: int, node: int, num_nodes: int) -> Round:
 
 def star(index: int, node: int, num_nodes: int) -> Round:
     """Node 0 hears all others with weight 1/n, and they hear it: lambda2 = 1 - 1/n."""
-    return symmetric({peer: 1 / num_nodes for peer in (range(1, num_nodes) if node == 0 else (0,))})
+    return symmetric(dict.fromkeys(range(1, num_nodes) if node == 0 else (0,), 1 / num_nodes))
 
 
 def sides(num_nodes: int) -> tuple[int, int]:
