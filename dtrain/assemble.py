@@ -10,15 +10,17 @@ from dtrain import reduce as reduces
 from dtrain import schedule
 from dtrain.algorithm import Method
 from dtrain.algorithms.allreduce import allreduce
+from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
 from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
+from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.outer import Outer
-from dtrain.recipes import Recipe
+from dtrain.recipes import REWRITES_GRADIENTS, Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
 from dtrain.topology import Mixing, Topology, mixing
@@ -48,7 +50,7 @@ def assemble(recipe: Recipe, seed: int) -> Plan:
         when=schedule.every if recipe.fragments == 1 else schedule.staggered(recipe.fragments),
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
-        rewrites_gradients=recipe.algorithm == "allreduce",
+        rewrites_gradients=recipe.algorithm in REWRITES_GRADIENTS,
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
 
@@ -71,6 +73,10 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return chebyshev(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps, mixed)
         case "push_sum":
             return push_sum(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
+        case "gradient_tracking":
+            return gradient_tracking(codecs.plain(r.codec), mixed)
+        case "beer":
+            return beer(codecs.plain(r.codec), r.gamma, mixed)
         case "choco":
             return choco(codecs.plain(r.codec), r.gamma, mixed)
         case "diloco":

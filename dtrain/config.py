@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dtrain import topology, units
 
-Algorithm = Literal["local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "choco", "diloco"]
+Algorithm = Literal[
+    "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
+    "diloco",
+]  # fmt: skip
 Precision = Literal["fp32", "bf16"]
 
 

@@ -21,7 +21,10 @@ class Recipe:
     name: str
     summary: str
     paper: str
-    algorithm: Literal["local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "choco", "diloco"]
+    algorithm: Literal[
+        "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco",
+        "beer", "diloco",
+    ]  # fmt: skip
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
@@ -163,10 +166,36 @@ _ROWS = (
         delay=1,
     ),
     Recipe(
+        name="gradient_tracking",
+        summary="every step, parameters and an estimate of the mean gradient, to one peer",
+        paper="Nedic et al. 2017, arXiv 1607.03218",
+        algorithm="gradient_tracking",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="one_peer_exponential",
+        combine="gossip",
+        delay=1,
+    ),
+    Recipe(
         name="choco",
         summary="every step, 8-bit differences to the ring's neighbours, a step late",
         paper="Koloskova et al. 2019, arXiv 1902.00340",
         algorithm="choco",
+        payload="differences",
+        every=1,
+        reduce="neighbours",
+        topology="ring",
+        codec="int8:64",
+        combine="gossip",
+        gamma=0.9,
+        delay=1,
+    ),
+    Recipe(
+        name="beer",
+        summary="gradient tracking with 8-bit differences to the ring's neighbours",
+        paper="Zhao et al. 2022, arXiv 2201.13320",
+        algorithm="beer",
         payload="differences",
         every=1,
         reduce="neighbours",
@@ -192,8 +221,12 @@ _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() 
 MOST_GOSSIP_STEPS = 64
 """A wire's name has 6 bits for the phase of its round."""
 
+REWRITES_GRADIENTS = frozenset({"allreduce", "gradient_tracking", "beer"})
+"""Algorithms that exchange something before each update, which waits for it."""
+
 _NEED_STATIC = {
     "choco": "keeps sums of its neighbours' public copies",
+    "beer": "keeps sums of its neighbours' public copies",
     "chebyshev": "has the polynomial of one matrix",
 }
 
@@ -206,6 +239,8 @@ _USED: Mapping[str, frozenset[str]] = {
     "multi_gossip": _ROUNDS | {"topology", "graph", "gossip_steps"},
     "chebyshev": _ROUNDS | {"topology", "graph", "gossip_steps"},
     "deepsqueeze": _ROUNDS | {"topology", "graph", "gamma"},
+    "gradient_tracking": (_ROUNDS - {"error_feedback"}) | {"topology", "graph"},
+    "beer": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
@@ -291,6 +326,8 @@ def _check(r: Recipe, num_islands: int) -> None:
         "multi_gossip": ("neighbours",),
         "chebyshev": ("neighbours",),
         "deepsqueeze": ("neighbours",),
+        "gradient_tracking": ("neighbours",),
+        "beer": ("neighbours",),
         "choco": ("neighbours",),
         "diloco": ("gather", "all_to_all"),
     }[r.algorithm]
@@ -323,6 +360,10 @@ def _check(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
         )
+    if r.algorithm in REWRITES_GRADIENTS and (r.every != 1 or r.fragments != 1):
+        raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
+    if r.algorithm == "beer" and r.delay_steps != 1:
+        raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
     if r.fragments > r.every:
         raise ValueError(
             f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
