@@ -72,6 +72,7 @@ def test_a_killed_island_comes_back_and_everyone_goes_on(tmp_path: Path, calm: P
     assert_same_weights(calm, tmp_path / "lost")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_an_island_that_stays_away_ends_the_job_resumably(tmp_path: Path, calm: Path) -> None:
     with started(tmp_path, "lost", *JOB, "islands.max_restarts=0", "link.timeout_s=4") as process:
