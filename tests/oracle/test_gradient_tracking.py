@@ -16,6 +16,7 @@ from tests.oracle.test_gossip import BUCKET_BYTES, Matrix, U, largest, problem
 from tests.oracle.test_topology import w_of
 
 ISLANDS, STEPS, LR = 4, 10, 0.05
+LONG, LONG_LR = 160, 0.125
 
 
 def trajectory(axes: dict[str, Any], steps: int, lr: float = LR) -> Matrix:
@@ -35,12 +36,12 @@ def trajectory(axes: dict[str, Any], steps: int, lr: float = LR) -> Matrix:
     return np.array(run_islands(ISLANDS, island), dtype=np.float64).swapaxes(0, 1)
 
 
-def recursion(topology: str, delay: int, gamma: float, steps: int) -> Matrix:
-    """v <- M_t v + G(x) - G(x_before), then as D-PSGD with v in place of the gradient; M = I + gamma (W - I)."""
+def recursion(topology: str, delay: int, gamma: float, steps: int) -> tuple[Matrix, float]:
+    """v <- M_t v + G(x) - G(x_before), then as D-PSGD with v for the gradient; M = I + gamma (W - I). And the largest v."""
     p = problem(ISLANDS)
     X = np.tile(p.start.astype(np.float64), (ISLANDS, 1))
     V, before = np.zeros_like(X), np.zeros_like(X)
-    eye = np.eye(ISLANDS)
+    eye, most = np.eye(ISLANDS), 0.0
 
     def m(t: int) -> Matrix:
         return eye + gamma * (w_of(topology, None, t, ISLANDS) - eye)
@@ -49,10 +50,10 @@ def recursion(topology: str, delay: int, gamma: float, steps: int) -> Matrix:
     for t in range(steps):
         gradient = p.gradient(X)
         V = m(t) @ V + gradient - before
-        before = gradient
+        before, most = gradient, max(most, largest(V))
         X = m(t) @ (X - LR * V) if delay == 0 else (m(t - 1) @ X if t else X) - LR * V
         out.append(X)
-    return np.array([*out, m(steps - 1) @ X if delay else X])
+    return np.array([*out, m(steps - 1) @ X if delay else X]), most
 
 
 CASES = [
@@ -68,25 +69,27 @@ def test_it_follows_its_recursion(recipe: str, topology: str, delay: int, gamma:
     axes: dict[str, Any] = {"recipe": recipe, "topology": topology, "delay": delay, "codec": "identity"}
     if recipe == "beer":
         axes["gamma"] = gamma
-    want = recursion(topology, delay, gamma, STEPS)
+    want, most = recursion(topology, delay, gamma, STEPS)
     got = trajectory(axes, STEPS)
-    p = problem(ISLANDS)
-    # |v| <= 2 * 2M (a <= 2) and more by a factor of the steps at most, as differences of gradients add up: 4 T M. A step rounds
-    # 8 + 8 n times a value up to that, in v and, times lr, in x; kept sums (BEER) carry what all steps before rounded.
-    M = 4 * STEPS * max(largest(want), largest(p.c.astype(np.float64)))
-    bound = (8 + 8 * ISLANDS) * U * M * STEPS * (STEPS if recipe == "beer" else 1)
+    # A gradient rounds as D-PSGD's (8 u 2M, as a <= 2), v takes in two of them and a mix of n terms, x a mix and lr v: below
+    # (16 + 8 n) u times the largest of v and 2M a step. Kept sums (BEER) carry what all steps before rounded.
+    M = max(most, 2 * largest(want), 2 * largest(problem(ISLANDS).c.astype(np.float64)))
+    bound = (16 + 8 * ISLANDS) * U * M * (STEPS + 1) * (STEPS if recipe == "beer" else 1)
     assert largest(got - want) <= bound
-    plain = np.abs(got[-1] - recursion("complete", 0, 1.0, STEPS)[-1])
-    assert plain.max() > 10 * bound, "another W would be seen"
+    assert largest(got - recursion("complete", delay, 1.0, STEPS)[0]) > 10 * bound, "another W would be seen"
 
 
-@pytest.mark.parametrize(("recipe", "codec"), [("gradient_tracking", "identity"), ("beer", "int8:64"), ("beer", "int4:64")])
-def test_islands_with_different_data_agree_on_the_optimum(recipe: str, codec: str) -> None:
-    """D-PSGD with a constant learning rate stays apart by O(lr); tracking goes to x* = sum a_i c_i / sum a_i on every island."""
+@pytest.fixture(scope="module")
+def plain() -> Matrix:
+    """D-PSGD after as many steps with as large a learning rate: it stays apart from the optimum by O(lr)."""
+    return trajectory({"recipe": "dpsgd", "topology": "ring", "delay": 1}, LONG, LONG_LR)[-1]
+
+
+@pytest.mark.parametrize(("recipe", "codec"), [("gradient_tracking", "identity"), ("beer", "int4:64")])
+def test_islands_with_different_data_agree_on_the_optimum(plain: Matrix, recipe: str, codec: str) -> None:
+    """x* = sum a_i c_i / sum a_i on every island. The slowest direction shrinks by 1 - lr a, a >= 1/4 at least, a step: e^-5."""
     p = problem(ISLANDS)
     a, c = p.a.astype(np.float64), p.c.astype(np.float64)
     optimum = (a * c).sum(axis=0) / a.sum(axis=0)
-    steps = 400
-    plain = trajectory({"recipe": "dpsgd", "topology": "ring", "delay": 1}, steps)[-1]
-    tracked = trajectory({"recipe": recipe, "topology": "ring", "delay": 1, "codec": codec}, steps)[-1]
-    assert largest(tracked - optimum) < 0.02 * largest(plain - optimum)
+    tracked = trajectory({"recipe": recipe, "topology": "ring", "delay": 1, "codec": codec}, LONG, LONG_LR)[-1]
+    assert largest(tracked - optimum) < 0.1 * largest(plain - optimum)
