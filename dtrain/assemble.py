@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from dtrain import codec as codecs
 from dtrain import outer as outers
 from dtrain import reduce as reduces
-from dtrain import schedule, topology
+from dtrain import schedule
 from dtrain.algorithm import Method
 from dtrain.algorithms.allreduce import allreduce
+from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
 from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
+from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
+from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
+from dtrain.algorithms.push_sum import push_sum
 from dtrain.outer import Outer
-from dtrain.recipes import Recipe
+from dtrain.recipes import REWRITES_GRADIENTS, Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
-from dtrain.topology import Topology
+from dtrain.topology import Mixing, Topology, mixing
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +42,43 @@ class Plan:
 
 
 def assemble(recipe: Recipe, seed: int) -> Plan:
+    mixed = mixing(recipe.topology, recipe.graph, seed)
     return Plan(
         recipe=recipe,
-        method=_method(recipe),
-        topology=topology.by_name(recipe.topology, seed),
+        method=_method(recipe, mixed),
+        topology=mixed.rows,
         when=schedule.every if recipe.fragments == 1 else schedule.staggered(recipe.fragments),
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
-        rewrites_gradients=recipe.algorithm == "allreduce",
+        rewrites_gradients=recipe.algorithm in REWRITES_GRADIENTS,
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
 
 
-def _method(r: Recipe) -> Method:
+def _method(r: Recipe, mixed: Mixing) -> Method:
     match r.algorithm:
         case "local":
             return local()
         case "allreduce":
             return allreduce(_reduce(r))
         case "dpsgd" if r.reduce == "neighbours":
-            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.topology)
+            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
         case "dpsgd":
             return dpsgd(_reduce(r))
+        case "deepsqueeze":
+            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
+        case "multi_gossip":
+            return multi_gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
+        case "chebyshev":
+            return chebyshev(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps, mixed)
+        case "push_sum":
+            return push_sum(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
+        case "gradient_tracking":
+            return gradient_tracking(codecs.plain(r.codec), mixed)
+        case "beer":
+            return beer(codecs.plain(r.codec), r.gamma, mixed)
         case "choco":
-            return choco(codecs.plain(r.codec), r.gamma, r.topology)
+            return choco(codecs.plain(r.codec), r.gamma, mixed)
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))

@@ -14,8 +14,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dtrain import units
+from dtrain import topology, units
 
+Algorithm = Literal[
+    "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
+    "diloco",
+]  # fmt: skip
 Precision = Literal["fp32", "bf16"]
 
 
@@ -92,11 +96,14 @@ class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
-    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"] | None = Field(
+    algorithm: Algorithm | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
-    topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] | None = Field(
-        None, description="who talks to whom (gossip methods)"
+    topology: str | None = Field(
+        None, description="who talks to whom (gossip methods): a name that `dtrain topology` lists, as \"ring\""
+    )
+    graph: str | None = Field(
+        None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
     )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
@@ -111,14 +118,22 @@ class Sync(Section):
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
-    gamma: float | None = Field(None, gt=0, le=1, description="CHOCO's consensus step size")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco and deepsqueeze")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
+    gossip_steps: int | None = Field(None, ge=1, description="gossip steps in a row, of multi_gossip and chebyshev")
     landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
+
+    @field_validator("topology")
+    @classmethod
+    def _topology_has_a_name(cls, value: str | None) -> str | None:
+        if value is not None:
+            topology.parameter(value)
+        return value
 
     @field_validator("delay")
     @classmethod
@@ -211,7 +226,7 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 def runs_a_script(job: Job) -> bool:
     """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
     answers = job.sync.model_dump()
-    return any(answers[key] is None for key in answers if key != "bucket_bytes")
+    return any(answers[key] is None for key in answers if key not in ("bucket_bytes", "graph"))
 
 
 def dump_job(job: Job) -> str:

@@ -169,5 +169,7 @@ class Core:
             yield from ((f"bucket{lane.bucket.index}.{k}", v) for k, v in lane.state.items() if v.dtype == torch.uint8)
 
     def _link(self, lane: Lane) -> Link:
-        row = self.plan.topology(lane.round, self.peers.node, self.peers.num_nodes)
+        # An exchange of gradients and the round after it count as two, and talk over the same edges.
+        both = lane.algorithm.grad is not None and lane.algorithm.send is not None
+        row = self.plan.topology(lane.round // 2 if both else lane.round, self.peers.node, self.peers.num_nodes)
         return Link(self.peers.node, self.peers.num_nodes, row)

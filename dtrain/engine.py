@@ -32,7 +32,7 @@ from dtrain.hooks import hook, take_over
 from dtrain.kernels import prepare
 from dtrain.link import Peers
 from dtrain.membership import Notice
-from dtrain.recipes import Recipe, resolve
+from dtrain.recipes import REWRITES_GRADIENTS, Recipe, resolve
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
@@ -329,11 +329,13 @@ def join(
     codec: str | None = None,
     error_feedback: bool | None = None,
     topology: str | None = None,
+    graph: str | None = None,
     reduce: str | None = None,
     outer: str | None = None,
     outer_lr: float | None = None,
     outer_momentum: float | None = None,
     gamma: float | None = None,
+    gossip_steps: int | None = None,
     landing: str | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
@@ -357,11 +359,13 @@ def join(
         "codec": codec,
         "error_feedback": error_feedback,
         "topology": topology,
+        "graph": graph,
         "reduce": reduce,
         "outer": outer,
         "outer_lr": outer_lr,
         "outer_momentum": outer_momentum,
         "gamma": gamma,
+        "gossip_steps": gossip_steps,
         "landing": landing,
         "fragments": fragments,
         "bucket_bytes": bucket_bytes,
@@ -371,9 +375,9 @@ def join(
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = resolve(recipe or connection.job_recipe, axes, connection.num_nodes)
     several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    if scaler is not None and row.algorithm == "allreduce":
+    if scaler is not None and row.algorithm in REWRITES_GRADIENTS:
         raise ValueError(
-            "recipe 'allreduce' averages gradients each step, and a GradScaler that skips a step on one island only "
+            f"recipe {row.name!r} exchanges something before each update, and a GradScaler that skips a step on one island only "
             "would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
         )
     if scaler is not None and not several:

@@ -19,7 +19,7 @@ from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
 from dtrain.membership import Notice
 from dtrain.recipes import Recipe
-from dtrain.topology import complete
+from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, START
 from dtrain.wait import Wait

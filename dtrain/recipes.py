@@ -21,11 +21,15 @@ class Recipe:
     name: str
     summary: str
     paper: str
-    algorithm: Literal["local", "allreduce", "dpsgd", "choco", "diloco"]
+    algorithm: Literal[
+        "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco",
+        "beer", "diloco",
+    ]  # fmt: skip
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
-    topology: Literal["complete", "ring", "one_peer_exponential", "random_pairs"] = "complete"
+    topology: str = "complete"
+    graph: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
     combine: Literal["mean", "gossip"] = "mean"
@@ -33,6 +37,7 @@ class Recipe:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     gamma: float = 1.0
+    gossip_steps: int = 1
     delay: int | Literal["round"] = 0
     landing: Literal["keep", "eager"] = "keep"
     fragments: int = 1
@@ -107,10 +112,90 @@ _ROWS = (
         delay=1,
     ),
     Recipe(
+        name="push_sum",
+        summary="every step, over links that go one way: parameters to those that the graph says, a step late",
+        paper="Assran et al. 2019, arXiv 1811.10792",
+        algorithm="push_sum",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="directed",
+        graph="cycle",
+        combine="gossip",
+        delay=1,
+    ),
+    Recipe(
+        name="multi_gossip",
+        summary="every 4 steps, 4 gossip steps in a row with the ring's neighbours",
+        paper="Shi et al. 2023, arXiv 2302.04083 (MGS)",
+        algorithm="multi_gossip",
+        payload="parameters",
+        every=4,
+        reduce="neighbours",
+        topology="ring",
+        combine="gossip",
+        gossip_steps=4,
+        delay=4,
+    ),
+    Recipe(
+        name="chebyshev",
+        summary="multi_gossip with the steps of Chebyshev's polynomial, which leave the least disagreement",
+        paper="Scaman et al. 2017, arXiv 1702.08704",
+        algorithm="chebyshev",
+        payload="parameters",
+        every=4,
+        reduce="neighbours",
+        topology="ring",
+        combine="gossip",
+        gossip_steps=4,
+        delay=4,
+    ),
+    Recipe(
+        name="deepsqueeze",
+        summary="every step, 8-bit parameters with error feedback to one peer, a step late",
+        paper="Tang et al. 2019, arXiv 1907.07346",
+        algorithm="deepsqueeze",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="one_peer_exponential",
+        codec="int8:64",
+        error_feedback=True,
+        combine="gossip",
+        gamma=0.5,
+        delay=1,
+    ),
+    Recipe(
+        name="gradient_tracking",
+        summary="every step, parameters and an estimate of the mean gradient, to one peer",
+        paper="Nedic et al. 2017, arXiv 1607.03218",
+        algorithm="gradient_tracking",
+        payload="parameters",
+        every=1,
+        reduce="neighbours",
+        topology="one_peer_exponential",
+        combine="gossip",
+        delay=1,
+    ),
+    Recipe(
         name="choco",
         summary="every step, 8-bit differences to the ring's neighbours, a step late",
         paper="Koloskova et al. 2019, arXiv 1902.00340",
         algorithm="choco",
+        payload="differences",
+        every=1,
+        reduce="neighbours",
+        topology="ring",
+        codec="int8:64",
+        combine="gossip",
+        gamma=0.9,
+        delay=1,
+    ),
+    Recipe(
+        name="beer",
+        summary="gradient tracking with 8-bit differences to the ring's neighbours",
+        paper="Zhao et al. 2022, arXiv 2201.13320",
+        algorithm="beer",
         payload="differences",
         every=1,
         reduce="neighbours",
@@ -133,12 +218,30 @@ FUSED = frozenset({"dpsgd", "choco"})
 _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
 """The axes that are answered by one of a few words."""
 
+MOST_GOSSIP_STEPS = 64
+"""A wire's name has 6 bits for the phase of its round."""
+
+REWRITES_GRADIENTS = frozenset({"allreduce", "gradient_tracking", "beer"})
+"""Algorithms that exchange something before each update, which waits for it."""
+
+_NEED_STATIC = {
+    "choco": "keeps sums of its neighbours' public copies",
+    "beer": "keeps sums of its neighbours' public copies",
+    "chebyshev": "has the polynomial of one matrix",
+}
+
 _ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
 _USED: Mapping[str, frozenset[str]] = {
     "local": frozenset({"bucket_bytes"}),
     "allreduce": _ROUNDS,
-    "dpsgd": _ROUNDS | {"topology"},
-    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "gamma"},
+    "dpsgd": _ROUNDS | {"topology", "graph"},
+    "push_sum": _ROUNDS | {"topology", "graph"},
+    "multi_gossip": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "chebyshev": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "deepsqueeze": _ROUNDS | {"topology", "graph", "gamma"},
+    "gradient_tracking": (_ROUNDS - {"error_feedback"}) | {"topology", "graph"},
+    "beer": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
+    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
 """The axes that say something to an algorithm; any other would be ignored, so it is refused."""
@@ -181,6 +284,7 @@ def _check_values(r: Recipe) -> None:
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, words in ranges:
@@ -213,15 +317,17 @@ def _check(r: Recipe, num_islands: int) -> None:
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
         )
-    smallest = topologies.MIN_NODES[r.topology]
-    if num_islands < smallest:
-        raise ValueError(
-            f'sync.topology = "{r.topology}" needs at least {smallest} islands, got {num_islands}; use "complete"'
-        )
+    topologies.check(r.topology, r.graph, num_islands)
     paths = {
         "local": ("none",),
         "allreduce": ("gather", "all_to_all"),
         "dpsgd": ("neighbours", "gather", "all_to_all"),
+        "push_sum": ("neighbours",),
+        "multi_gossip": ("neighbours",),
+        "chebyshev": ("neighbours",),
+        "deepsqueeze": ("neighbours",),
+        "gradient_tracking": ("neighbours",),
+        "beer": ("neighbours",),
         "choco": ("neighbours",),
         "diloco": ("gather", "all_to_all"),
     }[r.algorithm]
@@ -233,10 +339,18 @@ def _check(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
         )
-    if r.algorithm == "choco" and r.topology not in topologies.STATIC:
+    if r.algorithm in _NEED_STATIC and r.topology not in topologies.STATIC:
         raise ValueError(
-            f"choco keeps sums of its neighbours' public copies, so its topology must not change by round; "
-            f'"{r.topology}" does: use one of {", ".join(sorted(topologies.STATIC))}'
+            f"{r.algorithm} {_NEED_STATIC[r.algorithm]}, so its topology must not change by round; "
+            f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
+        )
+    if (r.topology in topologies.DIRECTED) != (r.algorithm == "push_sum"):
+        raise ValueError(
+            f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
+            'need not: use sync.recipe = "push_sum"'
+            if r.topology in topologies.DIRECTED
+            else f'push_sum is for links that go one way, and those of sync.topology = "{r.topology}" go both; use topology = '
+            '"directed", or sync.recipe = "dpsgd"'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(
@@ -246,6 +360,10 @@ def _check(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
         )
+    if r.algorithm in REWRITES_GRADIENTS and (r.every != 1 or r.fragments != 1):
+        raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
+    if r.algorithm == "beer" and r.delay_steps != 1:
+        raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
     if r.fragments > r.every:
         raise ValueError(
             f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"

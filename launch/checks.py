@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dtrain import topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.recipes import AXES, of_section
@@ -46,11 +47,13 @@ def resolved(job: Job) -> Job:
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
 
-def with_absolute_source(job: Job) -> Job:
-    """The job as a run keeps it: it must find its text again from any working directory."""
-    if job.data.source == "stdlib":
-        return job
-    return job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+def with_absolute_paths(job: Job) -> Job:
+    """The job as a run keeps it: it must find its text, and a graph's edges, again from any working directory."""
+    if job.data.source != "stdlib":
+        job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+    if job.sync.graph is not None and topology.is_file(job.sync.graph):
+        job = job.model_copy(update={"sync": job.sync.model_copy(update={"graph": os.path.abspath(job.sync.graph)})})
+    return job
 
 
 def check_input(job: Job, how: How) -> None:

@@ -34,6 +34,7 @@ Start here:
   dtrain run launch/jobs/quickstart.toml   two islands on this machine
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
+  dtrain topology ring --islands 16        how quickly they come together
   dtrain profile JOB.toml                  where a step's time goes
   dtrain keys                              what a job file can say
 """
@@ -218,6 +219,51 @@ def recipes(
         return
     recipe = RECIPES[show] if show in RECIPES else resolve(show, {}, 2)  # resolve names those there are
     Console().print(_table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
+
+
+@app.command()
+def topology(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="left out: a list of them", show_default=False)] = None,
+    num_islands: Annotated[int, typer.Option("--islands", help="how many", min=1)] = 8,
+    graph: Annotated[str | None, typer.Option("--graph", metavar="GRAPH", help="sync.graph, where there is one")] = None,
+    codec: Annotated[str, typer.Option("--codec", help="of a wire")] = "identity",
+    numel: Annotated[int, typer.Option("--numel", help="parameters of the model", min=1)] = 1_000_000,
+    seed: Annotated[int, typer.Option("--seed", help="of graphs and rounds that are drawn")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="draw it")] = None,
+) -> None:
+    """Show how quickly a topology brings islands together.
+
+    And what a round costs, and whom each island talks to.
+
+    Example: dtrain topology coloured --graph barabasi_albert:3 --islands 16
+    """
+    from dtrain.launch import cli_topology as shown
+
+    if out is not None:
+        _check_picture(out)
+    if name is None:
+        Console().print(_table(["topology", "what it is"], shown.listed()))
+        return
+    from dtrain.codec import plain
+    from dtrain.topology import check, mixing
+
+    check(name, graph, num_islands)
+    if num_islands > shown.MOST_ISLANDS:
+        raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {shown.MOST_ISLANDS}")
+    mixed = mixing(name, graph, seed)
+    fmt = plain(codec).fmt
+    wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)
+    wire = f"{numel:,} parameters as {codec}"
+    console = Console()
+    console.print(_table(["", "", "what this means"], shown.rows(mixed, num_islands, wire_bytes=wire_bytes, wire=wire)))
+    console.print()
+    for line in shown.drawing(mixed, num_islands):
+        console.print(Text(line), soft_wrap=True)
+    if out is not None:
+        from dtrain.topology_plot import plot_topology
+
+        plot_topology(mixed, num_islands, f"{name}{f', {graph}' if graph else ''}: {num_islands} islands", out)
+        console.print(Text(f"drawn: {out}"), soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dtrain import metrics
 from dtrain.config import Job, dump_job, runs_a_script
-from dtrain.launch.checks import read_job, resolved, with_absolute_source
+from dtrain.launch.checks import read_job, resolved, with_absolute_paths
 from dtrain.launch.islands import folder
 
 _MAY_CHANGE = {
@@ -31,7 +31,7 @@ _RESULTS = ("summary.json", "loss.png", "model.safetensors", "islands")
 
 def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     """The folder's job with the overrides; raises ValueError naming a key that may not change."""
-    old, new = (with_absolute_source(read_job(run / "job.toml", changes)) for changes in ((), overrides))
+    old, new = (with_absolute_paths(read_job(run / "job.toml", changes)) for changes in ((), overrides))
     if not runs_a_script(old):
         new = resolved(new)
     for section in Job.model_fields:

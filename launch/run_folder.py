@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.config import Job, runs_a_script
-from dtrain.launch.checks import How, check_input, read_job, resolved, with_absolute_source
+from dtrain.launch.checks import How, check_input, read_job, resolved, with_absolute_paths
 from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_job
 
 # What --fresh removes, what a kill left behind among it; a person's own notes in a run folder stay. First what a resume would go
@@ -123,7 +123,7 @@ def _make(run: Path) -> None:
 
 def _begin(run: Path, job: Job) -> Opened:
     """job.toml is what makes a folder a run: it is replaced last, and never missing in between."""
-    kept = with_absolute_source(job)
+    kept = with_absolute_paths(job)
     remove(_ours(run))
     write_job(run, kept)
     return Opened(kept, run, 0)
@@ -135,7 +135,7 @@ def _ours(run: Path) -> list[Path]:
 
 def _kept_note(asked: Job, kept: Job) -> tuple[str, ...]:
     """A job file that was edited since is not what goes on; that must not pass in silence."""
-    ours, theirs = kept.model_dump(), with_absolute_source(asked).model_dump()
+    ours, theirs = kept.model_dump(), with_absolute_paths(asked).model_dump()
     places = {("job", "dir"), ("job", "name")}  # of a folder that was moved
     names = [
         f"{section}.{key}"

@@ -16,17 +16,17 @@ from dtrain.algorithms.arrivals import arrivals, arrived, fly
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Blocks, State, Update
 from dtrain.link import Link, Peers
-from dtrain.topology import in_degree
+from dtrain.topology import Mixing
 
 
-def choco(codec: Blocks, gamma: float, topology: str) -> Method:
+def choco(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
 
         def init(b: Bucket) -> State:
             x = b.x.to(torch.float32)
             own = {"xhat": x.clone(), "s": x.clone(), "own": bound.new_wire(b.x.device)}
-            return own | arrivals(bound, in_degree(topology, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.choco_encode(b.x, state["xhat"], state["s"], link.row.self_weight, state["own"], state)

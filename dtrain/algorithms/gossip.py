@@ -1,7 +1,10 @@
 """Gossip on parameters with one's neighbours, in one pass where it lands.
 
 D-PSGD (Lian et al. 2017, arXiv 1705.09056), with any codec C and the mean of all islands unchanged whatever C loses:
-    x_i <- x_i + sum_j W_ij (C(x_j) - C(x_i)).
+    x_i <- x_i + gamma sum_j W_ij (C(x_j) - C(x_i)),   gamma = 1.
+DeepSqueeze (Tang et al. 2019, arXiv 1907.07346) is the same with gamma < 1 and a codec with error feedback, z_i = C(x_i + e_i)
+with e_i what is left. It needs no state of a neighbour, so any topology will do; it compresses the model and not a difference, so
+some disagreement always stays.
 With delay 1 it is X_{t+1} = W_t X_t - lr U(G(X_t)): the gradient is taken at the un-mixed parameters while the same
 parameters mix on the wire, so the mixing has no staleness; and mixing, optimizer and the next encoding are one pass (arXiv
 2410.11998). Arrived wires lie in State until they land."""
@@ -17,16 +20,16 @@ from dtrain.algorithms.arrivals import arrivals, arrived, fly
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import BoundBlocks, Codec, State, Update
 from dtrain.link import Link, Peers
-from dtrain.topology import in_degree
+from dtrain.topology import Mixing
 
 
-def gossip(codec: Codec, topology: str) -> Method:
+def gossip(codec: Codec, mixing: Mixing, gamma: float = 1.0) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
 
         def init(b: Bucket) -> State:
             own = {name: bound.new_wire(b.x.device) for name in ("own", "next")}
-            return own | arrivals(bound, in_degree(topology, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.encode(b.x, state["own"], state)
@@ -34,6 +37,7 @@ def gossip(codec: Codec, topology: str) -> Method:
 
         def to_mix(state: State) -> tuple[list[Tensor], list[float]]:
             wires, weights = arrived(state)
+            weights = [gamma * w for w in weights]
             return [state["own"], *wires], [-sum(weights), *weights]
 
         def land(b: Bucket, state: State) -> None:

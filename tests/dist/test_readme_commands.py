@@ -47,7 +47,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "keys", "bench"}
+    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "topology", "keys", "bench"}
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:

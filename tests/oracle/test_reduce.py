@@ -14,7 +14,7 @@ from dtrain.bucket import Layout, Span
 from dtrain.codec import Codec, State, by_name
 from dtrain.link import Link, Peers
 from dtrain.reduce import BoundReduce, Reduce, all_to_all, gather
-from dtrain.topology import complete
+from dtrain.topology.static import complete
 from dtrain.wire import HEADER_BYTES
 
 U = 2.0**-24

@@ -12,6 +12,7 @@ import pytest
 from dtrain import codec_name
 from dtrain.config import Job, Sync
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
+from dtrain.topology import NAMES as TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,8 @@ def test_the_questions_are_answered_by_keys_and_words_of_the_code() -> None:
         for word in ticked(answers):
             if "codec" in ticked(names):
                 codec_name.parse(word)
+            elif "topology" in ticked(names):
+                assert word in TOPOLOGIES
             else:
                 assert word in known, f"{word} is no answer of {names}"
 
@@ -60,7 +63,7 @@ def test_the_questions_are_answered_by_keys_and_words_of_the_code() -> None:
 @pytest.mark.parametrize("axis", ["topology", "outer", "landing", "reduce"])
 def test_an_axis_of_words_is_shown_with_all_of_them(axis: str) -> None:
     (answers,) = [answers for _, names, answers in table("question") if axis in ticked(names)]
-    assert set(ticked(answers)) == WORDS[axis] - {"none"}
+    assert set(ticked(answers)) == (set(TOPOLOGIES) if axis == "topology" else WORDS[axis] - {"none"})
 
 
 def test_every_key_with_a_section_is_a_key_of_the_job_file() -> None:

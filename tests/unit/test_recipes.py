@@ -21,7 +21,7 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
         assert recipe == RECIPES[name]
         plan = assemble(recipe, seed=0)
         assert plan.sends == (name not in ("local", "allreduce"))
-        assert plan.rewrites_gradients == (name == "allreduce")
+        assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
 
 
 def test_the_recipes_that_are_promised_are_there() -> None:

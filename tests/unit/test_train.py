@@ -24,7 +24,7 @@ from dtrain.data.sampler import heldout_sequences
 from dtrain.evaluate import evaluate
 from dtrain.launch.cli import run_command
 from dtrain.models.gpt import GPT, GPTConfig
-from dtrain.topology import random_pairs
+from dtrain.topology.one_peer import random_pairs
 from dtrain.train import build_model
 from dtrain.wire import HEADER_BYTES
 from tests.unit.by_hand import (

@@ -1,0 +1,57 @@
+"""Gossip over links that go one way: who sends cannot know what it would hear back, so only the columns of P sum to one.
+
+Stochastic gradient push (Assran et al. 2019, arXiv 1811.10792): next to x each island keeps a weight w, w = 1 at first,
+    x_i <- x_i - lr U(g_i(z_i));   x <- P x;   w <- P w;   z = x / w,
+and trains on z. P is known and w does not depend on data, so every island reckons all weights by itself and wires carry z
+alone: with A_ij = P_ij w_j / w'_i, whose rows sum to one, the mixing is z_i <- z_i + sum_j A_ij (C(z_j) - C(z_i)). The optimizer
+moves z, where the paper moves x = w z: progress made since a round was sent is divided by w before the next one is. What stays is
+sum_i w_i z_i but for that progress, not the plain mean (equation 2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.bucket import Bucket, Layout
+from dtrain.codec import Codec, State
+from dtrain.link import Link, Peers
+from dtrain.topology import Mixing
+
+
+def push_sum(codec: Codec, mixing: Mixing) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        bound = codec.bind(layout, peers.node)
+        rows = [mixing.rows(0, node, peers.num_nodes) for node in range(peers.num_nodes)]
+
+        def pushed(w: Tensor) -> Tensor:
+            return torch.stack([row.self_weight * w[i] + sum(p * w[j] for j, p in row.recvs) for i, row in enumerate(rows)])
+
+        def init(b: Bucket) -> State:
+            weights = torch.ones(peers.num_nodes, dtype=torch.float64)
+            own = {"own": bound.new_wire(b.x.device), "base": b.x.to(torch.float32).clone(), "w": weights}
+            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            base, w = state["base"], float(state["w"][peers.node])
+            b.x.copy_(torch.lerp(base, b.x.float(), 1 / w))
+            base.copy_(b.x)
+            bound.encode(b.x, state["own"], state)
+            yield from fly(state, link, bound)
+
+        def land(b: Bucket, state: State) -> None:
+            w = state["w"]
+            after = pushed(w)
+            wires, _ = arrived(state)
+            a = [p * float(w[j] / after[peers.node]) for j, p in rows[peers.node].recvs]
+            state["base"].sub_(b.x)
+            bound.mix(b.x, [state["own"], *wires], [-sum(a), *a])
+            state["base"].add_(b.x)
+            w.copy_(after)
+
+        return Algorithm(init, send, land)
+
+    return bind

@@ -1,0 +1,138 @@
+"""How quickly does a topology bring the islands together? Its matrices, in float64.
+
+After t rounds disagreement has shrunk, from whatever start, to ||W_t ... W_1 - J|| of what it was, J = 11'/n (for push-sum: its
+ratios follow the same product, scaled by positive weights). A static symmetric W shrinks it by lambda2 a round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from dtrain.topology.names import Mixing
+
+Matrix = npt.NDArray[np.float64]
+
+TARGET = 1e-3
+_LOOK_AT = 8_000
+"""Rounds x nodes up to which the round is found, not only the period in which it lies."""
+_DRAWN = 4096
+"""Rounds after which a topology that is drawn anew each time is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consensus:
+    """What ``dtrain topology`` prints. ``lambda2`` is a round's factor: of W where it stays, else the root of a period's."""
+
+    lambda2: float
+    rounds: int | None
+    """Until disagreement is TARGET of what it was, whatever it was; None where it never is."""
+    mean_sends: float
+    most_sends: int
+    """Wires that an island sends in a round."""
+    articulation: tuple[int, ...]
+    """Islands without which the others would fall apart."""
+
+
+def matrix(mixing: Mixing, index: int, num_nodes: int) -> Matrix:
+    """W of round ``index``, shape (num_nodes, num_nodes)."""
+    w = np.zeros((num_nodes, num_nodes))
+    for node in range(num_nodes):
+        row = mixing.rows(index, node, num_nodes)
+        w[node, node] = row.self_weight
+        for peer, weight in row.recvs:
+            w[node, peer] = weight
+    return w
+
+
+def second_largest(mixing: Mixing, num_nodes: int) -> float:
+    """lambda2 of a W that stays the same and is symmetric."""
+    return _symmetric(matrix(mixing, 0, num_nodes))[1]
+
+
+def consensus(mixing: Mixing, num_nodes: int) -> Consensus:
+    """Where rounds are drawn, lambda2 is the mean factor of a round on the way to TARGET."""
+    rounds, lambda2 = _drawn(mixing, num_nodes) if mixing.drawn else _periodic(mixing, num_nodes)
+    sends = [len(mixing.rows(i, node, num_nodes).sends) for i in _rounds(mixing, num_nodes) for node in range(num_nodes)]
+    articulation = tuple(sorted(nx.articulation_points(edges(mixing, num_nodes).to_undirected())))
+    return Consensus(lambda2, rounds, sum(sends) / len(sends), max(sends), articulation)
+
+
+def _rounds(mixing: Mixing, num_nodes: int) -> range:
+    """Those of a period; of drawn ones so many that the pairs of all nodes connect."""
+    return range(8 * num_nodes.bit_length() if mixing.drawn else mixing.period(num_nodes))
+
+
+def _distance(product: Matrix, mixing: Mixing) -> float:
+    """From J; of a matrix whose columns sum to one, from the matrix of rank one that it goes to, by the spread of its rows."""
+    if mixing.doubly_stochastic:
+        return float(np.linalg.norm(product - 1 / len(product), 2))
+    scaled = product / product.sum(axis=1, keepdims=True)
+    return float(np.abs(scaled - scaled.mean(axis=0)).sum(axis=1).max())
+
+
+def _periodic(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
+    if mixing.static and mixing.doubly_stochastic:
+        return _symmetric(matrix(mixing, 0, num_nodes))
+    period = mixing.period(num_nodes)
+    whole = np.eye(num_nodes)
+    for index in range(period):
+        whole = matrix(mixing, index, num_nodes) @ whole
+    values = np.sort(np.abs(np.linalg.eigvals(whole)))[::-1]
+    lambda2 = float(values[1]) ** (1 / period) if values[1] > 1e-12 else 0.0
+    by_periods = _by_squaring(whole, period, mixing)
+    if by_periods is None or by_periods * num_nodes > _LOOK_AT:
+        return by_periods, lambda2
+    product = np.eye(num_nodes)
+    for index in range(by_periods):
+        product = matrix(mixing, index, num_nodes) @ product
+        if _distance(product, mixing) <= TARGET:
+            return index + 1, lambda2
+    return by_periods, lambda2
+
+
+def _symmetric(w: Matrix) -> tuple[int | None, float]:
+    """||W^t - J|| is lambda2^t."""
+    values = np.sort(np.abs(np.linalg.eigvalsh(w)))[::-1]
+    lambda2 = float(values[1]) if len(values) > 1 and values[1] > 1e-12 else 0.0
+    if lambda2 >= 1 - 1e-12:
+        return None, lambda2
+    return (max(1, math.ceil(math.log(TARGET) / math.log(lambda2))) if lambda2 else 1), lambda2
+
+
+def _by_squaring(whole: Matrix, period: int, mixing: Mixing) -> int | None:
+    """The fewest whole periods, in rounds: powers of two of them until it is too many, then bit by bit."""
+    powers = [whole]
+    while _distance(powers[-1], mixing) > TARGET:
+        if len(powers) > 60:
+            return None
+        powers.append(powers[-1] @ powers[-1])
+    done, product = 0, np.eye(len(whole))
+    for bit in range(len(powers) - 2, -1, -1):
+        more = powers[bit] @ product
+        if _distance(more, mixing) > TARGET:
+            done, product = done + (1 << bit), more
+    return (done + 1) * period
+
+
+def _drawn(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
+    product = np.eye(num_nodes)
+    for index in range(_DRAWN):
+        product = matrix(mixing, index, num_nodes) @ product
+        distance = _distance(product, mixing)
+        if distance <= TARGET:
+            return index + 1, distance ** (1 / (index + 1))
+    return None, 1.0
+
+
+def edges(mixing: Mixing, num_nodes: int) -> nx.DiGraph[int]:
+    """Everyone whom each node sends to, in any round of a period."""
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_nodes_from(range(num_nodes))
+    for index in _rounds(mixing, num_nodes):
+        for node in range(num_nodes):
+            graph.add_edges_from((node, peer) for peer in mixing.rows(index, node, num_nodes).sends)
+    return graph

@@ -1,0 +1,153 @@
+"""Which topology does a job file name? ``sync.topology``, and ``sync.graph`` for those that are made of any graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.topology import directed, graphs, one_peer, static
+from dtrain.topology.coloured import coloured, num_colours
+from dtrain.topology.graphs import Graph
+from dtrain.topology.row import Topology
+
+STATIC = ("complete", "ring", "torus", "hypercube", "star", "graph")
+"""W is the same each round, and symmetric: what methods with public copies need."""
+CHANGING = ("one_peer_ring", "one_peer_exponential", "random_pairs", "alternating_exp_ring", "coloured")
+DIRECTED = ("directed",)
+"""W is the same each round, and only its columns sum to one: what push-sum is for."""
+NAMES = (*STATIC, *CHANGING, *DIRECTED)
+OF_GRAPHS = ("graph", "coloured", "directed")
+"""Those that ``sync.graph`` says the edges of."""
+
+GRAPHS = "ring, path, torus, hypercube, star, complete, random_regular:K, barabasi_albert:M, or a file of edges"
+ARCS = "cycle, random_out:K, or a file of arcs"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """A topology with what methods ask of it."""
+
+    rows: Topology
+    period: Callable[[int], int]
+    """Number of nodes -> rounds after which it repeats."""
+    static: bool = False
+    doubly_stochastic: bool = True
+    drawn: bool = False
+    """Each round is a matching that is drawn anew; it has no period."""
+
+    def in_degree(self, node: int, num_nodes: int) -> int:
+        """The most peers that a node hears in one round."""
+        if self.drawn:
+            return min(1, num_nodes - 1)
+        return max(len(self.rows(index, node, num_nodes).recvs) for index in range(self.period(num_nodes)))
+
+
+def mixing(topology: str, graph: str | None, seed: int) -> Mixing:
+    """The topology of a name that ``check`` has let pass."""
+    name, ranks = parameter(topology)
+    if name == "graph":
+        return Mixing(graphs.metropolis_hastings(_graph(graph, seed)), _once, static=True)
+    if name == "directed":
+        return Mixing(directed.split_evenly(_arcs(graph, seed)), _once, static=True, doubly_stochastic=False)
+    if name == "coloured":
+        edges = _graph(graph, seed)
+        return Mixing(coloured(edges), lambda n: max(1, num_colours(edges(n))))
+    if name in STATIC:
+        rows: Topology = getattr(static, name)
+        return Mixing(rows, _once, static=True)
+    if name == "random_pairs":
+        return Mixing(one_peer.random_pairs(seed), _once, drawn=True)
+    changing: dict[str, tuple[Topology, Callable[[int], int]]] = {
+        "one_peer_ring": (one_peer.one_peer_ring, lambda n: 2 if n % 2 == 0 else n),
+        "one_peer_exponential": (one_peer.one_peer_exponential, _log2),
+        "alternating_exp_ring": (one_peer.alternating_exp_ring(ranks), lambda n: 2 * _log2(n // ranks)),
+    }
+    rows, period = changing[name]
+    return Mixing(rows, period)
+
+
+def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> None:
+    """Raises ValueError where there is no such topology, or none for so many islands."""
+    name, ranks = parameter(topology)
+    if (graph is None) == (name in OF_GRAPHS):
+        raise ValueError(
+            f'sync.topology = "{topology}" is made of the edges of a graph; name it in sync.graph: '
+            f"{ARCS if name in DIRECTED else GRAPHS}"
+            if graph is None
+            else f'sync.graph = "{graph}" has no effect with sync.topology = "{topology}"; use topology = "graph", all its edges '
+            'each round, or "coloured", one edge an island a round'
+        )
+    if num_nodes < 2 and name != "complete":
+        raise ValueError(f'sync.topology = "{topology}" needs at least 2 islands, got {num_nodes}; use "complete"')
+    if name == "hypercube" or graph == "hypercube":
+        _need_power_of_two("hypercube", num_nodes)
+    if name == "alternating_exp_ring":
+        if num_nodes % ranks or not _is_power_of_two(num_nodes // ranks):
+            raise ValueError(
+                f'sync.topology = "{topology}" pairs hosts of {ranks} islands, and needs 2, 4, 8 ... hosts, not {num_nodes} '
+                f"islands; use {ranks} x 2, 4, 8 ..."
+            )
+    elif name == "directed":
+        directed.check_strongly_connected(str(graph), _arcs(graph, seed)(num_nodes))
+    elif name in OF_GRAPHS:
+        graphs.check_connected(str(graph), _graph(graph, seed)(num_nodes))
+
+
+def parameter(topology: str) -> tuple[str, int]:
+    """``alternating_exp_ring:4`` -> (alternating_exp_ring, 4), 1 where there is none; raises ValueError for any other name."""
+    name, colon, text = topology.partition(":")
+    if name not in NAMES or (colon and (name != "alternating_exp_ring" or not text.isdecimal() or int(text) < 1)):
+        raise ValueError(
+            f"topology = {topology!r} is not known; use one of {', '.join(NAMES)}; alternating_exp_ring:L has L islands a host"
+        )
+    return name, int(text) if colon else 1
+
+
+def _graph(graph: str | None, seed: int) -> Graph:
+    assert graph is not None
+    name, _, text = graph.partition(":")
+    if graph in graphs.FAMILIES:
+        return graphs.FAMILIES[graph]
+    if name in ("random_regular", "barabasi_albert") and text.isdecimal():
+        return {"random_regular": graphs.random_regular, "barabasi_albert": graphs.barabasi_albert}[name](int(text), seed)
+    if is_file(graph):
+        return graphs.of_file(Path(graph))
+    raise ValueError(f"sync.graph = {graph!r} is no graph; use {GRAPHS}, with a / or a . in its name")
+
+
+def _arcs(graph: str | None, seed: int) -> directed.Arcs:
+    assert graph is not None
+    name, _, text = graph.partition(":")
+    if graph == "cycle":
+        return directed.cycle
+    if name == "random_out" and text.isdecimal():
+        return directed.random_out(int(text), seed)
+    if is_file(graph):
+        return directed.of_file(Path(graph))
+    raise ValueError(f"sync.graph = {graph!r} is no directed graph; use {ARCS}, with a / or a . in its name")
+
+
+def is_file(graph: str) -> bool:
+    """Whether ``sync.graph`` names a file, and no family."""
+    return "/" in graph or "." in graph
+
+
+def _need_power_of_two(name: str, num_nodes: int) -> None:
+    if not _is_power_of_two(num_nodes):
+        below, above = 1 << int(math.log2(num_nodes)), 1 << num_nodes.bit_length()
+        raise ValueError(f"a {name} has 2, 4, 8 ... islands, got {num_nodes}; use {below} or {above}, or another topology")
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def _once(_: int) -> int:
+    return 1
+
+
+def _log2(n: int) -> int:
+    """Hops of a doubling walk around n nodes."""
+    return max(1, (n - 1).bit_length())
