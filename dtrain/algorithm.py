@@ -4,7 +4,8 @@
 background and touches only State and Link, and it may yield again for a further phase. ``land`` runs on the main
 thread when its step has come. What survives a yield lies in State, which ``init`` creates whole, so that checkpoint
 keys agree on every rank from step 0. ``grad`` rewrites gradients before the update. ``fused`` is landing, optimizer step
-and sending in one pass over the parameters, for methods that have it."""
+and sending in one pass over the parameters, for methods that have it. ``merged`` is told that the exact mean of all islands has
+taken the place of the parameters."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ class Algorithm(NamedTuple):
     land: Callable[[Bucket, State], None] | None = None
     grad: Callable[[Bucket, State, Link], Iterator[None]] | None = None
     fused: Fused | None = None
+    merged: Callable[[Bucket, State], None] | None = None
 
 
 Method = Callable[[Layout, Peers], Algorithm]

@@ -20,10 +20,11 @@ from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.outer import Outer
-from dtrain.recipes import REWRITES_GRADIENTS, Recipe
+from dtrain.recipe_fits import REWRITES_GRADIENTS
+from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
-from dtrain.topology import Mixing, Topology, mixing
+from dtrain.topology import Mixing, Topology, fingerprint, mixing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,13 @@ class Plan:
     control: Control
     delay_steps: int
     rewrites_gradients: bool
+    edges: int
+    """``topology.fingerprint`` where a graph says the edges, else 0."""
     sends: bool
     """Whether the method has rounds that land (all but local and all-reduce)."""
 
 
-def assemble(recipe: Recipe, seed: int) -> Plan:
+def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     mixed = mixing(recipe.topology, recipe.graph, seed)
     return Plan(
         recipe=recipe,
@@ -50,13 +53,17 @@ def assemble(recipe: Recipe, seed: int) -> Plan:
         when=schedule.every if recipe.fragments == 1 else schedule.staggered(recipe.fragments),
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
-        rewrites_gradients=recipe.algorithm in REWRITES_GRADIENTS,
+        edges=fingerprint(recipe.topology, recipe.graph, num_islands, seed),
+        rewrites_gradients=recipe.algorithm in REWRITES_GRADIENTS or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
 
 
 def _method(r: Recipe, mixed: Mixing) -> Method:
     match r.algorithm:
+        case "own":
+            assert r.method is not None, "own.load refuses a row without"
+            return r.method(r, mixed)
         case "local":
             return local()
         case "allreduce":

@@ -18,7 +18,7 @@ from dtrain import topology, units
 
 Algorithm = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "diloco",
+    "diloco", "own",
 ]  # fmt: skip
 Precision = Literal["fp32", "bf16"]
 
@@ -78,8 +78,8 @@ class Train(Section):
     lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
-    moments_every: int = Field(
-        1, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
+    moments_every: int | None = Field(
+        None, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
     )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
     eval_every: int = Field(
@@ -95,7 +95,7 @@ class Train(Section):
 class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
-    recipe: str | None = Field(None, description="a row of dtrain/recipes.py; the default recipe when left out")
+    recipe: str | None = Field(None, description="a row of dtrain/recipes.py, or FILE.py:ROW, one of your own")
     algorithm: Algorithm | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
@@ -118,7 +118,7 @@ class Sync(Section):
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
-    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco and deepsqueeze")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer and deepsqueeze")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
@@ -225,8 +225,7 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 
 def runs_a_script(job: Job) -> bool:
     """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
-    answers = job.sync.model_dump()
-    return any(answers[key] is None for key in answers if key not in ("bucket_bytes", "graph"))
+    return job.sync.algorithm is None
 
 
 def dump_job(job: Job) -> str:

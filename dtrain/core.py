@@ -130,10 +130,16 @@ class Core:
             lane.algorithm.land(lane.bucket, lane.state)
         lane.flight, lane.land_step = None, -1
 
+    def merged(self) -> None:
+        """All parameters are the islands' exact mean now."""
+        for lane in self.lanes:
+            if lane.algorithm.merged is not None:
+                lane.algorithm.merged(lane.bucket, lane.state)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each
         step."""
-        out: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        out: dict[str, Tensor] = {"step": torch.tensor(self.step), "edges": torch.tensor(self.plan.edges)}
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             out[f"{name}.round"] = torch.tensor(lane.round)
@@ -152,6 +158,8 @@ class Core:
                     f"the saved state is of another recipe, model or number of ranks: {key} has shape {have} there and "
                     f"{tuple(value.shape)} here; resume with what it was saved with"
                 )
+        if int(saved["edges"]) != self.plan.edges:
+            raise ValueError("the saved state is of another graph, whose neighbours it knows; resume with the same edges")
         for key, value in self._wires():
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")

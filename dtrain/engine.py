@@ -32,7 +32,9 @@ from dtrain.hooks import hook, take_over
 from dtrain.kernels import prepare
 from dtrain.link import Peers
 from dtrain.membership import Notice
-from dtrain.recipes import REWRITES_GRADIENTS, Recipe, resolve
+from dtrain.optim.accum_adam import check_accumulates
+from dtrain.recipe_fits import REWRITES_GRADIENTS
+from dtrain.recipes import Recipe, resolve
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
@@ -71,7 +73,7 @@ class Sync:
         self.island, self.num_islands = connection.node, connection.num_nodes
         self._connection, self._ranks, self._clip = connection, connection.ranks, clip
         self._model = model
-        plan = assemble(recipe, seed)
+        plan = assemble(recipe, seed, connection.num_nodes)
         self._flat = flatten(model.named_parameters())
         prepare_kernels(
             recipe, self._flat.storages[0].device, lambda: log.warning("compiling the CPU kernels, once: about half a minute")
@@ -94,7 +96,7 @@ class Sync:
         with ExitStack() as undo:
             undo.callback(self._traffic.close, drain_s=0.0)
             undo.callback(connection.membership.announce, Notice(0, 0, failed=True))
-            self._exact.align(recipe, seed)
+            self._exact.align(recipe, seed, plan.edges)
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
@@ -173,7 +175,9 @@ class Sync:
 
         Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
         self.drain()
-        return self._average()
+        distance = self._average()
+        self.core.merged()
+        return distance
 
     def consensus_distance(self) -> float:
         """sqrt(mean_i |x_i - mean x|^2) over all parameters. Costs an exact average on the link, whose waiting is not
@@ -375,6 +379,8 @@ def join(
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = resolve(recipe or connection.job_recipe, axes, connection.num_nodes)
     several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if row.moments_every is not None and row.moments_every > 1:
+        check_accumulates(row.name, row.moments_every, several)
     if scaler is not None and row.algorithm in REWRITES_GRADIENTS:
         raise ValueError(
             f"recipe {row.name!r} exchanges something before each update, and a GradScaler that skips a step on one island only "

@@ -55,11 +55,12 @@ class Exact:
         self._averaged: list[Tensor] = []
 
     @torch.no_grad()
-    def align(self, recipe: Recipe, seed: int) -> None:
-        """Refuse islands that cannot work together; then give all of them island 0's model where they differ."""
+    def align(self, recipe: Recipe, seed: int, edges: int) -> None:
+        """Refuse islands that cannot work together (``edges``: a number of the graph); then give all of them island 0's model
+        where they differ."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:
-            self._compare(recipe, seed)
+            self._compare(recipe, seed, edges)
             flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in self._mine]
             if self._ranks.rank == 0:  # apart, so that a statistic that differs does not send a frozen model along
                 for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
@@ -123,10 +124,10 @@ class Exact:
         told = self._ranks.total(known)
         return Averaged((sum(told[::2]) / self._connection.num_nodes) ** 0.5, tuple(int(s) for s in told[1::2]))
 
-    def _compare(self, recipe: Recipe, seed: int) -> None:
+    def _compare(self, recipe: Recipe, seed: int, edges: int) -> None:
         """Raises ValueError where an island brought another recipe, model, number of ranks or seed than island 0."""
         everyone: list[Tensor] = []
-        own = torch.frombuffer(bytearray(self._promises(recipe, seed)), dtype=torch.uint8).to(self._device)
+        own = torch.frombuffer(bytearray(self._promises(recipe, seed, edges)), dtype=torch.uint8).to(self._device)
         self._run(0, [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
         for node, told in enumerate(everyone):
             for k, name in enumerate(_PROMISES):
@@ -137,8 +138,10 @@ class Exact:
                         "recipe, axes, model, number of ranks and seed"
                     )
 
-    def _promises(self, recipe: Recipe, seed: int) -> bytes:
-        answers = {k: v for k, v in asdict(recipe).items() if k not in ("name", "summary", "paper")}
+    def _promises(self, recipe: Recipe, seed: int, edges: int) -> bytes:
+        # A graph's file may lie elsewhere on every host, and differ: its edges count. A method of one's own is a function.
+        answers = {k: v for k, v in asdict(recipe).items() if k not in ("name", "summary", "paper", "graph", "method")}
+        answers["edges"] = edges
         model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
         facts = (answers, [model, beside], self._ranks.num_ranks, seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import topology
+from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.recipes import AXES, of_section
@@ -48,9 +48,11 @@ def resolved(job: Job) -> Job:
 
 
 def with_absolute_paths(job: Job) -> Job:
-    """The job as a run keeps it: it must find its text, and a graph's edges, again from any working directory."""
+    """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+    if job.sync.recipe is not None and own.is_own(job.sync.recipe):
+        job = job.model_copy(update={"sync": job.sync.model_copy(update={"recipe": own.absolute(job.sync.recipe)})})
     if job.sync.graph is not None and topology.is_file(job.sync.graph):
         job = job.model_copy(update={"sync": job.sync.model_copy(update={"graph": os.path.abspath(job.sync.graph)})})
     return job

@@ -35,6 +35,7 @@ Start here:
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
   dtrain topology ring --islands 16        how quickly they come together
+  dtrain check mine.py:row                 whether a method of your own keeps its promises
   dtrain profile JOB.toml                  where a step's time goes
   dtrain keys                              what a job file can say
 """
@@ -189,15 +190,26 @@ def report(
 
 
 @app.command("eval")
-def evaluate(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run", show_default=False)]) -> None:
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run", show_default=False)],
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="how sure, by what the islands disagree about")] = False,
+) -> None:
     """Evaluate a finished run's models again.
 
-    The merged one first, then each island's own.
+    The merged one first, then each island's own; with --uncertainty also the mean of
+    the islands' predictions, and how well each model's confidence is calibrated.
 
     Example: dtrain eval runs/quickstart
     """
-    from dtrain.evaluate_run import evaluate_run
+    from dtrain.evaluate_run import evaluate_run, uncertainty_of_run
 
+    if uncertainty:
+        found, distance, share = uncertainty_of_run(run_folder)
+        header = ["model", "loss, nats a token", "calibration error", "accuracy", "spread"]
+        shown = [[name, *(f"{v:.4f}" for v in (p.loss, p.calibration_error, p.accuracy)), f"{p.spread:.2e}"] for name, p in found]
+        Console().print(_table(header, shown))
+        print(f"consensus distance {distance:.4g}, {share:.2%} of the parameters' norm")
+        return
     rows = [[name, f"{loss:.4f}", f"{bits:.4f}"] for name, loss, bits in evaluate_run(run_folder)]
     Console().print(_table(["model", "loss, nats a token", "bits a byte"], rows))
 
@@ -219,6 +231,24 @@ def recipes(
         return
     recipe = RECIPES[show] if show in RECIPES else resolve(show, {}, 2)  # resolve names those there are
     Console().print(_table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
+
+
+@app.command()
+def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a name, or FILE.py:ROW", show_default=False)]) -> None:
+    """Check that a recipe keeps what every method promises.
+
+    Runs it on four small islands in this process. Status 1 where a promise is broken.
+
+    Example: dtrain check mine.py:row
+    """
+    from dtrain.contract import check as check_recipe
+
+    console, broken = Console(), 0
+    for one in check_recipe(recipe):
+        broken += not one.kept
+        console.print(Text(f"{'kept   ' if one.kept else 'BROKEN '} {one.promise}: {one.found}"), soft_wrap=True)
+    if broken:
+        raise typer.Exit(_complain(1, f"{recipe} breaks {broken} of its promises"))
 
 
 @app.command()
@@ -247,9 +277,9 @@ def topology(
     from dtrain.codec import plain
     from dtrain.topology import check, mixing
 
-    check(name, graph, num_islands)
     if num_islands > shown.MOST_ISLANDS:
         raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {shown.MOST_ISLANDS}")
+    check(name, graph, num_islands, seed)
     mixed = mixing(name, graph, seed)
     fmt = plain(codec).fmt
     wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)

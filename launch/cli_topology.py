@@ -31,12 +31,16 @@ def rows(mixing: Mixing, num_islands: int, *, wire_bytes: int, wire: str) -> lis
     factor = "mean factor of a round" if mixing.drawn else "the part of the disagreement that a round leaves, at worst"
     rounds = "never" if found.rounds is None else str(found.rounds)
     cut = ", ".join(map(str, found.articulation)) or "none"
+    low, high = found.weights
+    one_way = f"push-sum's; an island's steps count up to {1 / low:.3g} times as much where it is small"
+    weights = [] if mixing.doubly_stochastic else [["weights", f"{low:.3g} to {high:.3g}", one_way]]
     return [
         ["lambda2", f"{found.lambda2:.4f}", factor],
         ["spectral gap", f"{1 - found.lambda2:.4f}", "1 - lambda2"],
         ["rounds", rounds, f"until the disagreement is {TARGET:g} of what it was, wherever it began"],
         ["wires a round", f"{found.mean_sends:g}", f"that an island sends; at most {found.most_sends}"],
         ["bytes a round", f"{round(found.mean_sends * wire_bytes):,}", f"that an island sends of {wire}"],
+        *weights,
         ["articulation points", cut, "islands without which the others fall apart"],
     ]
 

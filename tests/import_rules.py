@@ -17,13 +17,14 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 LAYERS = (
     PURE,
     ("kernels", "transport", "spans", "staging"),
-    ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "recipes", "optim"),
+    ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
+    ("recipes", "recipe_fits", "own"),
     ("membership", "island"),
     ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "fused", "gradients", "hooks", "traffic", "wait"),
     (),
     ("launch",),
 )
-UNNAMED_LAYER = 5
+UNNAMED_LAYER = 6
 
 # An algorithm is mathematics: it sees the axes, never a process group, a kernel or the engine.
 ALGORITHMS_SEE = (

@@ -4,15 +4,15 @@ Stochastic gradient push (Assran et al. 2019, arXiv 1811.10792): next to x each 
     x_i <- x_i - lr U(g_i(z_i));   x <- P x;   w <- P w;   z = x / w,
 and trains on z. P is known and w does not depend on data, so every island reckons all weights by itself and wires carry z
 alone: with A_ij = P_ij w_j / w'_i, whose rows sum to one, the mixing is z_i <- z_i + sum_j A_ij (C(z_j) - C(z_i)). The optimizer
-moves z, where the paper moves x = w z: progress made since a round was sent is divided by w before the next one is. What stays is
-sum_i w_i z_i but for that progress, not the plain mean (equation 2 of the paper)."""
+moves z, where the paper moves x = w z: progress made since a round was sent is divided by w before the next one is. Mixing keeps
+sum_i w_i z_i, not the plain mean; what C loses moves that by sum_i (w'_i - w_i)(z_i - C(z_i)), until w has settled at P's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
-from torch import Tensor
 
 from dtrain.algorithm import Algorithm, Method
 from dtrain.algorithms.arrivals import arrivals, arrived, fly
@@ -20,15 +20,15 @@ from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.link import Link, Peers
 from dtrain.topology import Mixing
+from dtrain.topology.consensus import matrix
 
 
 def push_sum(codec: Codec, mixing: Mixing) -> Method:
+    columns = cache(lambda num_nodes: torch.from_numpy(matrix(mixing, 0, num_nodes)))
+
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
-        rows = [mixing.rows(0, node, peers.num_nodes) for node in range(peers.num_nodes)]
-
-        def pushed(w: Tensor) -> Tensor:
-            return torch.stack([row.self_weight * w[i] + sum(p * w[j] for j, p in row.recvs) for i, row in enumerate(rows)])
+        p, row = columns(peers.num_nodes), mixing.rows(0, peers.node, peers.num_nodes)
 
         def init(b: Bucket) -> State:
             weights = torch.ones(peers.num_nodes, dtype=torch.float64)
@@ -43,15 +43,18 @@ def push_sum(codec: Codec, mixing: Mixing) -> Method:
             yield from fly(state, link, bound)
 
         def land(b: Bucket, state: State) -> None:
-            w = state["w"]
-            after = pushed(w)
+            w, after = state["w"], p @ state["w"]
             wires, _ = arrived(state)
-            a = [p * float(w[j] / after[peers.node]) for j, p in rows[peers.node].recvs]
+            a = [share * float(w[j] / after[peers.node]) for j, share in row.recvs]
             state["base"].sub_(b.x)
             bound.mix(b.x, [state["own"], *wires], [-sum(a), *a])
             state["base"].add_(b.x)
             w.copy_(after)
 
-        return Algorithm(init, send, land)
+        def merged(b: Bucket, state: State) -> None:
+            state["base"].copy_(b.x)
+            state["w"].fill_(1.0)
+
+        return Algorithm(init, send, land, merged=merged)
 
     return bind

@@ -134,6 +134,16 @@ def _numbers(group: dict[str, Any], t: int) -> Adam:
     return Adam(group["lr"], b1, b2, group["eps"], b1**k, b2**k, every, t % every == 0)
 
 
+def check_accumulates(recipe: str, every: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raises ValueError where a recipe that is defined with accumulated moments meets an optimizer without."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, AccumAdamW) or any(group["every"] == 1 for group in optimizer.param_groups):
+            raise ValueError(
+                f"recipe {recipe!r} is defined with accumulated moments, and {type(optimizer).__name__} has none; use "
+                f'dtrain.optim.AccumAdamW(..., every={every}), or recipe = "decent_adam"'
+            )
+
+
 def owned(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> AccumAdamW | None:
     """The AccumAdamW that alone updates these parameters, if there is one."""
     if len(optimizers) != 1 or not isinstance(optimizers[0], AccumAdamW):

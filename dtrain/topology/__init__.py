@@ -1,7 +1,32 @@
 """Who talks to whom in a round, and with what weight? Pure functions of the round's number, the node and the number of nodes."""
 
-from dtrain.topology.names import CHANGING, DIRECTED, NAMES, OF_GRAPHS, STATIC, Mixing, check, is_file, mixing, parameter
+from dtrain.topology.names import (
+    CHANGING,
+    DIRECTED,
+    NAMES,
+    OF_GRAPHS,
+    STATIC,
+    Mixing,
+    check,
+    fingerprint,
+    is_file,
+    mixing,
+    parameter,
+)
 from dtrain.topology.row import Round, Topology
 
-__all__ = ["CHANGING", "DIRECTED", "NAMES", "OF_GRAPHS", "STATIC", "Mixing", "Round", "Topology", "check", "is_file", "mixing",
-           "parameter"]  # fmt: skip
+__all__ = [
+    "CHANGING",
+    "DIRECTED",
+    "NAMES",
+    "OF_GRAPHS",
+    "STATIC",
+    "Mixing",
+    "Round",
+    "Topology",
+    "check",
+    "fingerprint",
+    "is_file",
+    "mixing",
+    "parameter",
+]

@@ -5,7 +5,7 @@ graph, and the rounds of a period reach every edge once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import pairwise
 
@@ -14,34 +14,35 @@ import networkx as nx
 from dtrain.topology.graphs import Graph
 from dtrain.topology.row import ALONE, Round, Topology, pair
 
+Matchings = Callable[[int], "list[Mapping[int, int]]"]
+"""Number of nodes -> the rounds of a period, in each a node -> its peer."""
 
-def coloured(graph: Graph) -> Topology:
-    """The matchings of a graph in turns, period ``num_colours``."""
-    matchings = cache(lambda num_nodes: _matchings(graph(num_nodes)))
 
+def matchings(graph: Graph) -> Matchings:
+    """The colours of a graph's edges, reckoned once."""
+
+    @cache
+    def of(num_nodes: int) -> list[Mapping[int, int]]:
+        colours = edge_colours(graph(num_nodes))
+        turns: list[dict[int, int]] = [{} for _ in range(max(colours.values(), default=-1) + 1)]
+        for (a, b), colour in colours.items():
+            turns[colour] |= {a: b, b: a}
+        return [turn for turn in turns if turn]
+
+    return of
+
+
+def in_turns(of: Matchings) -> Topology:
     def topology(index: int, node: int, num_nodes: int) -> Round:
-        turns = matchings(num_nodes)
+        turns = of(num_nodes)
         peer = turns[index % len(turns)].get(node)
         return ALONE if peer is None else pair(peer)
 
     return topology
 
 
-def num_colours(graph: nx.Graph[int]) -> int:
-    return len(_matchings(graph))
-
-
-def _matchings(graph: nx.Graph[int]) -> list[Mapping[int, int]]:
-    """Node -> its peer, a dictionary a colour: by the algorithm of Misra and Gries (1992), which needs deg + 1 at most."""
-    colours = edge_colours(graph)
-    turns: list[dict[int, int]] = [{} for _ in range(max(colours.values(), default=0) + 1)]
-    for (a, b), colour in colours.items():
-        turns[colour] |= {a: b, b: a}
-    return [turn for turn in turns if turn]
-
-
 def edge_colours(graph: nx.Graph[int]) -> dict[tuple[int, int], int]:
-    """(a, b) with a < b -> a colour, no two edges of a node alike."""
+    """(a, b) with a < b -> a colour, no two edges of a node alike: by Misra and Gries (1992), who need deg + 1 at most."""
     at: dict[int, dict[int, int]] = {node: {} for node in graph}
     """node -> colour -> the neighbour at the other end."""
     most = max((degree for _, degree in graph.degree()), default=0) + 1
@@ -65,7 +66,7 @@ def edge_colours(graph: nx.Graph[int]) -> dict[tuple[int, int], int]:
         if both is not None:  # most edges, and all of a path or an even ring with two colours
             paint(u, v, both)
             continue
-        fan = _fan(at, graph, u, v)
+        fan = _fan(at, u, v)
         c, d = free(u), free(fan[-1])
         _swap_path(at, u, c, d)
         # After the swap d is free at u. The first start of the fan that is still one, and whose last node has d free too, turns.
@@ -80,7 +81,7 @@ def edge_colours(graph: nx.Graph[int]) -> dict[tuple[int, int], int]:
     return {(a, b): colour for a in at for colour, b in at[a].items() if a < b}
 
 
-def _fan(at: dict[int, dict[int, int]], graph: nx.Graph[int], u: int, v: int) -> list[int]:
+def _fan(at: dict[int, dict[int, int]], u: int, v: int) -> list[int]:
     """The longest list of u's neighbours from v on in which the edge to each is coloured with what is free at the one before."""
     fan = [v]
     while True:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from dtrain.topology.names import Mixing
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Matrix = npt.NDArray[np.float64]
 
@@ -33,6 +36,9 @@ class Consensus:
     mean_sends: float
     most_sends: int
     """Wires that an island sends in a round."""
+    weights: tuple[float, float]
+    """The smallest and the largest of push-sum's w once it has settled, n times P's own vector; 1 and 1 where W is doubly
+    stochastic. An optimizer's step is divided by w."""
     articulation: tuple[int, ...]
     """Islands without which the others would fall apart."""
 
@@ -48,17 +54,35 @@ def matrix(mixing: Mixing, index: int, num_nodes: int) -> Matrix:
     return w
 
 
-def second_largest(mixing: Mixing, num_nodes: int) -> float:
-    """lambda2 of a W that stays the same and is symmetric."""
-    return _symmetric(matrix(mixing, 0, num_nodes))[1]
+def spectrum(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
+    """The least and the largest eigenvalue, but for the 1 of the mean, of a W that stays the same and is symmetric."""
+    if num_nodes == 1:
+        return 0.0, 0.0
+    values = np.linalg.eigvalsh(matrix(mixing, 0, num_nodes))
+    return float(values[0]), float(values[-2])
 
 
 def consensus(mixing: Mixing, num_nodes: int) -> Consensus:
     """Where rounds are drawn, lambda2 is the mean factor of a round on the way to TARGET."""
     rounds, lambda2 = _drawn(mixing, num_nodes) if mixing.drawn else _periodic(mixing, num_nodes)
     sends = [len(mixing.rows(i, node, num_nodes).sends) for i in _rounds(mixing, num_nodes) for node in range(num_nodes)]
-    articulation = tuple(sorted(nx.articulation_points(edges(mixing, num_nodes).to_undirected())))
-    return Consensus(lambda2, rounds, sum(sends) / len(sends), max(sends), articulation)
+    articulation = _articulation(edges(mixing, num_nodes))
+    return Consensus(lambda2, rounds, sum(sends) / len(sends), max(sends), _weights(mixing, num_nodes), articulation)
+
+
+def _articulation(graph: nx.DiGraph[int]) -> tuple[int, ...]:
+    import networkx as nx
+
+    return tuple(sorted(nx.articulation_points(graph.to_undirected())))
+
+
+def _weights(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
+    if mixing.doubly_stochastic:
+        return 1.0, 1.0
+    values, vectors = np.linalg.eig(matrix(mixing, 0, num_nodes))
+    own = np.abs(vectors[:, np.argmax(np.real(values))])
+    own *= num_nodes / own.sum()
+    return float(own.min()), float(own.max())
 
 
 def _rounds(mixing: Mixing, num_nodes: int) -> range:
@@ -130,6 +154,8 @@ def _drawn(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
 
 def edges(mixing: Mixing, num_nodes: int) -> nx.DiGraph[int]:
     """Everyone whom each node sends to, in any round of a period."""
+    import networkx as nx  # which nothing else here needs, and methods use this file
+
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(num_nodes))
     for index in _rounds(mixing, num_nodes):

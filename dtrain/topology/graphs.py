@@ -5,6 +5,8 @@ degrees (Xiao, Boyd and Lall 2005)."""
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -43,8 +45,15 @@ def random_regular(degree: int, seed: int) -> Graph:
                 f"random_regular:{degree} has no connected graph of {num_nodes} islands; use a degree from 2 to "
                 f"{num_nodes - 1}, an even one where the islands are odd"
             )
-        tries = (nx.random_regular_graph(degree, num_nodes, seed=seed + i) for i in range(1000))
-        return next(made for made in tries if nx.is_connected(made))
+        # networkx pairs stubs at random and begins anew where it gets stuck, without end for dense graphs: those are complements.
+        dense = degree > (num_nodes - 1) // 2
+        drawn = num_nodes - 1 - degree if dense else degree
+        draw = random.Random(f"regular/{seed}")
+        while True:  # with three neighbours almost every draw is connected, with two one in about n / 3
+            made = nx.random_regular_graph(drawn, num_nodes, seed=draw.getrandbits(32))
+            made = nx.complement(made) if dense else made
+            if nx.is_connected(made):
+                return made
 
     return graph
 
@@ -116,6 +125,12 @@ def _rows(graph: nx.Graph[int]) -> Mapping[int, Round]:
     return {
         node: symmetric({peer: 1 / (1 + max(degrees[node], degrees[peer])) for peer in graph.neighbors(node)}) for node in graph
     }
+
+
+def digest(graph: nx.Graph[int]) -> int:
+    """63 bits of the edges, of a directed graph the arcs."""
+    ends = sorted(graph.edges if graph.is_directed() else ((min(edge), max(edge)) for edge in graph.edges))
+    return int.from_bytes(hashlib.sha256(repr((len(graph), ends)).encode()).digest()[:8], "big") >> 1
 
 
 FAMILIES: Mapping[str, Graph] = {

@@ -6,11 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dtrain.topology import directed, graphs, one_peer, static
-from dtrain.topology.coloured import coloured, num_colours
-from dtrain.topology.graphs import Graph
+from dtrain.topology import one_peer, static
 from dtrain.topology.row import Topology
+
+if TYPE_CHECKING:
+    from dtrain.topology.directed import Arcs
+    from dtrain.topology.graphs import Graph
+
+# networkx takes a quarter of a second to import, and is needed where a graph is: the functions below import what does.
 
 STATIC = ("complete", "ring", "torus", "hypercube", "star", "graph")
 """W is the same each round, and symmetric: what methods with public copies need."""
@@ -47,13 +52,8 @@ class Mixing:
 def mixing(topology: str, graph: str | None, seed: int) -> Mixing:
     """The topology of a name that ``check`` has let pass."""
     name, ranks = parameter(topology)
-    if name == "graph":
-        return Mixing(graphs.metropolis_hastings(_graph(graph, seed)), _once, static=True)
-    if name == "directed":
-        return Mixing(directed.split_evenly(_arcs(graph, seed)), _once, static=True, doubly_stochastic=False)
-    if name == "coloured":
-        edges = _graph(graph, seed)
-        return Mixing(coloured(edges), lambda n: max(1, num_colours(edges(n))))
+    if name in OF_GRAPHS:
+        return _of_graph(name, graph, seed)
     if name in STATIC:
         rows: Topology = getattr(static, name)
         return Mixing(rows, _once, static=True)
@@ -66,6 +66,26 @@ def mixing(topology: str, graph: str | None, seed: int) -> Mixing:
     }
     rows, period = changing[name]
     return Mixing(rows, period)
+
+
+def _of_graph(name: str, graph: str | None, seed: int) -> Mixing:
+    from dtrain.topology import coloured, directed, graphs
+
+    if name == "directed":
+        return Mixing(directed.split_evenly(_arcs(graph, seed)), _once, static=True, doubly_stochastic=False)
+    if name == "graph":
+        return Mixing(graphs.metropolis_hastings(_graph(graph, seed)), _once, static=True)
+    matchings = coloured.matchings(_graph(graph, seed))
+    return Mixing(coloured.in_turns(matchings), lambda n: max(1, len(matchings(n))))
+
+
+def fingerprint(topology: str, graph: str | None, num_nodes: int, seed: int) -> int:
+    """A number of the edges where ``sync.graph`` says them, the same on every host, else 0."""
+    if graph is None:
+        return 0
+    from dtrain.topology.graphs import digest
+
+    return digest((_arcs if topology in DIRECTED else _graph)(graph, seed)(num_nodes))
 
 
 def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> None:
@@ -90,8 +110,12 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> No
                 f"islands; use {ranks} x 2, 4, 8 ..."
             )
     elif name == "directed":
+        from dtrain.topology import directed
+
         directed.check_strongly_connected(str(graph), _arcs(graph, seed)(num_nodes))
     elif name in OF_GRAPHS:
+        from dtrain.topology import graphs
+
         graphs.check_connected(str(graph), _graph(graph, seed)(num_nodes))
 
 
@@ -106,6 +130,8 @@ def parameter(topology: str) -> tuple[str, int]:
 
 
 def _graph(graph: str | None, seed: int) -> Graph:
+    from dtrain.topology import graphs
+
     assert graph is not None
     name, _, text = graph.partition(":")
     if graph in graphs.FAMILIES:
@@ -117,7 +143,9 @@ def _graph(graph: str | None, seed: int) -> Graph:
     raise ValueError(f"sync.graph = {graph!r} is no graph; use {GRAPHS}, with a / or a . in its name")
 
 
-def _arcs(graph: str | None, seed: int) -> directed.Arcs:
+def _arcs(graph: str | None, seed: int) -> Arcs:
+    from dtrain.topology import directed
+
     assert graph is not None
     name, _, text = graph.partition(":")
     if graph == "cycle":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 from dtrain.topology.row import ALONE, Round, Topology, pair
 
@@ -34,12 +35,15 @@ def one_peer_exponential(index: int, node: int, num_nodes: int) -> Round:
 def random_pairs(seed: int) -> Topology:
     """A fresh random matching each round, agreed by the seed; with odd n one node sits out."""
 
-    def topology(index: int, node: int, num_nodes: int) -> Round:
+    @lru_cache(maxsize=8)
+    def peers(index: int, num_nodes: int) -> dict[int, int]:
         order = list(range(num_nodes))
         random.Random(f"pairs/{seed}/{index}").shuffle(order)
-        place = order.index(node)
-        partner_place = place ^ 1
-        return ALONE if partner_place >= num_nodes else pair(order[partner_place])
+        return {a: b for one, two in zip(order[::2], order[1::2], strict=False) for a, b in ((one, two), (two, one))}
+
+    def topology(index: int, node: int, num_nodes: int) -> Round:
+        peer = peers(index, num_nodes).get(node)
+        return ALONE if peer is None else pair(peer)
 
     return topology
 

@@ -23,7 +23,7 @@ def ring(index: int, node: int, num_nodes: int) -> Round:
 
 def torus(index: int, node: int, num_nodes: int) -> Round:
     """The four neighbours on a grid of ``sides`` that closes in both directions, weight 1/5 each. For sides of three and more, b
-    the longer, lambda2 = (3 + 2 cos(2 pi / b)) / 5 (or 3/5 where both are even and that is larger)."""
+    the longer, lambda2 = (3 + 2 cos(2 pi / b)) / 5."""
     rows, columns = sides(num_nodes)
     row, column = divmod(node, columns)
     vertical = (((row + step) % rows) * columns + column for step in (-1, 1))
@@ -37,7 +37,7 @@ def hypercube(index: int, node: int, num_nodes: int) -> Round:
 
 
 def star(index: int, node: int, num_nodes: int) -> Round:
-    """Node 0 hears all others with weight 1/n, and they hear it: lambda2 = 1 - 1/n."""
+    """Node 0 hears all others with weight 1/n, and they hear it: lambda2 = 1 - 1/n from three on."""
     return symmetric(dict.fromkeys(range(1, num_nodes) if node == 0 else (0,), 1 / num_nodes))
 
 

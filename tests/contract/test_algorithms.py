@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,8 +106,9 @@ def axes_of(method: str, topology: str, time: str, codec: str) -> dict[str, Any]
 
 
 def test_every_gossip_recipe_is_in_the_suite() -> None:
+    """But dpsgd with an optimizer of its own (test_accum_adam); push_sum keeps another mean (test_push_sum)."""
     gossips = {name for name, row in RECIPES.items() if row.combine == "gossip"}
-    assert gossips == {*METHODS, "push_sum"}, "push_sum keeps another mean: test_push_sum"
+    assert gossips == {*METHODS, "decent_adam", "accum_adam"}
     assert len(pairwise(cases(EXACT))) < len(cases(EXACT))
 
 
@@ -215,10 +217,12 @@ def trained(axes: dict[str, Any], first: int, last: int, saved: list[Saved] | No
     return run_islands(ISLANDS, island)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "push_sum"])
 def test_twice_is_the_same_bits_and_a_resume_in_mid_flight_too(method: str) -> None:
     """Twelve steps, twice; and seven and five, the second five in new objects, while a round flies in between."""
-    axes = axes_of(method, "ring", METHODS[method].times[-1], "int8:64:stochastic")
+    axes = {"recipe": method, "graph": "random_out:2", "delay": 1, "codec": "int8:64:stochastic"}
+    if method in METHODS:
+        axes = axes_of(method, "ring", METHODS[method].times[-1], "int8:64:stochastic")
     whole, again = trained(axes, 0, 12, None), trained(axes, 0, 12, None)
     half = trained(axes, 0, 7, None)
     assert any(int(v) >= 0 for k, v in half[0].state.items() if k.endswith("land_step")), "a round is under way"
@@ -227,3 +231,29 @@ def test_twice_is_the_same_bits_and_a_resume_in_mid_flight_too(method: str) -> N
             assert torch.equal(one.x, two.x)
             assert one.state.keys() == two.state.keys()
             assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
+
+
+def test_a_resume_over_other_edges_is_refused(tmp_path: Path) -> None:
+    """Every island has as many neighbours as before, and so its state has the same shapes."""
+    (tmp_path / "ring.edges").write_text("0 2\n2 4\n4 1\n1 3\n3 5\n5 0\n")
+    axes = {"recipe": "choco", "topology": "graph", "graph": "ring"}
+    half = trained(axes, 0, 3, None)
+    with pytest.raises(ValueError, match="the saved state is of another graph"):
+        trained(axes | {"graph": str(tmp_path / "ring.edges")}, 3, 5, half)
+
+
+def test_islands_with_other_edges_are_refused(tmp_path: Path) -> None:
+    """The same name on every host, and something else in the file."""
+    (tmp_path / "0.edges").write_text("0 1\n1 2\n")
+    (tmp_path / "1.edges").write_text("0 1\n0 2\n")
+
+    def island(connection: Connection, differ: bool) -> None:
+        model = problem(3).model(connection.node)
+        graph = str(tmp_path / f"{int(differ and connection.node == 1)}.edges")
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        with dtrain.join(model, optimizer, recipe="dpsgd", topology="graph", graph=graph, link=connection):
+            sgd_step(model, optimizer)
+
+    run_islands(3, lambda connection: island(connection, False))
+    with pytest.raises(ValueError, match="has another recipe than island 0"):
+        run_islands(3, lambda connection: island(connection, True))

@@ -25,6 +25,12 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def mine() -> str:
+    """The file that the README shows as a method of one's own."""
+    (block,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return block
+
+
 def dtrain(folder: Path, words: list[str]) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "dtrain.launch", *words],
@@ -47,7 +53,9 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    assert {words[1] for words in listed} == {"run", "profile", "sim", "report", "eval", "recipes", "topology", "keys", "bench"}
+    known = {"run", "profile", "sim", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
+    assert {words[1] for words in listed} == known
+    (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
     said: dict[str, str] = {}
     for words in listed:
@@ -57,8 +65,10 @@ def test_every_command_of_the_readme_runs(
             said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
         else:  # in this process, which has imported torch already
             assert run_command(words[1:]) == 0, capsys.readouterr().err
-            said[words[1]] = capsys.readouterr().out
+            said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
+    assert said["check"].count("kept ") == 6
+    assert [line.split()[0] for line in said["uncertainty"].splitlines()[1:-1]] == ["merged", "island0", "island1", "ensemble"]
     assert "a step takes" in said["profile"]
     assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
     assert "gossip_adam" in said["bench"]

@@ -307,6 +307,23 @@ def test_a_round_in_flight_between_fused_steps_survives_a_checkpoint(recipe: str
     assert all(torch.equal(x, y) for (x, _), (y, _) in zip(whole, resumed, strict=True))
 
 
+def test_accumulated_moments_are_asked_for_by_name() -> None:
+    """A recipe that is defined with them refuses an optimizer without; decentralized AdamW takes any."""
+    start, a, c = problem(1)
+
+    def island(connection: Connection) -> None:
+        model = Quadratic(start, a[0], c[0], CUT)
+        for optimizer in (torch.optim.AdamW(model.parameters()), AccumAdamW(model.parameters(), lr=LR)):
+            with pytest.raises(ValueError, match="recipe 'accum_adam' is defined with accumulated moments"):
+                dtrain.join(model, optimizer, recipe="accum_adam", link=connection)
+        accumulates = AccumAdamW(model.parameters(), lr=LR, every=2)
+        with dtrain.join(model, accumulates, recipe="accum_adam", link=connection) as sync:
+            assert isinstance(sync._fused, FusedSteps)
+            sgd_step(model, accumulates)
+
+    run_islands(2, island)
+
+
 def test_the_optimizer_is_given_back() -> None:
     start, a, c = problem(1)
 

@@ -93,3 +93,23 @@ def test_islands_with_different_data_agree_on_the_optimum(plain: Matrix, recipe:
     optimum = (a * c).sum(axis=0) / a.sum(axis=0)
     tracked = trajectory({"recipe": recipe, "topology": "ring", "delay": 1, "codec": codec}, LONG, LONG_LR)[-1]
     assert largest(tracked - optimum) < 0.1 * largest(plain - optimum)
+
+
+@pytest.mark.parametrize(("recipe", "codec"), [("gradient_tracking", "int4:64"), ("beer", "int4:64"), ("beer", "sign:64")])
+def test_the_mean_of_the_estimates_is_the_mean_gradient_whatever_the_codec_loses(recipe: str, codec: str) -> None:
+    p = problem(ISLANDS)
+
+    def island(connection: Connection) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        model = p.model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        with dtrain.join(model, optimizer, recipe=recipe, topology="ring", codec=codec, link=connection) as sync:
+            for _ in range(STEPS):
+                sgd_step(model, optimizer)
+            v, g = (torch.cat([lane.state[name] for lane in sync.core.lanes]).numpy().copy() for name in ("v", "g_before"))
+        return v, g
+
+    v, g = (np.array(each, dtype=np.float64) for each in zip(*run_islands(ISLANDS, island), strict=True))
+    # As x's mean in test_gossip: 20 u M a step and island, and kept sums carry theirs.
+    M = max(largest(v), largest(g))
+    assert largest(v.mean(axis=0) - g.mean(axis=0)) <= 20 * STEPS * (STEPS + 1) / 2 * U * M
+    assert largest(v - g) > 1e-2, "each estimate is another than the own gradient"

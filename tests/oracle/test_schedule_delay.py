@@ -47,8 +47,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, steps: int, every: int, fragmen
     events: list[Event] = []
     done = [0]
 
-    def with_recorder(recipe: Recipe, seed: int) -> Plan:
-        return dataclasses.replace(assemble(recipe, seed), method=recorder(events, done))
+    def with_recorder(recipe: Recipe, seed: int, num_islands: int) -> Plan:
+        return dataclasses.replace(assemble(recipe, seed, num_islands), method=recorder(events, done))
 
     monkeypatch.setattr(engine, "assemble", with_recorder)
     model = nn.ParameterList(nn.Parameter(torch.zeros(GRAIN)) for _ in range(fragments))

@@ -10,8 +10,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dtrain.algorithms.multi_gossip import chebyshev_weights
-from dtrain.topology import NAMES, Mixing, check, mixing
+from dtrain.algorithms.multi_gossip import chebyshev_steps
+from dtrain.topology import NAMES, Mixing, check, fingerprint, mixing
 from dtrain.topology.coloured import edge_colours
 from dtrain.topology.consensus import TARGET, Matrix, consensus, matrix
 from dtrain.topology.static import sides
@@ -55,31 +55,61 @@ def w_of(name: str, graph: str | None, index: int, n: int) -> Matrix:
 
 
 def chebyshev_matrix(w: Matrix, steps: int) -> Matrix:
-    """T_Q(W / lambda2) / T_Q(1 / lambda2), by the recursion of Chebyshev's polynomials on the eigenvalues."""
+    """T_Q((W - c) / h) / T_Q((1 - c) / h) on the eigenvalues, all of which but the mean's 1 lie in [c - h, c + h]."""
     values, vectors = np.linalg.eigh(w)
-    lambda2 = np.sort(np.abs(values))[-2]
+    c, h = (values[-2] + values[0]) / 2, (values[-2] - values[0]) / 2
 
     def polynomial(x: Matrix) -> Matrix:
         return np.asarray(np.polynomial.chebyshev.chebval(x, [*np.zeros(steps), 1.0]), np.float64)
 
-    scaled: Matrix = polynomial(values / lambda2) / polynomial(np.array(1 / lambda2))
+    scaled: Matrix = polynomial((values - c) / h) / polynomial(np.array((1 - c) / h))
     return vectors @ np.diag(scaled) @ vectors.T
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_chebyshev_on_a_ring_of_16_leaves_what_its_polynomial_says(steps: int) -> None:
-    """||P(W) - J|| = 1 / T_Q(1 / lambda2), far below plain gossip's lambda2^Q, by the weights that the method uses."""
+    """||P(W) - J|| = 1 / T_Q((1 - c) / h), below plain gossip's lambda2^Q, by the steps that the method takes. W of the ring has
+    eigenvalues (1 + 2 cos(2 pi k / 16)) / 3."""
     w = w_of("ring", None, 0, 16)
-    lambda2 = (1 + 2 * cos(2 * pi / 16)) / 3
+    largest, least = (1 + 2 * cos(2 * pi / 16)) / 3, -1 / 3
+    taken = chebyshev_steps(least, largest, steps)
     before, y = np.eye(16), np.eye(16)
-    for weight in chebyshev_weights(lambda2, steps):
-        before, y = y, weight * (w @ y) + (1 - weight) * before
+    for weight in taken.weights:
+        before, y = y, weight * (y + taken.scale * (w @ y - y)) + (1 - weight) * before
     left = np.linalg.norm(y - 1 / 16, 2)
-    bound = 1 / np.polynomial.chebyshev.chebval(1 / lambda2, [*np.zeros(steps), 1.0])
-    assert left == pytest.approx(bound, rel=1e-9)
-    assert steps == 1 or left < lambda2**steps
+    c, h = (largest + least) / 2, (largest - least) / 2
+    assert left == pytest.approx(1 / np.polynomial.chebyshev.chebval((1 - c) / h, [*np.zeros(steps), 1.0]), rel=1e-9)
+    assert left < largest**steps
     np.testing.assert_allclose(y, chebyshev_matrix(w, steps), rtol=0, atol=1e-12)
     np.testing.assert_allclose(y.sum(axis=0), 1.0, rtol=0, atol=1e-12)
+
+
+def test_one_step_is_enough_where_all_disagreement_has_one_eigenvalue() -> None:
+    taken = chebyshev_steps(0.25, 0.25, 3)
+    w = 0.25 * np.eye(4) + 0.75 / 4
+    y = np.eye(4) + taken.scale * (w - np.eye(4))
+    np.testing.assert_allclose(y, 1 / 4, rtol=0, atol=1e-15)
+    assert taken.weights == [1.0] * 3
+
+
+@pytest.mark.parametrize(("degree", "n"), [(2, 9), (3, 16), (56, 64), (6, 9), (63, 64)])
+def test_regular_graphs_of_any_degree_are_drawn(degree: int, n: int) -> None:
+    check("graph", f"random_regular:{degree}", n)
+    drawn = [mixing("graph", f"random_regular:{degree}", seed) for seed in (0, 1)]
+    assert {len(m.rows(0, node, n).sends) for m in drawn for node in range(n)} == {degree}
+    assert degree > n - 3 or (matrix(drawn[0], 0, n) != matrix(drawn[1], 0, n)).any(), "another seed is another graph"
+
+
+def test_a_graph_has_one_number_on_every_host(tmp_path: Path) -> None:
+    """Whatever its file's name and the order of its lines; another edge, or direction, is another number."""
+    texts = {"a": "0 1\n1 2\n", "b": "# the same\n2 1\n0 1\n", "c": "0 1\n0 2\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.edges").write_text(text)
+    a, b, c = (fingerprint("graph", str(tmp_path / f"{name}.edges"), 3, 0) for name in texts)
+    assert a == b != c
+    assert fingerprint("coloured", str(tmp_path / "a.edges"), 3, 0) == a
+    assert fingerprint("directed", str(tmp_path / "a.edges"), 3, 0) != fingerprint("directed", str(tmp_path / "b.edges"), 3, 0)
+    assert fingerprint("ring", None, 3, 0) == 0
 
 
 def test_every_name_is_looked_at() -> None:
@@ -210,6 +240,8 @@ def test_a_directed_graph_splits_evenly(tmp_path: Path) -> None:
     # Push-sum's ratios agree with each other once the rows of the product are multiples of one row.
     rounds = consensus(mixing("directed", str(file), 0), 3).rounds
     assert rounds is not None
+    settled = np.linalg.matrix_power(w, 200) @ np.ones(3)
+    assert consensus(mixing("directed", str(file), 0), 3).weights == pytest.approx((settled.min(), settled.max()), rel=1e-9)
     powers = np.linalg.matrix_power(w, rounds)
     ratios = powers / powers.sum(axis=1, keepdims=True)
     assert np.abs(ratios - ratios[0]).max() <= 2 * TARGET

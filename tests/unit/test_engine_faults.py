@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 
@@ -51,9 +52,9 @@ def test_what_fails_in_the_background_is_raised_where_the_round_is_waited_for(mo
 
         return Algorithm(init=lambda b: {}, send=send, land=lambda b, state: None)
 
-    def planned(recipe: Recipe, seed: int) -> Plan:
-        plan = assemble(recipe, seed)
-        return Plan(plan.recipe, failing, plan.topology, plan.when, plan.control, 1, rewrites_gradients=False, sends=True)
+    def planned(recipe: Recipe, seed: int, num_islands: int) -> Plan:
+        plan = assemble(recipe, seed, num_islands)
+        return dataclasses.replace(plan, method=failing, delay_steps=1, rewrites_gradients=False, sends=True)
 
     monkeypatch.setattr(engine, "assemble", planned)
 

@@ -15,7 +15,7 @@ DELAYED = RECIPES["delayed_diloco"]
 
 def starts(recipe: Recipe, first: int, last: int) -> list[int]:
     """Steps of [first, last), counted from 0, that start a round: it starts when step + 1 steps are done."""
-    plan = assemble(recipe, seed=0)
+    plan = assemble(recipe, seed=0, num_islands=4)
     return [step for step in range(first, last) if plan.sends and plan.when(step + 1, 0, plan.control)]
 
 

@@ -19,7 +19,7 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
     for num_islands in (2, 3, 16):
         recipe = resolve(name, {}, num_islands)
         assert recipe == RECIPES[name]
-        plan = assemble(recipe, seed=0)
+        plan = assemble(recipe, seed=0, num_islands=num_islands)
         assert plan.sends == (name not in ("local", "allreduce"))
         assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
 

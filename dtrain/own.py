@@ -1,0 +1,62 @@
+"""How does a researcher's own method get in? As a row in a file of theirs: ``sync.recipe = "mine.py:row"``.
+
+The row is a ``dtrain.recipes.Recipe``. With ``algorithm = "own"`` its ``method`` makes the algorithm, (recipe, mixing) ->
+``dtrain.algorithm.Method``; with another one it only gives that algorithm's answers a name."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.recipes import Recipe
+
+
+def is_own(name: str) -> bool:
+    """Whether a recipe's name is a row of somebody's file."""
+    return ".py:" in name
+
+
+def absolute(name: str) -> str:
+    """The same row from any working directory."""
+    file, _, row = name.rpartition(":")
+    return f"{Path(file).absolute()}:{row}"
+
+
+def load(name: str) -> Recipe:
+    """The row of ``FILE.py:ROW``, under that name; raises ValueError where there is none."""
+    from dtrain.recipes import Recipe
+
+    file, _, row = name.rpartition(":")
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise ValueError(f"sync.recipe = {name!r}: there is no file {path}; write FILE.py:ROW")
+    found = getattr(_module(path), row, None)
+    if not isinstance(found, Recipe):
+        raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
+    if (found.algorithm == "own") != callable(found.method):
+        raise ValueError(
+            f'sync.recipe = {name!r}: a row with algorithm = "own", and only one, has a method, a function (recipe, mixing) -> '
+            "dtrain.algorithm.Method"
+        )
+    return replace(found, name=f"{path}:{row}")
+
+
+def _module(path: Path) -> object:
+    """The file's module, run once a process. What goes wrong in it is said as it was, as for any import."""
+    name = f"dtrain_own_{path.stem}_{abs(hash(str(path))):x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, "a path that ends in .py has a loader"
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

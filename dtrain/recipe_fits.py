@@ -1,0 +1,147 @@
+"""Do a recipe's answers fit together, and is none of them without effect? Each question that is answered no is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
+
+from dtrain import codec_name
+from dtrain import topology as topologies
+
+if TYPE_CHECKING:
+    from dtrain.recipes import Recipe
+
+MOST_GOSSIP_STEPS = 64
+"""A wire's name has 6 bits for the phase of its round."""
+
+REWRITES_GRADIENTS = frozenset({"allreduce", "gradient_tracking", "beer"})
+"""Algorithms that exchange something before each update, which waits for it."""
+
+_NEED_STATIC = {
+    "choco": "keeps sums of its neighbours' public copies",
+    "beer": "keeps sums of its neighbours' public copies",
+    "chebyshev": "has the polynomial of one matrix",
+}
+
+_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_USED: Mapping[str, frozenset[str]] = {
+    "local": frozenset({"bucket_bytes"}),
+    "allreduce": _ROUNDS,
+    "dpsgd": _ROUNDS | {"topology", "graph"},
+    "push_sum": _ROUNDS | {"topology", "graph"},
+    "multi_gossip": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "chebyshev": _ROUNDS | {"topology", "graph", "gossip_steps"},
+    "deepsqueeze": _ROUNDS | {"topology", "graph", "gamma"},
+    "gradient_tracking": (_ROUNDS - {"error_feedback"}) | {"topology", "graph"},
+    "beer": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
+    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
+    "own": _ROUNDS | {"topology", "graph", "gamma", "gossip_steps", "landing", "outer", "outer_lr", "outer_momentum"},
+    "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
+}
+"""The axes that say something to an algorithm; any other would be ignored, so it is refused."""
+
+
+def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
+    """A job file's types are checked where it is read; those of join() only here."""
+    for axis, allowed_words in words.items():
+        value = getattr(r, axis)
+        if value not in allowed_words:
+            raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, allowed_words))}")
+    codec_name.parse(r.codec)
+    ranges: tuple[tuple[str, bool, str], ...] = (
+        ("topology", isinstance(r.topology, str), "a name"),
+        ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
+        ("every", _is_int(r.every) and r.every >= 1, "1 or more"),
+        ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
+        ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
+        ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
+        ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
+        ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
+        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
+        ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
+    )
+    for axis, allowed, said in ranges:
+        if not allowed:
+            raise ValueError(f"{axis} = {getattr(r, axis)!r} is not allowed; use {said}")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_int(value) or isinstance(value, float)
+
+
+def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
+    """Refuse an axis that was changed and would have no effect."""
+    used = _USED[r.algorithm] | {"algorithm"}
+    idle = {"copy": {"outer_lr", "outer_momentum"}, "sgd": {"outer_momentum"}, "nesterov": set()}[r.outer]
+    for axis, value in changes.items():
+        if value == getattr(row, axis) or axis in used - idle:
+            continue
+        reason = f'outer = "{r.outer}"' if axis in used & idle else f'algorithm = "{r.algorithm}"'
+        raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
+
+
+def check_together(r: Recipe, num_islands: int) -> None:
+    if r.delay != "round" and r.delay > r.every:
+        raise ValueError(
+            f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
+            f'use at most {r.every}, or "round"'
+        )
+    if r.algorithm == "push_sum" and r.topology not in topologies.DIRECTED:
+        raise ValueError(
+            f'push_sum is for links that go one way: it needs sync.topology = "directed", got "{r.topology}"; use that, or '
+            'sync.recipe = "dpsgd"'
+        )
+    if r.topology in topologies.DIRECTED and r.algorithm not in ("push_sum", "own"):
+        raise ValueError(
+            f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
+            'need not: use sync.recipe = "push_sum"'
+        )
+    topologies.check(r.topology, r.graph, num_islands)
+    paths = {
+        "local": ("none",),
+        "allreduce": ("gather", "all_to_all"),
+        "dpsgd": ("neighbours", "gather", "all_to_all"),
+        "push_sum": ("neighbours",),
+        "multi_gossip": ("neighbours",),
+        "chebyshev": ("neighbours",),
+        "deepsqueeze": ("neighbours",),
+        "gradient_tracking": ("neighbours",),
+        "beer": ("neighbours",),
+        "choco": ("neighbours",),
+        "diloco": ("gather", "all_to_all"),
+        "own": ("none", "neighbours", "gather", "all_to_all"),
+    }[r.algorithm]
+    if r.reduce not in paths:
+        raise ValueError(
+            f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(paths)}'
+        )
+    if r.reduce in ("gather", "all_to_all") and r.topology != "complete":
+        raise ValueError(
+            f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
+        )
+    if r.algorithm in _NEED_STATIC and r.topology not in topologies.STATIC:
+        raise ValueError(
+            f"{r.algorithm} {_NEED_STATIC[r.algorithm]}, so its topology must not change by round; "
+            f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
+        )
+    if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
+        raise ValueError(
+            'sync.landing = "eager" is for algorithm = "diloco" with a delay; use landing = "keep", or set sync.delay'
+        )
+    if r.algorithm == "allreduce" and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
+        raise ValueError(
+            "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
+        )
+    if r.algorithm in REWRITES_GRADIENTS and (r.every != 1 or r.fragments != 1):
+        raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
+    if r.algorithm == "beer" and r.delay_steps != 1:
+        raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
+    if r.fragments > r.every:
+        raise ValueError(
+            f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
+        )

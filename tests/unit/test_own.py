@@ -1,0 +1,132 @@
+"""Does a method from somebody's own file run like the project's, and does ``dtrain check`` see what it breaks?"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dtrain.config import load_job
+from dtrain.launch.cli import run_command
+from dtrain.recipes import RECIPES, resolve
+from tests.unit.small_run import opened, write_job_file
+
+MINE = '''
+import torch
+from dtrain.algorithm import Algorithm
+from dtrain.recipes import Recipe
+
+
+def method(recipe, mixing):
+    """A neighbour's parameters, half of each, as fp32 bytes."""
+
+    def bind(layout, peers):
+        def init(b):
+            return {"other": torch.zeros_like(b.x), "sent": torch.zeros_like(b.x)}
+
+        def send(b, state, link):
+            state["sent"].copy_(b.x)
+            for peer in link.row.sends:
+                link.post(peer, state["sent"].view(torch.uint8))
+            for peer, _ in link.row.recvs:
+                link.expect(peer, 4 * b.x.numel())
+            yield
+            state["other"].copy_(state["sent"])
+            for peer, weight in link.row.recvs:
+                theirs = link.received(peer).view(torch.float32)
+                state["other"].add_(theirs - state["sent"], alpha=weight * SHARE)
+
+        def land(b, state):
+            b.x.add_(state["other"] - state["sent"])
+
+        return Algorithm(init, send, land)
+
+    return bind
+
+
+SHARE = 1.0
+row = Recipe("mine", "half of a neighbour's", "my own", "own", "parameters", 2, "neighbours", "one_peer_ring", combine="gossip",
+             delay=1, method=method)
+named = Recipe("named", "dpsgd in a hurry", "my own", "dpsgd", "parameters", 3, "neighbours", "ring", combine="gossip")
+lacks = Recipe("lacks", "no method", "my own", "own", "parameters", 1)
+'''
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(textwrap.dedent(MINE))
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:
+    status = run_command(list(words))
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err
+
+
+def test_it_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines, err = said(capsys, "check", "mine.py:row")
+    assert (status, err) == (0, "")
+    assert len(lines) == 6
+    assert all(line.startswith("kept ") for line in lines)
+
+
+BREAKS = {
+    "moves the mean": ('weight * SHARE', 'weight * (1 + peers.node)', "mixing keeps the mean of all islands"),
+    "forgets its state": ('"other": torch.zeros_like(b.x), "sent"', '"sent"', "KeyError"),
+    "is random": ('theirs - state["sent"]', 'theirs - state["sent"] + 1e-3 * torch.rand_like(theirs)', "twice is the same bits"),
+    "keeps state elsewhere": ('b.x.add_(state["other"]', 'HERE[0] *= 0.999; b.x.mul_(HERE[0]).add_(state["other"]', "saved"),
+    "blows up": ("b.x.add_(", "b.x.mul_(1e30).add_(", "every parameter stays finite"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_it_breaks_is_seen(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    good, bad, promise = BREAKS[what]
+    assert good in MINE
+    Path("bad.py").write_text("HERE = [1.0]\n" + MINE.replace(good, bad))
+    if promise == "KeyError":
+        with pytest.raises(KeyError, match="other"):
+            run_command(["check", "bad.py:row"])
+        return
+    status, lines, err = said(capsys, "check", "bad.py:row")
+    assert status == 1
+    assert any(line.startswith("BROKEN") and promise in line for line in lines), lines
+    assert err.startswith("dtrain: bad.py:row breaks ")
+
+
+QUICK = ("dpsgd", "push_sum")
+CHECKED = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RECIPES if RECIPES[n].moments_every != 4]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_projects_own_recipes_keep_them_too(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, lines, err = said(capsys, "check", name)
+    assert (status, err) == (0, ""), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.py:row", "there is no file"),
+        ("mine.py:raw", "mine.py has no row raw; define raw = dtrain.recipes.Recipe(...) there"),
+        ("mine.py:SHARE", "mine.py has no row SHARE"),
+        ("mine.py:lacks", 'a row with algorithm = "own", and only one, has a method'),
+    ],
+)
+def test_what_is_no_row_is_one_line(capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    status, lines, err = said(capsys, "check", name)
+    assert (status, lines) == (2, [])
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_job_and_join_take_it_from_any_folder() -> None:
+    write_job_file()
+    run = opened("sync.recipe=mine.py:row").run
+    sync = load_job(run / "job.toml").sync
+    assert sync.recipe == f"{Path('mine.py').absolute()}:row"
+    assert (sync.algorithm, sync.every, sync.delay) == ("own", 2, 1)
+    assert resolve("mine.py:row", {"every": 5}, 4).every == 5
+    assert resolve("mine.py:named", {}, 4).algorithm == "dpsgd"
