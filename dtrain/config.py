@@ -225,7 +225,8 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 
 def runs_a_script(job: Job) -> bool:
     """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
-    return job.sync.algorithm is None
+    always = ("recipe", "algorithm", "every", "codec", "reduce", "topology", "delay", "fragments")
+    return any(getattr(job.sync, key) is None for key in always)
 
 
 def dump_job(job: Job) -> str:

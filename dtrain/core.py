@@ -73,6 +73,8 @@ class Core:
         self.peers = peers
         self.step = 0
         self.lanes = [Lane(b, plan.method(b.layout, peers)) for b in buckets]
+        if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
+            raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
 
     def start_gradients(self) -> list[Flight]:
         """The exchange that rewrites the gradients of step + 1; one flight a bucket, finished before the update."""
@@ -151,6 +153,7 @@ class Core:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
+        saved = {"edges": torch.tensor(self.plan.edges), **saved}  # a state without it is older than graphs from files
         for key, value in self.state_dict().items():
             if key not in saved or saved[key].shape != value.shape:
                 have = tuple(saved[key].shape) if key in saved else "none"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,42 +22,46 @@ from dtrain.units import bits_per_byte
 ENSEMBLE = "ensemble"
 
 
-class Loaded(NamedTuple):
-    """A run's models, the merged one first, and the text that they have not seen."""
+class Run(NamedTuple):
+    """A finished run's model, into which any of its files can be loaded, and the text that it has not seen."""
 
-    models: dict[str, nn.Module]
+    model: nn.Module
+    files: dict[str, Path]
+    """The merged one first, then each island's."""
     heldout: tuple[Tensor, Tensor]
     bytes_per_token: float
+
+    def load(self, name: str) -> nn.Module:
+        weights = checkpoint.load_weights(self.files[name])
+        checkpoint.check_same_model(weights, self.model, self.files[name])
+        self.model.load_state_dict(weights)
+        return self.model
 
 
 def evaluate_run(run: Path) -> list[tuple[str, float, float]]:
     """(model, held-out loss in nats a token, bits a byte), the merged model first."""
-    models, heldout, bytes_per_token = _load(run)
-    losses = {name: evaluate(model, heldout) for name, model in models.items()}
-    return [(name, loss, bits_per_byte(loss, bytes_per_token)) for name, loss in losses.items()]
+    found = _open(run)
+    losses = {name: evaluate(found.load(name), found.heldout) for name in found.files}
+    return [(name, loss, bits_per_byte(loss, found.bytes_per_token)) for name, loss in losses.items()]
 
 
 def uncertainty_of_run(run: Path) -> tuple[list[tuple[str, Predicted]], float, float]:
     """(model, its predictions) for the merged model, each island's, and the ensemble of the islands'; the consensus distance, the
-    root of the trace of the islands' covariance; and that over the norm of their mean."""
-    models, heldout, _ = _load(run)
-    merged = models.pop("merged")
-    (alone, _) = predict([merged], heldout)
-    found = predict(list(models.values()), heldout)
-    sums, squares = (_total(models, power) for power in (1, 2))
-    diagonal = covariance_diagonal(sums, squares, len(models))
-    size = (sums / len(models)).square().sum()
-    rows = [("merged", alone), *zip((*models, ENSEMBLE), found, strict=True)]
-    return rows, diagonal.sum().sqrt().item(), (diagonal.sum() / size).sqrt().item()
+    root of the trace of the islands' covariance; and that over the norm of their mean. All islands' models are held at once."""
+    found = _open(run)
+    (alone, _) = predict([found.load("merged")], found.heldout)
+    islands = {name: copy.deepcopy(found.load(name)) for name in found.files if name != "merged"}
+    each = predict(list(islands.values()), found.heldout)
+    squares = total = 0.0
+    for parameters in zip(*(model.parameters() for model in islands.values()), strict=True):
+        values = torch.stack([p.detach().double().flatten() for p in parameters])
+        squares += covariance_diagonal(values.sum(dim=0), values.square().sum(dim=0), len(values)).sum().item()
+        total += values.mean(dim=0).square().sum().item()
+    rows = [("merged", alone), *zip((*islands, ENSEMBLE), each, strict=True)]
+    return rows, math.sqrt(squares), math.sqrt(squares / total)
 
 
-def _total(models: dict[str, nn.Module], power: int) -> Tensor:
-    """sum_j theta_j^power, float64."""
-    each = [torch.cat([p.detach().double().flatten() for p in model.parameters()]).pow(power) for model in models.values()]
-    return torch.stack(each).sum(dim=0)
-
-
-def _load(run: Path) -> Loaded:
+def _open(run: Path) -> Run:
     if not (run / "job.toml").exists():
         raise ValueError(f"{run} is not a run folder: it has no job.toml")
     job = load_job(run / "job.toml")
@@ -67,11 +73,5 @@ def _load(run: Path) -> Loaded:
             f"{run} has no model.safetensors: it is still running, or was stopped; finish it with --resume"
         )
     corpus = load_corpus(job.data.source)
-    models: dict[str, nn.Module] = {}
-    for file in files:
-        model = build_model(job, corpus)
-        weights = checkpoint.load_weights(file)
-        checkpoint.check_same_model(weights, model, file)
-        model.load_state_dict(weights)
-        models["merged" if file.stem == "model" else file.stem] = model
-    return Loaded(models, heldout_sequences(corpus, job.model.context), corpus.bytes_per_token)
+    named = {"merged" if file.stem == "model" else file.stem: file for file in files}
+    return Run(build_model(job, corpus), named, heldout_sequences(corpus, job.model.context), corpus.bytes_per_token)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dtrain import own
 from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
 from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
 from dtrain.connect import Connection
@@ -139,9 +140,10 @@ class Exact:
                     )
 
     def _promises(self, recipe: Recipe, seed: int, edges: int) -> bytes:
-        # A graph's file may lie elsewhere on every host, and differ: its edges count. A method of one's own is a function.
-        answers = {k: v for k, v in asdict(recipe).items() if k not in ("name", "summary", "paper", "graph", "method")}
-        answers["edges"] = edges
+        # Files may lie elsewhere on every host, and differ: a graph's edges count, and what a method of one's own says.
+        beside_names = [f.name for f in fields(recipe) if f.name not in ("name", "summary", "paper", "graph", "method")]
+        answers = {name: getattr(recipe, name) for name in beside_names}
+        answers |= {"edges": edges, "file": own.digest(recipe.name) if own.is_own(recipe.name) else ""}
         model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
         facts = (answers, [model, beside], self._ranks.num_ranks, seed)

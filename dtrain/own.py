@@ -5,14 +5,20 @@ The row is a ``dtrain.recipes.Recipe``. With ``algorithm = "own"`` its ``method`
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
+
+
+_one_at_a_time = threading.Lock()
+_digests: dict[str, str] = {}
 
 
 def is_own(name: str) -> bool:
@@ -48,15 +54,25 @@ def load(name: str) -> Recipe:
 def _module(path: Path) -> object:
     """The file's module, run once a process. What goes wrong in it is said as it was, as for any import."""
     name = f"dtrain_own_{path.stem}_{abs(hash(str(path))):x}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None, "a path that ends in .py has a loader"
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    with _one_at_a_time:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None, "a path that ends in .py has a loader"
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            try:
+                _digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+                spec.loader.exec_module(module)
+            except SyntaxError as e:
+                del sys.modules[name]
+                raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.recipe") from e
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
+
+
+def digest(name: str) -> str:
+    """Of the file of a row that was loaded, as it was then: islands must run the same."""
+    return _digests[name.rpartition(":")[0]]

@@ -35,7 +35,7 @@ _USED: Mapping[str, frozenset[str]] = {
     "gradient_tracking": (_ROUNDS - {"error_feedback"}) | {"topology", "graph"},
     "beer": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
     "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
-    "own": _ROUNDS | {"topology", "graph", "gamma", "gossip_steps", "landing", "outer", "outer_lr", "outer_momentum"},
+    "own": _ROUNDS | {"topology", "graph", "gamma", "gossip_steps", "outer", "outer_lr", "outer_momentum"},
     "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
 }
 """The axes that say something to an algorithm; any other would be ignored, so it is refused."""

@@ -261,6 +261,11 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
     recipe = replace(row, **changes)
+    if (recipe.algorithm == "own") != callable(recipe.method):
+        raise ValueError(
+            'sync.algorithm = "own" is for a row of your own file that has a method, and for nothing else; use sync.recipe = '
+            '"FILE.py:ROW"'
+        )
     check_values(recipe, _WORDS)
     check_used(recipe, row, changes)
     check_together(recipe, num_islands)

@@ -181,7 +181,7 @@ def _optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimi
     """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
     t = job.train
     every = t.moments_every or recipe.moments_every or 1
-    if every > 1 or recipe.algorithm in FUSED:
+    if every > 1 or recipe.moments_every is not None or recipe.algorithm in FUSED:
         return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)
     return adamw(model, lr=t.lr, weight_decay=t.weight_decay)
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 BINS = 15
+TOKENS = 1024
+"""Whose probabilities of all models are held at once."""
 
 
 class Predicted(NamedTuple):
@@ -64,12 +66,15 @@ def predict(models: Sequence[nn.Module], sequences: tuple[Tensor, Tensor], *, ba
     for model in models:
         model.eval()
     for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-        target = y.flatten()
-        each = torch.stack([model(x).flatten(0, 1).float().softmax(dim=-1) for model in models])  # (m, tokens, V)
-        for count, p in zip(counts, each, strict=False):
-            count.add(p, target, 0.0)
-        mean = each.mean(dim=0)
-        counts[-1].add(mean, target, (each - mean).square().sum(dim=-1).mean(dim=0).sum().item())
+        logits = [model(x.to(next(model.parameters()).device)).flatten(0, 1) for model in models]
+        for start in range(0, y.numel(), TOKENS):
+            part = slice(start, start + TOKENS)
+            target = y.flatten()[part]
+            each = torch.stack([of_one[part].float().softmax(dim=-1).cpu() for of_one in logits])  # (m, tokens, V)
+            for count, p in zip(counts, each, strict=False):
+                count.add(p, target, 0.0)
+            mean = each.mean(dim=0)
+            counts[-1].add(mean, target, (each - mean).square().sum(dim=-1).mean(dim=0).sum().item())
     return [count.result() for count in counts]
 
 

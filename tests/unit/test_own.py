@@ -96,8 +96,8 @@ def test_what_it_breaks_is_seen(capsys: pytest.CaptureFixture[str], what: str) -
     assert err.startswith("dtrain: bad.py:row breaks ")
 
 
-QUICK = ("dpsgd", "push_sum")
-CHECKED = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RECIPES if RECIPES[n].moments_every != 4]
+QUICK = ("dpsgd", "push_sum", "accum_adam")
+CHECKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -120,6 +120,47 @@ def test_what_is_no_row_is_one_line(capsys: pytest.CaptureFixture[str], name: st
     assert (status, lines) == (2, [])
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_rounds_are_in_flight_where_a_resume_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    """A method that keeps what arrived beside its state, with rounds every 5 steps that fly for 2."""
+    beside = MINE.replace('"other": torch.zeros_like(b.x), "sent"', '"sent"').replace('state["other"]', "mine[0]")
+    held = "        mine = [None]\n\n        def init(b):\n            mine[0] = torch.zeros_like(b.x)"
+    beside = beside.replace("        def init(b):", held, 1)
+    beside = beside.replace('"parameters", 2,', '"parameters", 5,').replace("delay=1", "delay=2")
+    Path("bad.py").write_text(beside)
+    status, lines, _ = said(capsys, "check", "bad.py:row")
+    assert status == 1
+    assert any(line.startswith("BROKEN") and "saved after" in line for line in lines), lines
+
+
+def test_bytes_that_are_no_wire_may_be_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    raw = MINE.replace('{"other"', '{"raw": torch.zeros(4 * b.x.numel(), dtype=torch.uint8), "other"')
+    kept = 'state["raw"].copy_(state["sent"].view(torch.uint8)); state["other"].copy_'
+    Path("raw.py").write_text(raw.replace('state["other"].copy_', kept))
+    status, lines, err = said(capsys, "check", "raw.py:row")
+    assert (status, err) == (0, ""), lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("yield", "yield yield"), "line 20: invalid syntax; mend the file of sync.recipe"),
+        (("Algorithm(init, send, land)", "Algorithm(init, send, land, grad=send)"), 'where its row says payload = "gradients"'),
+    ],
+)
+def test_a_file_that_cannot_work_is_one_line(capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str) -> None:
+    Path("bad.py").write_text(MINE.replace(*change))
+    status, lines, err = said(capsys, "check", "bad.py:row")
+    assert (status, lines) == (2, [])
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_own_is_no_algorithm_of_the_projects_rows() -> None:
+    for name, algorithm in (("dpsgd", "own"), ("mine.py:row", "dpsgd")):
+        with pytest.raises(ValueError, match=r'sync\.algorithm = "own" is for a row of your own file'):
+            resolve(name, {"algorithm": algorithm}, 4)
 
 
 def test_a_job_and_join_take_it_from_any_folder() -> None:
