@@ -59,6 +59,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("calm"), "calm", *JOB)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_island_comes_back_and_everyone_goes_on(tmp_path: Path, calm: Path) -> None:
     with started(tmp_path, "lost", *JOB) as process:

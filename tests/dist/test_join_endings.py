@@ -76,6 +76,7 @@ def test_a_merge_without_the_other_island_is_refused_at_once(launch: list[Result
     assert left["said"] == ""
 
 
+@pytest.mark.slow
 def test_islands_of_two_ranks_end_apart_too(tmp_path: Path) -> None:
     """One bucket, so one rank of each island carries it: both ranks must agree that the other island has ended."""
     ended = functools.partial(endings.unequal_ranks, recipe="fedavg", every=10, short=1)
