@@ -119,8 +119,8 @@ def _same(promise: str, one: list[_Island], two: list[_Island]) -> Check:
     unlike = [
         f"island {node}: {what}"
         for node, (a, b) in enumerate(zip(one, two, strict=True))
-        for what in ("parameters", *a.state)
-        if not torch.equal(a.x, b.x) or (what != "parameters" and not torch.equal(a.state[what], b.state[what]))
+        for what, (left, right) in {"parameters": (a.x, b.x), **{k: (v, b.state[k]) for k, v in a.state.items()}}.items()
+        if not torch.equal(left, right)
     ]
     return Check(promise, not unlike, f"{unlike[0]} and {len(unlike) - 1} others differ" if unlike else "parameters and state")
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +44,6 @@ def load(name: str) -> Recipe:
     found = getattr(_module(path), row, None)
     if not isinstance(found, Recipe):
         raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
-    if (found.algorithm == "own") != callable(found.method):
-        raise ValueError(
-            f'sync.recipe = {name!r}: a row with algorithm = "own", and only one, has a method, a function (recipe, mixing) -> '
-            "dtrain.algorithm.Method"
-        )
     return replace(found, name=f"{path}:{row}")
 
 
@@ -60,16 +56,15 @@ def _module(path: Path) -> object:
             assert spec is not None, "a path that ends in .py has a loader"
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            try:
+            with ExitStack() as undo:  # a module that failed is not there
+                sys.modules[name] = module
+                undo.callback(sys.modules.pop, name)
                 _digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-                spec.loader.exec_module(module)
-            except SyntaxError as e:
-                del sys.modules[name]
-                raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.recipe") from e
-            except BaseException:
-                del sys.modules[name]
-                raise
+                try:
+                    spec.loader.exec_module(module)
+                except SyntaxError as e:
+                    raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.recipe") from e
+                undo.pop_all()
         return sys.modules[name]
 
 

@@ -17,12 +17,17 @@ def arrivals(codec: BoundCodec, in_degree: int, device: torch.device) -> State:
     return wires | {"weights": torch.zeros(in_degree, dtype=torch.float64)}
 
 
-def fly(state: State, link: Link, codec: BoundCodec) -> Iterator[None]:
-    """Send one's own wire to this round's peers, and put theirs into State; until they are here nothing has arrived."""
+def exchange(link: Link, codec: BoundCodec, wire: Tensor) -> None:
+    """Send one's own wire to this round's peers, and say that each of theirs is waited for."""
     for peer in link.row.sends:
-        link.post(peer, state["own"])
+        link.post(peer, wire)
     for peer, _ in link.row.recvs:
         link.expect(peer, codec.wire_bytes, codec.check)
+
+
+def fly(state: State, link: Link, codec: BoundCodec) -> Iterator[None]:
+    """Send one's own wire to this round's peers, and put theirs into State; until they are here nothing has arrived."""
+    exchange(link, codec, state["own"])
     state["weights"].zero_()
     yield
     for k, (peer, weight) in enumerate(link.row.recvs):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import exchange
 from dtrain.algorithms.choco import choco
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Blocks, State
@@ -37,10 +38,7 @@ def beer(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
             v.add_(b.g).sub_(state["g_before"])
             state["g_before"].copy_(b.g)
             bound.choco_encode(v, v_hat, v_s, link.row.self_weight, state["v_own"], state)
-            for peer in link.row.sends:
-                link.post(peer, state["v_own"])
-            for peer, _ in link.row.recvs:
-                link.expect(peer, bound.wire_bytes, bound.check)
+            exchange(link, bound, state["v_own"])
             yield
             for peer, weight in link.row.recvs:
                 bound.decode_add(link.received(peer), v_s, weight=weight)

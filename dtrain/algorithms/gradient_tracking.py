@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import exchange
 from dtrain.algorithms.gossip import gossip
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
@@ -33,10 +34,7 @@ def gradient_tracking(codec: Codec, mixing: Mixing) -> Method:
             assert b.g is not None
             v = state["v"]
             bound.encode(v, state["v_own"], state)
-            for peer in link.row.sends:
-                link.post(peer, state["v_own"])
-            for peer, _ in link.row.recvs:
-                link.expect(peer, bound.wire_bytes, bound.check)
+            exchange(link, bound, state["v_own"])
             yield
             wires = [state["v_own"], *(link.received(peer) for peer, _ in link.row.recvs)]
             bound.mix(v, wires, [link.row.self_weight - 1, *(w for _, w in link.row.recvs)])

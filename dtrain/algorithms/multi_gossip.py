@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from dtrain.algorithm import Algorithm, Method
+from dtrain.algorithms.arrivals import exchange
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.link import Link, Peers
@@ -68,10 +69,7 @@ def _gossip(codec: Codec, steps_of: Callable[[int], Steps]) -> Method:
                 state[name].copy_(b.x)
             for w in weights:
                 bound.encode(state["y"], state["own"], state)
-                for peer in link.row.sends:
-                    link.post(peer, state["own"])
-                for peer, _ in link.row.recvs:
-                    link.expect(peer, bound.wire_bytes, bound.check)
+                exchange(link, bound, state["own"])
                 yield
                 wires = [state["own"], *(link.received(peer) for peer, _ in link.row.recvs)]
                 shares = [w * scale * (link.row.self_weight - 1), *(w * scale * p for _, p in link.row.recvs)]

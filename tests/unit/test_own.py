@@ -112,7 +112,7 @@ def test_the_projects_own_recipes_keep_them_too(capsys: pytest.CaptureFixture[st
         ("nowhere.py:row", "there is no file"),
         ("mine.py:raw", "mine.py has no row raw; define raw = dtrain.recipes.Recipe(...) there"),
         ("mine.py:SHARE", "mine.py has no row SHARE"),
-        ("mine.py:lacks", 'a row with algorithm = "own", and only one, has a method'),
+        ("mine.py:lacks", 'sync.algorithm = "own" is for a row of your own file that has a method'),
     ],
 )
 def test_what_is_no_row_is_one_line(capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
