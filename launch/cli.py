@@ -13,12 +13,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
+from dtrain.launch.cli_topology import topology
 from dtrain.launch.run_folder import Choice, open_run
+from dtrain.launch.tables import check_picture, table
 
 EXIT_USER_ERROR = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
@@ -42,6 +43,7 @@ Start here:
 
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
+app.command()(topology)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[
@@ -159,7 +161,7 @@ def profile(
     for header, rows in shown:
         if rows:
             console.print()
-            console.print(_table(header, rows))
+            console.print(table(header, rows))
     console.print()
     for line in tables.lines:
         console.print(Text(line), soft_wrap=True)
@@ -176,12 +178,12 @@ def report(
     Example: dtrain report runs/quickstart runs/allreduce --out both.png
     """
     if out is not None:
-        _check_picture(out)
+        check_picture(out)
     from dtrain.report import compare_rows, load_run
 
     records = [load_run(path) for path in runs]
     header, rows = compare_rows(records)
-    Console().print(_table(header, rows))
+    Console().print(table(header, rows))
     if out is not None:
         from dtrain.plots import plot_compare
 
@@ -207,11 +209,11 @@ def evaluate(
         found, distance, share = uncertainty_of_run(run_folder)
         header = ["model", "loss, nats a token", "calibration error", "accuracy", "spread"]
         shown = [[name, *(f"{v:.4f}" for v in (p.loss, p.calibration_error, p.accuracy)), f"{p.spread:.2e}"] for name, p in found]
-        Console().print(_table(header, shown))
+        Console().print(table(header, shown))
         print(f"consensus distance {distance:.4g}, {share:.2%} of the parameters' norm")
         return
     rows = [[name, f"{loss:.4f}", f"{bits:.4f}"] for name, loss, bits in evaluate_run(run_folder)]
-    Console().print(_table(["model", "loss, nats a token", "bits a byte"], rows))
+    Console().print(table(["model", "loss, nats a token", "bits a byte"], rows))
 
 
 @app.command()
@@ -227,10 +229,10 @@ def recipes(
     if show is None:
         names = [f"{name} (default)" if name == DEFAULT_RECIPE else name for name in RECIPES]
         rows = [[name, recipe.summary, recipe.paper] for name, recipe in zip(names, RECIPES.values(), strict=True)]
-        Console().print(_table(["recipe", "what islands do", "from"], rows))
+        Console().print(table(["recipe", "what islands do", "from"], rows))
         return
     recipe = RECIPES[show] if show in RECIPES else resolve(show, {}, 2)  # resolve names those there are
-    Console().print(_table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
+    Console().print(table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
 
 
 @app.command()
@@ -252,51 +254,6 @@ def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a name, 
 
 
 @app.command()
-def topology(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="left out: a list of them", show_default=False)] = None,
-    num_islands: Annotated[int, typer.Option("--islands", help="how many", min=1)] = 8,
-    graph: Annotated[str | None, typer.Option("--graph", metavar="GRAPH", help="sync.graph, where there is one")] = None,
-    codec: Annotated[str, typer.Option("--codec", help="of a wire")] = "identity",
-    numel: Annotated[int, typer.Option("--numel", help="parameters of the model", min=1)] = 1_000_000,
-    seed: Annotated[int, typer.Option("--seed", help="of graphs and rounds that are drawn")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="draw it")] = None,
-) -> None:
-    """Show how quickly a topology brings islands together.
-
-    And what a round costs, and whom each island talks to.
-
-    Example: dtrain topology coloured --graph barabasi_albert:3 --islands 16
-    """
-    from dtrain.launch import cli_topology as shown
-
-    if out is not None:
-        _check_picture(out)
-    if name is None:
-        Console().print(_table(["topology", "what it is"], shown.listed()))
-        return
-    from dtrain.codec import plain
-    from dtrain.topology import check, mixing
-
-    if num_islands > shown.MOST_ISLANDS:
-        raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {shown.MOST_ISLANDS}")
-    check(name, graph, num_islands, seed)
-    mixed = mixing(name, graph, seed)
-    fmt = plain(codec).fmt
-    wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)
-    wire = f"{numel:,} parameters as {codec}"
-    console = Console()
-    console.print(_table(["", "", "what this means"], shown.rows(mixed, num_islands, wire_bytes=wire_bytes, wire=wire)))
-    console.print()
-    for line in shown.drawing(mixed, num_islands):
-        console.print(Text(line), soft_wrap=True)
-    if out is not None:
-        from dtrain.topology_plot import plot_topology
-
-        plot_topology(mixed, num_islands, f"{name}{f', {graph}' if graph else ''}: {num_islands} islands", out)
-        console.print(Text(f"drawn: {out}"), soft_wrap=True)
-
-
-@app.command()
 def keys(
     section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="of this section only", show_default=False)] = None,
 ) -> None:
@@ -306,7 +263,7 @@ def keys(
     """
     from dtrain.launch.keys import key_rows
 
-    Console().print(_table(["key", "left out", "meaning"], key_rows(section)))
+    Console().print(table(["key", "left out", "meaning"], key_rows(section)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -373,26 +330,8 @@ def _close(console: Console, run_folder: Path, num_islands: int, *, summary: boo
 
         rows = closing_rows(write_summary(run_folder, num_islands))
         console.print()
-        console.print(_table(["", "", "what this means"], [list(row) for row in rows]))
+        console.print(table(["", "", "what this means"], [list(row) for row in rows]))
     console.print(Text(f"\neverything is in {run_folder}"), soft_wrap=True)
     if summary:
         console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)
         console.print(Text(f"  dtrain eval {run_folder}      its models, evaluated again"), soft_wrap=True)
-
-
-def _check_picture(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: pictures are drawn as PNG; name a file that ends in .png")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first, or name another")
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
