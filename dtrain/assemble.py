@@ -19,8 +19,8 @@ from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
+from dtrain.methods import RULES
 from dtrain.outer import Outer
-from dtrain.recipe_fits import REWRITES_GRADIENTS
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
@@ -54,7 +54,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
         edges=fingerprint(recipe.topology, recipe.graph, num_islands, seed),
-        rewrites_gradients=recipe.algorithm in REWRITES_GRADIENTS or recipe.payload == "gradients",
+        rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
 

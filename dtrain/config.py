@@ -15,11 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dtrain import topology, units
+from dtrain.methods import AlgorithmName
 
-Algorithm = Literal[
-    "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "diloco", "own",
-]  # fmt: skip
 Precision = Literal["fp32", "bf16"]
 
 
@@ -95,8 +92,8 @@ class Train(Section):
 class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
-    recipe: str | None = Field(None, description="a row of dtrain/recipes.py, or FILE.py:ROW, one of your own")
-    algorithm: Algorithm | None = Field(
+    recipe: str | None = Field(None, description="a row of dtrain/recipe_rows.py, or FILE.py:ROW, one of your own")
+    algorithm: AlgorithmName | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
     topology: str | None = Field(

@@ -32,8 +32,8 @@ from dtrain.hooks import hook, take_over
 from dtrain.kernels import prepare
 from dtrain.link import Peers
 from dtrain.membership import Notice
+from dtrain.methods import RULES
 from dtrain.optim.accum_adam import check_accumulates
-from dtrain.recipe_fits import REWRITES_GRADIENTS
 from dtrain.recipes import Recipe, resolve
 from dtrain.spans import span
 from dtrain.traffic import Traffic
@@ -381,7 +381,7 @@ def join(
     several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if row.moments_every is not None and row.moments_every > 1:
         check_accumulates(row.name, row.moments_every, several)
-    if scaler is not None and (row.algorithm in REWRITES_GRADIENTS or row.payload == "gradients"):
+    if scaler is not None and (RULES[row.algorithm].rewrites_gradients or row.payload == "gradients"):
         raise ValueError(
             f"recipe {row.name!r} exchanges something before each update, and a GradScaler that skips a step on one island only "
             "would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"

@@ -7,39 +7,13 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from dtrain import codec_name
 from dtrain import topology as topologies
+from dtrain.methods import RULES
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
 
 MOST_GOSSIP_STEPS = 64
 """A wire's name has 6 bits for the phase of its round."""
-
-REWRITES_GRADIENTS = frozenset({"allreduce", "gradient_tracking", "beer"})
-"""Algorithms that exchange something before each update, which waits for it."""
-
-_NEED_STATIC = {
-    "choco": "keeps sums of its neighbours' public copies",
-    "beer": "keeps sums of its neighbours' public copies",
-    "chebyshev": "has the polynomial of one matrix",
-}
-
-_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
-_USED: Mapping[str, frozenset[str]] = {
-    "local": frozenset({"bucket_bytes"}),
-    "allreduce": _ROUNDS,
-    "dpsgd": _ROUNDS | {"topology", "graph"},
-    "push_sum": _ROUNDS | {"topology", "graph"},
-    "multi_gossip": _ROUNDS | {"topology", "graph", "gossip_steps"},
-    "chebyshev": _ROUNDS | {"topology", "graph", "gossip_steps"},
-    "deepsqueeze": _ROUNDS | {"topology", "graph", "gamma"},
-    "gradient_tracking": (_ROUNDS - {"error_feedback"}) | {"topology", "graph"},
-    "beer": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
-    "choco": (_ROUNDS - {"error_feedback"}) | {"topology", "graph", "gamma"},
-    "own": _ROUNDS | {"topology", "graph", "gamma", "gossip_steps", "outer", "outer_lr", "outer_momentum"},
-    "diloco": _ROUNDS | {"topology", "landing", "outer", "outer_lr", "outer_momentum"},
-}
-"""The axes that say something to an algorithm; any other would be ignored, so it is refused."""
-
 
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     """A job file's types are checked where it is read; those of join() only here."""
@@ -76,7 +50,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
-    used = _USED[r.algorithm] | {"algorithm"}
+    used = RULES[r.algorithm].axes | {"algorithm"}
     idle = {"copy": {"outer_lr", "outer_momentum"}, "sgd": {"outer_momentum"}, "nesterov": set()}[r.outer]
     for axis, value in changes.items():
         if value == getattr(row, axis) or axis in used - idle:
@@ -102,31 +76,18 @@ def check_together(r: Recipe, num_islands: int) -> None:
             'need not: use sync.recipe = "push_sum"'
         )
     topologies.check(r.topology, r.graph, num_islands)
-    paths = {
-        "local": ("none",),
-        "allreduce": ("gather", "all_to_all"),
-        "dpsgd": ("neighbours", "gather", "all_to_all"),
-        "push_sum": ("neighbours",),
-        "multi_gossip": ("neighbours",),
-        "chebyshev": ("neighbours",),
-        "deepsqueeze": ("neighbours",),
-        "gradient_tracking": ("neighbours",),
-        "beer": ("neighbours",),
-        "choco": ("neighbours",),
-        "diloco": ("gather", "all_to_all"),
-        "own": ("none", "neighbours", "gather", "all_to_all"),
-    }[r.algorithm]
-    if r.reduce not in paths:
+    rules = RULES[r.algorithm]
+    if r.reduce not in rules.paths:
         raise ValueError(
-            f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(paths)}'
+            f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(rules.paths)}'
         )
     if r.reduce in ("gather", "all_to_all") and r.topology != "complete":
         raise ValueError(
             f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
         )
-    if r.algorithm in _NEED_STATIC and r.topology not in topologies.STATIC:
+    if rules.static is not None and r.topology not in topologies.STATIC:
         raise ValueError(
-            f"{r.algorithm} {_NEED_STATIC[r.algorithm]}, so its topology must not change by round; "
+            f"{r.algorithm} {rules.static}, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
@@ -137,7 +98,7 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
         )
-    if r.algorithm in REWRITES_GRADIENTS and (r.every != 1 or r.fragments != 1):
+    if rules.rewrites_gradients and (r.every != 1 or r.fragments != 1):
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")

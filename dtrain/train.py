@@ -29,12 +29,13 @@ from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
 from dtrain.island.device import own_device
 from dtrain.membership import Notice, Place
+from dtrain.methods import RULES
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
 from dtrain.optim import AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
-from dtrain.recipes import FUSED, Recipe, of_section
+from dtrain.recipes import Recipe, of_section
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
@@ -181,7 +182,7 @@ def _optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimi
     """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
     t = job.train
     every = t.moments_every or recipe.moments_every or 1
-    if every > 1 or recipe.moments_every is not None or recipe.algorithm in FUSED:
+    if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
         return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)
     return adamw(model, lr=t.lr, weight_decay=t.weight_decay)
 

@@ -1,0 +1,49 @@
+"""Which answers fit which algorithm? One row each. Pure: no torch; ``assemble.py`` has their code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+AlgorithmName = Literal[
+    "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
+    "diloco", "own",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    axes: frozenset[str]
+    """The axes that say something to the algorithm; any other would be ignored, so it is refused."""
+    paths: tuple[str, ...] = ("neighbours",)
+    """Answers to ``reduce``."""
+    static: str | None = None
+    """Why its topology must not change by round; None where it may."""
+    rewrites_gradients: bool = False
+    """Whether it exchanges something before each update, which waits for it."""
+    fuses: bool = False
+    """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
+
+
+_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_GOSSIP = _ROUNDS | {"topology", "graph"}
+_PLAIN = _GOSSIP - {"error_feedback"}
+_OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
+_ALL = ("gather", "all_to_all")
+_COPIES = "keeps sums of its neighbours' public copies"
+
+RULES: Mapping[AlgorithmName, Rules] = {
+    "local": Rules(frozenset({"bucket_bytes"}), ("none",)),
+    "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True),
+    "dpsgd": Rules(_GOSSIP, ("neighbours", *_ALL), fuses=True),
+    "push_sum": Rules(_GOSSIP),
+    "multi_gossip": Rules(_GOSSIP | {"gossip_steps"}),
+    "chebyshev": Rules(_GOSSIP | {"gossip_steps"}, static="has the polynomial of one matrix"),
+    "deepsqueeze": Rules(_GOSSIP | {"gamma"}),
+    "gradient_tracking": Rules(_PLAIN, rewrites_gradients=True),
+    "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True),
+    "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, fuses=True),
+    "own": Rules(_GOSSIP | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL)),
+    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL),
+}
