@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from dtrain.launch.tables import check_picture, table
+
 if TYPE_CHECKING:
     from dtrain.kernels.bench import Options, Row
+
+Number = TypeVar("Number", int, float)
+
+ROWS = Path("runs/bench-recipes.jsonl")
 
 bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None)
 
@@ -74,6 +82,71 @@ def kernels(
     if unequal:
         console.print(Text(f"no speed, as the result differs from the specification: {', '.join(unequal)}"), soft_wrap=True)
         raise typer.Exit(1)
+
+
+@bench_app.command()
+def recipes(
+    job_file: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]", help="left out: launch/jobs/bench.toml")] = None,
+    names: Annotated[
+        str | None, typer.Option("--recipes", metavar="A,B,...", help="names, FILE.py:ROW, with keys: choco+codec=int4:64")
+    ] = None,
+    family: Annotated[str | None, typer.Option("--family", metavar="gossip|diloco", help="all recipes of one")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,...", help="of weights and batches")] = "0",
+    budgets: Annotated[str, typer.Option("--budgets", metavar="1,2,...", help="times the job's steps")] = "1",
+    num_islands: Annotated[int | None, typer.Option("--islands", help="islands.count", min=1, show_default=False)] = None,
+    rows_file: Annotated[Path, typer.Option("--rows", metavar="FILE.jsonl", help="finished runs; none is run again")] = ROWS,
+    at_once: Annotated[int, typer.Option("--at-once", help="runs side by side; 0: one a core", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="draw them")] = None,
+) -> None:
+    """Train the same model by several recipes, and compare.
+
+    Each run is a "dtrain sim"; its result is a line of the rows file as soon as it is
+    there, so the command goes on where it was stopped. All-reduce with the same seeds is
+    what the others are compared with; it is always run.
+
+    Example: dtrain bench recipes --recipes mine.py:row,dpsgd,choco --seeds 0,1 --out both.png
+    """
+    from dtrain import comparison
+    from dtrain.launch import bench_recipes as bench
+
+    if out is not None:
+        check_picture(out)
+    if (names is None) == (family is None):
+        raise ValueError("say which recipes: --recipes A,B,... or --family gossip|diloco, and not both")
+    listed = names.split(",") if names is not None else bench.family(family or "")
+    entries = [comparison.parse_entry(name) for name in dict.fromkeys([comparison.BASELINE, *listed])]
+    job = job_file or bench.JOB
+    done = comparison.read_rows(rows_file)
+    each = _numbers("--budgets", budgets, float, 0.0), _numbers("--seeds", seeds, int, -1)
+    runs = bench.wanted(job, entries, *each, num_islands, done)
+    rows_file.parent.mkdir(parents=True, exist_ok=True)
+    console, failed = Console(width=140, highlight=False), 0
+    for found in bench.run_all(job, runs, rows_file, at_once or os.cpu_count() or 1, print):
+        if isinstance(found, bench.Failed):
+            failed += 1
+            console.print(Text(f"FAILED {found.wanted.entry.name}, seed {found.wanted.seed}: {found.said}"), soft_wrap=True)
+    digest = bench.job_digest(job)
+    count = num_islands or bench.read_job(job, ()).islands.count
+    rows = [row for row in comparison.read_rows(rows_file) if row.job == digest and row.islands == count]
+    header = ["recipe", "budget", "seeds", "bits a byte", "against all-reduce", "islands alone", "MB an island"]
+    console.print(table(header, comparison.table(rows, [entry.name for entry in entries])))
+    if out is not None:
+        from dtrain.comparison_plot import plot_rows
+
+        plot_rows(rows, [entry.name for entry in entries], out)
+        console.print(Text(f"drawn: {out}"), soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _numbers(option: str, text: str, kind: type[Number], above: float) -> list[Number]:
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text}: write numbers with commas between them") from None
+    if not all(math.isfinite(n) and n > above for n in numbers):
+        raise ValueError(f"{option} {text}: all must be above {above:g}")
+    return list(dict.fromkeys(numbers))
 
 
 def _options(

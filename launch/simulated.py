@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dtrain.config import Job
+from dtrain.launch.processes import die_with_parent
 from dtrain.launch.progress import Progress
 from dtrain.launch.view import LiveView
 
@@ -20,6 +21,7 @@ _DRAW_EVERY_S = 0.5
 def run_simulated(job: Job, run: Path, *, resume_step: int, console: Console) -> None:
     from dtrain.sim import simulate
 
+    die_with_parent()  # where a program started it and says so
     with _drawn(job, run, console):
         simulate(job, run, resume_step=resume_step)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dtrain.launch.hardware import cpu_name
+
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "launch" / "jobs" / "quickstart.toml"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,7 +46,7 @@ def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]
 def hardware() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -56,10 +58,3 @@ def save(name: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

@@ -1,0 +1,152 @@
+"""How do recipes compare? Entries, the rows that their runs leave in a file, and what paired seeds say.
+
+A row is one finished run. Its key is everything that decides its result, so a run that is in the file is never repeated, and rows
+of another job are never mixed in. Two entries are compared seed by seed: a seed fixes the initial weights and all batches, so the
+difference of a pair is the recipe's, and the interval is Student's for the mean of those differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+
+BASELINE = "allreduce"
+
+# Student's 0.975 quantile for 1 to 30 degrees of freedom; above, 1.96 + 2.4 / n is within 0.001.
+_T975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A recipe with overrides, as ``choco+codec=int4:64``; a key without a section is one of sync's."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    """section.key=value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finished run."""
+
+    entry: str
+    budget: float
+    seed: int
+    islands: int
+    steps: int
+    job: str
+    """Digest of the job file."""
+    parameters: int
+    bits_per_byte: float | None
+    """Of the exact mean of the islands' models, on text held out; None where it is not finite."""
+    bits_per_byte_islands: float | None
+    """Mean over the islands' own models, just before the merge."""
+    consensus_distance: float | None
+    sent_bytes: float
+    """By one island, in all rounds; the start and the merge are not counted."""
+    date: str
+    cpu: str
+
+    @property
+    def key(self) -> tuple[str, float, int, int, str]:
+        return self.entry, self.budget, self.seed, self.islands, self.job
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """An entry beside the baseline, in percent of its bits a byte; positive is worse."""
+
+    seeds: int
+    percent: float
+    half_width: float | None
+    """Of the 95 % interval of the mean; None with a single seed."""
+
+
+def parse_entry(text: str) -> Entry:
+    recipe, *changes = text.split("+")
+    overrides = []
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not (equals and key and value):
+            raise ValueError(f"{change!r} in {text!r} is no override; write RECIPE+key=value, as in choco+codec=int4:64")
+        overrides.append(f"{key if '.' in key else f'sync.{key}'}={value}")
+    return Entry(text, recipe, tuple(overrides))
+
+
+def digest(job_text: str) -> str:
+    """Of what a job file says, without its comments."""
+    return hashlib.sha256(json.dumps(tomllib.loads(job_text), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file, none where it is not there; ValueError names the line that is none."""
+    if not path.exists():
+        return []
+    rows = []
+    names = {field.name for field in fields(Row)}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}, line {number} is no row ({e}); take it out, or name another file") from None
+        if not isinstance(content, dict) or set(content) != names:
+            raise ValueError(f"{path}, line {number} is no row of this command; take it out, or name another file")
+        rows.append(Row(**content))
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+
+
+def behind(rows: Sequence[Row], baseline: Sequence[Row]) -> Behind | None:
+    """Over the seeds that both have finished, at one budget; None where there are none."""
+    theirs = {row.seed: row.bits_per_byte for row in baseline}
+    pairs = [(row.bits_per_byte, theirs.get(row.seed)) for row in rows]
+    percents = [100 * (ours / base - 1) for ours, base in pairs if ours is not None and base is not None]
+    if not percents:
+        return None
+    n = len(percents)
+    half = t975(n - 1) * stdev(percents) / math.sqrt(n) if n > 1 else None
+    return Behind(n, mean(percents), half)
+
+
+def t975(freedom: int) -> float:
+    """Student's 0.975 quantile."""
+    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
+
+
+def table(rows: Sequence[Row], entries: Iterable[str]) -> list[list[str]]:
+    """(entry, budget, seeds, bits a byte, behind all-reduce, islands alone, MB an island), an entry and budget a row."""
+    shown = []
+    for entry in entries:
+        for budget in sorted({row.budget for row in rows if row.entry == entry}):
+            ours = [row for row in rows if row.entry == entry and row.budget == budget]
+            finite = [row.bits_per_byte for row in ours if row.bits_per_byte is not None]
+            alone = [row.bits_per_byte_islands for row in ours if row.bits_per_byte_islands is not None]
+            shown.append(
+                [
+                    *(entry, f"{budget:g}x", str(len(ours))),
+                    f"{mean(finite):.4f}" if len(finite) == len(ours) else "not finite",
+                    _percent(behind(ours, [row for row in rows if row.entry == BASELINE and row.budget == budget])),
+                    f"{mean(alone):.4f}" if alone else "-",
+                    f"{mean(row.sent_bytes for row in ours) / 1e6:,.1f}",
+                ]
+            )
+    return shown
+
+
+def _percent(found: Behind | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.percent:+.2f} %" + ("" if found.half_width is None else f" +- {found.half_width:.2f}")

@@ -1,0 +1,154 @@
+"""Who runs the recipes that are compared? Processes side by side, each a ``dtrain sim``; a finished run is a row at once."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from dtrain import comparison
+from dtrain.comparison import BASELINE, Entry, Row
+from dtrain.config import Job, dump_job
+from dtrain.launch.checks import read_job, resolved
+from dtrain.launch.hardware import cpu_name
+from dtrain.launch.processes import PARENT_VARIABLE
+from dtrain.recipes import RECIPES
+
+JOB = Path(__file__).resolve().parent / "jobs" / "bench.toml"
+FAMILIES = ("gossip", "diloco")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One run that is not in the file yet."""
+
+    entry: Entry
+    budget: float
+    seed: int
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    wanted: Wanted
+    said: str
+    """The last line of its stderr."""
+
+
+def family(name: str) -> list[str]:
+    """All-reduce, islands that never talk, and the recipes of a family."""
+    if name not in FAMILIES:
+        raise ValueError(f"--family {name} is not known; use one of {', '.join(FAMILIES)}")
+    outer = {row.name for row in RECIPES.values() if row.algorithm == "diloco"}
+    both = (BASELINE, "local")
+    return [*both, *(row for row in RECIPES if row not in both and (row in outer) == (name == "diloco"))]
+
+
+def wanted(
+    job_file: Path,
+    entries: Sequence[Entry],
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    islands: int | None,
+    done: Sequence[Row],
+) -> list[Wanted]:
+    """The runs that ``done`` has not, the cheapest budgets first, then seed by seed, so that pairs are soon complete."""
+    have = {row.key for row in done}
+    runs = []
+    for budget in sorted(budgets):
+        for seed in seeds:
+            for entry in entries:
+                job = _job(job_file, entry, budget, seed, islands)
+                if (entry.name, budget, seed, job.islands.count, job_digest(job_file)) not in have:
+                    runs.append(Wanted(entry, budget, seed, job))
+    return runs
+
+
+def job_digest(job_file: Path) -> str:
+    """Of what the job file says; its comments may change."""
+    return comparison.digest(job_file.read_text(encoding="utf-8"))
+
+
+def _job(job_file: Path, entry: Entry, budget: float, seed: int, islands: int | None) -> Job:
+    steps = round(read_job(job_file, ()).train.steps * budget)
+    more = [f"train.steps={steps}", f"job.seed={seed}", *([] if islands is None else [f"islands.count={islands}"])]
+    return resolved(read_job(job_file, [f"sync.recipe={entry.recipe}", *entry.overrides, *more]))
+
+
+def run_all(
+    job_file: Path, runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable[[str], None]
+) -> Iterator[Row | Failed]:
+    """Each run's row, when it is finished and in the file; what failed leaves none."""
+    digest, alive = job_digest(job_file), list[subprocess.Popen[bytes]]()
+
+    def finish(run: Wanted, home: Path) -> Row | Failed:
+        say(f"{run.entry.name}, {run.budget:g}x, seed {run.seed}: {run.job.train.steps} steps")
+        process = _start(run, home)
+        alive.append(process)
+        if process.wait():
+            return Failed(run, _last_line(home / "stderr"))
+        return _row(run, digest, json.loads((home / "run" / "summary.json").read_text(encoding="utf-8")))
+
+    with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder, ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(finish, run, Path(tempfile.mkdtemp(dir=folder))) for run in runs]
+        try:
+            for future in as_completed(futures):
+                found = future.result()
+                if isinstance(found, Row):
+                    comparison.append_row(rows_file, found)
+                yield found
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in alive:
+                process.kill()
+
+
+def _start(run: Wanted, home: Path) -> subprocess.Popen[bytes]:
+    section = run.job.job.model_copy(update={"dir": str(home), "name": "run"})
+    (home / "job.toml").write_text(dump_job(run.job.model_copy(update={"job": section})), encoding="utf-8")
+    command = [sys.executable, "-m", "dtrain.launch", "sim", str(home / "job.toml")]
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
+    with (home / "stderr").open("wb") as stderr:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
+
+
+def _row(run: Wanted, digest: str, summary: dict[str, object]) -> Row:
+    alone = summary["eval_bits_per_byte_islands"]
+    assert isinstance(alone, list)
+    return Row(
+        entry=run.entry.name,
+        budget=run.budget,
+        seed=run.seed,
+        islands=run.job.islands.count,
+        steps=run.job.train.steps,
+        job=digest,
+        parameters=int(_number(summary["parameters"])),
+        bits_per_byte=_finite(summary["eval_bits_per_byte"]),
+        bits_per_byte_islands=None if None in alone else mean(alone),
+        consensus_distance=_finite(summary["consensus_distance"]),
+        sent_bytes=_number(summary["wire_bytes_sent"]),
+        date=datetime.date.today().isoformat(),
+        cpu=f"{os.cpu_count()} x {cpu_name()}",
+    )
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float), value
+    return value
+
+
+def _finite(value: object) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
