@@ -14,6 +14,7 @@ import pytest
 
 from dtrain.launch.cli import run_command
 from tests.dist.job import ROOT, SMALL
+from tests.unit.test_comparison import TINY
 
 SMALLER = (*SMALL, "train.steps=16", "train.batch=4", "sync.every=8", "sync.delay=2")
 
@@ -63,6 +64,9 @@ def test_every_command_of_the_readme_runs(
             said[words[1]] = dtrain(tmp_path, [*words[1:], "--steps", "8", *(key for key in SMALLER if "steps" not in key)])
         elif words[1] in ("run", "sim"):
             said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
+        elif words[1:3] == ["bench", "recipes"]:
+            (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
+            said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
         else:  # in this process, which has imported torch already
             assert run_command(words[1:]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
@@ -72,7 +76,9 @@ def test_every_command_of_the_readme_runs(
     assert "a step takes" in said["profile"]
     assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
     assert "gossip_adam" in said["bench"]
+    assert {line.split()[0] for line in said["bench recipes"].splitlines()} >= {"allreduce", "mine.py:row", "dpsgd", "choco"}
     assert (tmp_path / "both.png").exists()
+    assert (tmp_path / "mine.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}
     assert len(names) == 2
