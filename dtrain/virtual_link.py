@@ -20,7 +20,7 @@ import numpy as np
 PACKET_BYTES = 1448
 
 
-class Path(NamedTuple):
+class Way(NamedTuple):
     """The way between two islands, in both directions."""
 
     bits_per_s: float | None
@@ -32,12 +32,12 @@ class Path(NamedTuple):
 class LinkModel:
     """All links of a simulation."""
 
-    path: Path = Path(None, 0.0)
+    way: Way = Way(None, 0.0)
     jitter_s: float = 0.0
     loss: float = 0.0
     """The share of packets that do not come."""
-    between: Mapping[tuple[int, int], Path] = field(default_factory=dict)
-    """(lower island, higher island) -> what holds between them instead of ``path``."""
+    between: Mapping[tuple[int, int], Way] = field(default_factory=dict)
+    """(lower island, higher island) -> what holds between them instead of ``way``."""
 
 
 class VirtualLink:
@@ -55,7 +55,7 @@ class VirtualLink:
     def arrival_s(self, now_s: float, source: int, to: int, wire_bytes: int) -> float:
         """Post a wire; returns when it will be there."""
         model = self._model
-        rate, rtt_s = model.path
+        rate, rtt_s = model.way
         free_at_s = self._free_at_s[source]
         left_s = free_at_s if free_at_s > now_s else now_s
         if self._plain:
@@ -64,7 +64,7 @@ class VirtualLink:
             self._free_at_s[source] = left_s
             return left_s + rtt_s / 2
         if model.between:
-            rate, rtt_s = model.between.get((min(source, to), max(source, to)), model.path)
+            rate, rtt_s = model.between.get((min(source, to), max(source, to)), model.way)
         resent_bytes, generations = self._lose(source, wire_bytes) if model.loss else (0.0, 0)
         self.resent_bytes[source] += resent_bytes
         if rate is not None:

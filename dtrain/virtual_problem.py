@@ -36,6 +36,21 @@ class Consensus:
         raise AssertionError("a problem that does not move has no gradient")
 
 
+class Still:
+    """Nothing moves, and all stay at 0: for the time and the bytes of rounds."""
+
+    moves = False
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+
+    def start(self, node: int) -> Tensor:
+        return torch.zeros(self._numel)
+
+    def gradient(self, node: int, x: Tensor, out: Tensor) -> None:
+        raise AssertionError("a problem that does not move has no gradient")
+
+
 class Quadratic:
     """f_i(x) = sum_k a_ik / 2 (x_k - c_ik)^2 on island i, and f = mean_i f_i; all begin at 0.
 
