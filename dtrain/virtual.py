@@ -120,8 +120,10 @@ class Simulation:
         if self._plan.rewrites_gradients:
             starts = [b.layout.spans[0].global_offset for b in buckets]
             buckets = [replace(b, g=g[at : at + b.x.numel()]) for at, b in zip(starts, buckets, strict=True)]
+        x.copy_(self._problem.start)
         core = Core(self._plan, buckets, Peers(node, num_islands))
-        x.copy_(self._problem.start(node))
+        if (apart := self._problem.apart(node)) is not None:
+            x.copy_(apart)
         return _Island(node, core, x, g, Account())
 
     # ---- an island's own order of things

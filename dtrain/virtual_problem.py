@@ -9,31 +9,38 @@ from torch import Tensor
 
 
 class Problem(Protocol):
-    def start(self, node: int) -> Tensor:
-        """The parameters with which an island begins, flat fp32, behind those that all methods begin with: zeros."""
+    @property
+    def start(self) -> Tensor:
+        """The parameters that every island, and its method, begins with, flat fp32."""
+        ...
+
+    @property
+    def moves(self) -> bool:
+        """Whether there are gradients at all."""
+        ...
+
+    def apart(self, node: int) -> Tensor | None:
+        """Where an island is put once its method has begun; None leaves it."""
         ...
 
     def gradient(self, node: int, x: Tensor, out: Tensor) -> None:
         """At x, into ``out``."""
         ...
 
-    moves: bool
-    """Whether there are gradients at all."""
-
 
 class Consensus:
-    """No gradients: islands begin apart, each x_ik uniform in [-1, 1), and only talk."""
+    """No gradients: methods begin at 0, islands apart, each x_ik uniform in [-1, 1), and only talk."""
 
     moves = False
 
     def __init__(self, numel: int, seed: int) -> None:
-        self._numel, self._seed = numel, seed
+        self.start, self._seed = torch.zeros(numel), seed
 
-    def start(self, node: int) -> Tensor:
-        return 2 * torch.rand(self._numel, generator=_draw(self._seed, node)) - 1
+    def apart(self, node: int) -> Tensor | None:
+        return 2 * torch.rand(self.start.numel(), generator=_draw(self._seed, node)) - 1
 
     def gradient(self, node: int, x: Tensor, out: Tensor) -> None:
-        raise AssertionError("a problem that does not move has no gradient")
+        raise AssertionError("nothing moves")
 
 
 class Still:
@@ -42,27 +49,27 @@ class Still:
     moves = False
 
     def __init__(self, numel: int) -> None:
-        self._numel = numel
+        self.start = torch.zeros(numel)
 
-    def start(self, node: int) -> Tensor:
-        return torch.zeros(self._numel)
+    def apart(self, node: int) -> Tensor | None:
+        return None
 
     def gradient(self, node: int, x: Tensor, out: Tensor) -> None:
-        raise AssertionError("a problem that does not move has no gradient")
+        raise AssertionError("nothing moves")
 
 
 class Quadratic:
-    """f_i(x) = sum_k a_ik / 2 (x_k - c_ik)^2 on island i, and f = mean_i f_i; all begin at 0.
+    """f_i(x) = sum_k a_ik / 2 (x_k - c_ik)^2 on island i, and f = mean_i f_i; all begin at one place.
 
     Its minimum is x*_k = sum_i a_ik c_ik / sum_i a_ik, and f(x) - f(x*) = mean_i sum_k a_ik / 2 (x_k - x*_k)^2."""
 
     moves = True
 
     def __init__(self, a: list[Tensor], c: list[Tensor], start: Tensor) -> None:
-        self._a, self._c, self._start = a, c, start
+        self._a, self._c, self.start = a, c, start
 
-    def start(self, node: int) -> Tensor:
-        return self._start
+    def apart(self, node: int) -> Tensor | None:
+        return None
 
     def gradient(self, node: int, x: Tensor, out: Tensor) -> None:
         torch.sub(x, self._c[node], out=out).mul_(self._a[node])
@@ -78,7 +85,7 @@ class Quadratic:
 
 
 def drawn_quadratic(num_islands: int, numel: int, seed: int) -> Quadratic:
-    """a uniform in [0.25, 2) and c in [-1, 1), each island its own."""
+    """a uniform in [0.25, 2) and c in [-1, 1), each island its own; all begin at 0."""
     a, c = [], []
     for node in range(num_islands):
         draw = _draw(seed, node)
