@@ -16,7 +16,6 @@ from dtrain import codec_name
 from dtrain.bucket import Layout
 from dtrain.kernels import Adam, Format, Noise, Piece, Public
 from dtrain.spans import span
-from dtrain.errors import NonFinite
 from dtrain.wire import WireFormat
 
 State = dict[str, Tensor]
@@ -115,12 +114,12 @@ class BoundBlocks:
         with span("encode", x.element_size() * x.numel() + wire.numel()):
             if self.fmt.kind == "identity":
                 self._wire.values(wire).copy_(x)
-                self._seal(wire)
+                self._wire.seal_finite(wire)
                 return
             ops, noise = self._wire.operations(wire.device), self._draw(state)
             for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):
                 ops.encode(run, part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         """residual += x;  wire = C(residual);  residual -= decode(wire)."""
@@ -128,7 +127,7 @@ class BoundBlocks:
             ops, noise = self._wire.operations(wire.device), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         with span("decode", wire.numel() + 8 * y.numel()):
@@ -139,7 +138,7 @@ class BoundBlocks:
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
         with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
             ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
-            for run, *codes in zip(self._cut(x), *parts, strict=True):
+            for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
                 ops.mix(run, 1.0, codes, weights, self.fmt)
 
     def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
@@ -148,7 +147,7 @@ class BoundBlocks:
             ops, noise = self._wire.operations(wire.device), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.choco_encode(x[a:b], xhat[a:b], s[a:b], self_weight, part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def choco_mix(
         self, x: Tensor, xhat: Tensor, s: Tensor, gamma: float, wires: Sequence[Tensor], weights: Sequence[float]
@@ -174,7 +173,7 @@ class BoundBlocks:
                 *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def choco_gossip_adam(
         self, update: Update, xhat: Tensor, s: Tensor, gamma: float, self_weight: float,
@@ -188,16 +187,11 @@ class BoundBlocks:
                 *(update.pieces, public, update.adam, update.grad_scale, gamma, self_weight, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def _cut(self, x: Tensor) -> Sequence[Tensor]:
         """The runs of a tensor that is as long as the bucket; a view takes 2 us, so a single run is the tensor itself."""
         return (x,) if len(self._runs) == 1 else [x[a:b] for a, b in self._runs]
-
-    def _seal(self, wire: Tensor) -> None:
-        self._wire.seal(wire)
-        if wire.is_cpu and self._wire.holds_non_finite(wire):
-            raise NonFinite("the payload holds inf or NaN")
 
     def _draw(self, state: State) -> Noise | None:
         """New random bits at each encoding; the count lies in State, so that a resumed run draws the same."""

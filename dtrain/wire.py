@@ -107,14 +107,20 @@ class WireFormat:
 
     def seal(self, wire: Tensor) -> None:
         """Note in the header whether the body holds inf or NaN, and its checksum. Nothing waits for a GPU."""
-        ops, views = self.operations(wire.device), self._views(wire)
+        self._seal(wire, self._views(wire))
+
+    def seal_finite(self, wire: Tensor) -> None:
+        """``seal``; on a CPU a body with inf or NaN raises NonFinite."""
+        views = self._views(wire)
+        self._seal(wire, views)
+        if wire.is_cpu and views.flag.item():
+            raise NonFinite("the payload holds inf or NaN")
+
+    def _seal(self, wire: Tensor, views: _Views) -> None:
+        ops = self.operations(wire.device)
         ops.flag_non_finite(views.finite, views.flag)
         if _checksums:
             ops.checksum(views.body, _WORDS, self._start, views.checksum)
-
-    def holds_non_finite(self, wire: Tensor) -> bool:
-        """What ``seal`` noted."""
-        return self._views(wire).flag.item() != 0
 
     def check(self, wire: Tensor) -> None:
         """Raises WireError, saying which, where a wire that arrived (host memory) differs from what was agreed."""
