@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
-from dtrain.kernels import Adam, Format, Noise, Piece, Public, operations
+from dtrain.kernels import Adam, Format, Noise, Piece, Public
 from dtrain.spans import span
-from dtrain.wire import WireFormat, refuse_non_finite
+from dtrain.wire import WireFormat
 
 State = dict[str, Tensor]
 
@@ -91,6 +91,7 @@ class BoundBlocks:
     def __init__(self, fmt: Format, layout: Layout, node: int, *, stochastic: bool) -> None:
         self.fmt, self.stochastic = fmt, stochastic
         self._runs = _runs(layout, fmt.block)
+        self._starts = tuple(a for a, _ in self._runs)
         self._first = layout.spans[0].global_offset if layout.spans else 0
         self._seed = node * _NODE_STRIDE
         self._spans = tuple((s.start, s.stop) for s in layout.spans)
@@ -111,52 +112,56 @@ class BoundBlocks:
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         with span("encode", x.element_size() * x.numel() + wire.numel()):
-            ops, noise = operations(wire.device), self._draw(state)
-            for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
-                ops.encode(x[a:b], part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            if self.fmt.kind == "identity":
+                self._wire.values(wire).copy_(x)
+                self._wire.seal_finite(wire)
+                return
+            ops, noise = self._wire.operations(wire.device), self._draw(state)
+            for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):
+                ops.encode(run, part, self.fmt, _moved(noise, a))
+            self._wire.seal_finite(wire)
 
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         """residual += x;  wire = C(residual);  residual -= decode(wire)."""
         with span("encode", (x.element_size() + 8) * x.numel() + wire.numel()):
-            ops, noise = operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire.device), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         with span("decode", wire.numel() + 8 * y.numel()):
-            ops = operations(wire.device)
+            ops = self._wire.operations(wire.device)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.decode_add(part, y[a:b], weight, self.fmt)
 
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
         with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = operations(x.device), [self._wire.parts(wire) for wire in wires]
-            for i, (a, b) in enumerate(self._runs):
-                ops.mix(x[a:b], 1.0, [part[i] for part in parts], weights, self.fmt)
+            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
+            for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
+                ops.mix(run, 1.0, codes, weights, self.fmt)
 
     def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
         """wire = C(x - xhat);  xhat += decode(wire);  s += self_weight decode(wire)."""
         with span("encode", (x.element_size() + 16) * x.numel() + wire.numel()):
-            ops, noise = operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire.device), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.choco_encode(x[a:b], xhat[a:b], s[a:b], self_weight, part, self.fmt, _moved(noise, a))
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def choco_mix(
         self, x: Tensor, xhat: Tensor, s: Tensor, gamma: float, wires: Sequence[Tensor], weights: Sequence[float]
     ) -> None:
         """s += sum_j weights_j decode(wires_j);  x += gamma (s - xhat)."""
         with span("decode", (2 * x.element_size() + 12) * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = operations(x.device), [self._wire.parts(wire) for wire in wires]
+            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
             for i, (a, b) in enumerate(self._runs):
                 ops.choco_mix(x[a:b], xhat[a:b], s[a:b], gamma, [part[i] for part in parts], weights, self.fmt)
 
     def adam(self, update: Update) -> None:
         """The optimizer's step alone."""
         with span("optimizer", adam_bytes(update.pieces)):
-            operations(update.grad_scale.device).accum_adam(*update)
+            self._wire.operations(update.grad_scale.device).accum_adam(*update)
 
     def gossip_adam(
         self, update: Update, wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State
@@ -164,11 +169,11 @@ class BoundBlocks:
         """``mix``, the optimizer's step, and ``encode``, in one pass over the parameters."""
         with span("gossip_adam", adam_bytes(update.pieces) + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
-            operations(wire.device).gossip_adam(
+            self._wire.operations(wire.device).gossip_adam(
                 *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
     def choco_gossip_adam(
         self, update: Update, xhat: Tensor, s: Tensor, gamma: float, self_weight: float,
@@ -178,16 +183,15 @@ class BoundBlocks:
         with span("gossip_adam", adam_bytes(update.pieces) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
             public = [Public(xhat[a:b], s[a:b]) for a, b in self._spans]
-            operations(wire.device).choco_gossip_adam(
+            self._wire.operations(wire.device).choco_gossip_adam(
                 *(update.pieces, public, update.adam, update.grad_scale, gamma, self_weight, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
-            self._seal(wire)
+            self._wire.seal_finite(wire)
 
-    def _seal(self, wire: Tensor) -> None:
-        self._wire.seal(wire)
-        if wire.device.type == "cpu":
-            refuse_non_finite(wire)
+    def _cut(self, x: Tensor) -> Sequence[Tensor]:
+        """The runs of a tensor that is as long as the bucket; a view takes 2 us, so a single run is the tensor itself."""
+        return (x,) if len(self._runs) == 1 else [x[a:b] for a, b in self._runs]
 
     def _draw(self, state: State) -> Noise | None:
         """New random bits at each encoding; the count lies in State, so that a resumed run draws the same."""

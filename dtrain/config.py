@@ -1,6 +1,6 @@
 """What can a job file say, and what does each key mean?
 
-A job is a TOML file of seven sections. Every key is documented here, where it is defined; an unknown key or a
+A job is a TOML file of eight sections. Every key is documented here, where it is defined; an unknown key or a
 wrong type is one clear line. Pure: no torch, no clock, no environment.
 """
 
@@ -164,6 +164,62 @@ class LinkSection(Section):
         return value
 
 
+class Sim(Section):
+    """``dtrain sim`` on a virtual clock; rate and rtt are [link]'s."""
+
+    problem: Literal["gpt", "quadratic", "consensus"] = Field(
+        "gpt",
+        description="gpt: [model] is trained, as dtrain run does; quadratic: each island a quadratic loss of its own, by plain SGD "
+        "of train.lr; consensus: no gradients, islands begin apart",
+    )
+    numel: int = Field(10_000, ge=1, description="parameters of problem quadratic and consensus")
+    step_s: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="virtual seconds that an island computes a step; 0: no clock with problem gpt"
+    )
+    step_noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="sigma of the lognormal factor, 1 in the mean, that each step's seconds get"
+    )
+    stragglers: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="slow islands, drawn by the seed: their number, or below 1 their share"
+    )
+    straggler_factor: float = Field(2.0, ge=1, allow_inf_nan=False, description="how many times longer they compute")
+    jitter: str = Field("0ms", description="mean of the exponential delay that each wire gets besides rtt / 2")
+    loss: float = Field(0.0, ge=0, lt=1, description="share of packets that are lost, and sent again an rtt later")
+    links: str = Field(
+        "", description='rate and rtt between two islands where they are others: "0-1:10mbit/80ms, 0-2:none/5ms"'
+    )
+
+    @field_validator("jitter")
+    @classmethod
+    def _jitter_parses(cls, value: str) -> str:
+        units.seconds(value)
+        return value
+
+    @field_validator("links")
+    @classmethod
+    def _links_parse(cls, value: str) -> str:
+        units.links(value)
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Sim:
+        for key, needs, met in (
+            ("numel", 'sim.problem = "quadratic" or "consensus"', self.problem != "gpt"),
+            ("step_noise", "sim.step_s", self.step_s > 0),
+            ("stragglers", "sim.step_s", self.step_s > 0),
+            ("straggler_factor", "sim.stragglers", self.stragglers > 0),
+            *((key, "sim.step_s, which sets a virtual clock beside the GPT", self.has_clock) for key in ("jitter", "loss", "links")),
+        ):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and not met:
+                raise ValueError(f"sim.{key} = {value!r} has no effect without {needs}; set that, or leave it out")
+        return self
+
+    @property
+    def has_clock(self) -> bool:
+        return self.problem != "gpt" or self.step_s > 0
+
+
 class Job(Section):
     job: JobSection = JobSection()  # pyright: ignore[reportCallIssue]
     islands: Islands = Islands()  # pyright: ignore[reportCallIssue]
@@ -172,6 +228,19 @@ class Job(Section):
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     sync: Sync = Sync()  # pyright: ignore[reportCallIssue]
     link: LinkSection = LinkSection()  # pyright: ignore[reportCallIssue]
+    sim: Sim = Sim()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _islands_of_sim_exist(self) -> Job:
+        sim, count = self.sim, self.islands.count
+        if sim.stragglers > count or (sim.stragglers >= 1 and sim.stragglers % 1):
+            raise ValueError(
+                f"sim.stragglers = {sim.stragglers:g} of {count} islands; use a whole number of them up to {count}, or a share below 1"
+            )
+        beyond = max((high for _, high in units.links(sim.links)), default=0)
+        if beyond >= count:
+            raise ValueError(f"sim.links = {sim.links!r} names island {beyond}; the last of {count} is island {count - 1}")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:

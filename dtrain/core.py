@@ -41,8 +41,9 @@ class Flight:
     def advance(self) -> None:
         """Run to the next yield; afterwards link.outbox is to be posted and link.expected to be waited for, or it is
         done."""
-        self.link.new_phase()
         self.phase += 1
+        if self.phase:
+            self.link.new_phase()
         try:
             next(self._generator)
         except StopIteration:

@@ -102,6 +102,8 @@ def load_run(path: Path) -> RunRecord:
     if not (path / "summary.json").is_file():
         if (path / "job.toml").is_file() and runs_a_script(load_job(path / "job.toml")):
             raise ValueError(f"{path} is the run of a script, which keeps its results itself; there is nothing to report")
+        if (path / "virtual.json").is_file():
+            raise ValueError(f"{path} is the simulation of a problem without a model; its numbers are in {path / 'virtual.json'}")
         raise ValueError(
             f"no summary.json in {path}: still running, or stopped; resume with: dtrain run {path / 'job.toml'} --resume"
         )

@@ -27,6 +27,20 @@ def seconds(text: str) -> float:
     return value
 
 
+def links(text: str) -> dict[tuple[int, int], tuple[float | None, float]]:
+    """``"0-1:10mbit/80ms, 0-2:none/5ms"`` -> {(0, 1): (1e7, 0.08), ...}: two islands, the rate and the round trip between them."""
+    found: dict[tuple[int, int], tuple[float | None, float]] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)-(\d+):([^/]+)/([^/]+)", part)
+        if match is None or match[1] == match[2]:
+            raise ValueError(f'{part!r} is no link of two islands; write "0-1:10mbit/80ms"')
+        pair = min(int(match[1]), int(match[2])), max(int(match[1]), int(match[2]))
+        if pair in found:
+            raise ValueError(f"{part!r} names a link that was named before; both directions are one")
+        found[pair] = bits_per_s(match[3].strip()), seconds(match[4].strip())
+    return found
+
+
 def _number_with_unit(text: str, units: dict[str, float]) -> float | None:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in units:

@@ -22,6 +22,7 @@ BACKENDS = {
 }
 _BY_DEVICE = {"cpu": "numba", "cuda": "triton"}
 
+_LOADED: dict[str, ModuleType] = {}
 _BLOCK_FORMATS = ("int8", "int4", "e3m0", "lut4", "sign")
 OPERATIONS = (
     *(f"quantize_{kind}" for kind in _BLOCK_FORMATS),
@@ -36,7 +37,8 @@ OPERATIONS = (
 
 def operations(device: torch.device) -> ModuleType:
     """The module whose functions are the operations for tensors of a device."""
-    return backend(os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference"))
+    name = os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference")
+    return _LOADED.get(name) or _LOADED.setdefault(name, backend(name))
 
 
 def prepare(device: torch.device, kinds: Sequence[Kind], say: Callable[[], None]) -> None:

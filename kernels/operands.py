@@ -5,6 +5,7 @@ Flat means 1-D and contiguous. x and g are fp32 or bf16, all state is fp32, scal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,8 +98,15 @@ class Public(NamedTuple):
     s: Tensor
 
 
+@cache
+def _no_scales(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.bfloat16, device=device)
+
+
 def zones(wire: Tensor, fmt: Format, numels: Sequence[int]) -> list[Coded]:
     """Cut a wire's body, [scales][codes] of consecutive pieces, into one ``Coded`` a piece."""
+    if len(numels) == 1 and not SCALES.get(fmt.kind, 1):  # the body is its codes
+        return [Coded(wire, _no_scales(wire.device))]
     at_scale, at_code = 0, 2 * sum(fmt.num_scales(n) for n in numels)
     out = []
     for n in numels:

@@ -61,17 +61,39 @@ def with_absolute_paths(job: Job) -> Job:
 def check_input(job: Job, how: How) -> None:
     """Raises ValueError for what would make every island fail; writes nothing."""
     if how == "sim":
+        _check_sim(job)
         if job.islands.ranks != 1:
             raise ValueError(
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
             )
     else:
+        _refuse_sim(job)
         _check_link(job)
-    if how != "script":  # a script reads data of its own
+    if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
         from dtrain.data.corpus import check_fits, load_corpus
 
         corpus = load_corpus(job.data.source)
         check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
+
+
+def _check_sim(job: Job) -> None:
+    if job.sim.problem == "gpt":
+        return
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    if recipe.moments_every is not None:
+        raise ValueError(
+            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with dtrain\'s AdamW; '
+            'use sync.recipe = "dpsgd"'
+        )
+
+
+def _refuse_sim(job: Job) -> None:
+    changed = [key for key, field in type(job.sim).model_fields.items() if getattr(job.sim, key) != field.default]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run and profile; use dtrain sim, or leave it out"
+        )
 
 
 def _check_link(job: Job) -> None:

@@ -111,23 +111,29 @@ def sim(
 ) -> None:
     """Train all islands in this one process.
 
-    The code is the same; the link takes no time.
+    The code is the same; the link takes no time. What it would take is reckoned on a
+    virtual clock where sim.step_s is set, and for the small problems of sim.problem.
 
     Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
     """
-    from dtrain.launch.simulated import run_simulated
+    from dtrain.launch.simulated import account, run_simulated, run_virtual
 
     changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
     console = Console()
     with open_run(job_file, changes, Choice(resume, fresh), how="sim") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
+        job, virtual = opened.job, list[list[str]]()
         try:
-            if not opened.finished:
-                run_simulated(opened.job, opened.run, resume_step=opened.resume_step, console=console)
+            if job.sim.problem != "gpt":
+                virtual = run_virtual(job, opened.run)
+            elif not opened.finished:
+                run_simulated(job, opened.run, resume_step=opened.resume_step, console=console)
+            if job.sim.problem == "gpt" and job.sim.has_clock:
+                virtual = account(job, opened.run)
         except KeyboardInterrupt:
             raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
-        _close(console, opened.run, opened.job.islands.count, summary=True)
+        _close(console, opened.run, job.islands.count, summary=job.sim.problem == "gpt", virtual=virtual)
 
 
 @app.command()
@@ -323,7 +329,9 @@ def _resumable(message: str, command: str, run_folder: Path, script: tuple[str, 
     return f"{message}; resume with: {shlex.join(again)}"
 
 
-def _close(console: Console, run_folder: Path, num_islands: int, *, summary: bool) -> None:
+def _close(
+    console: Console, run_folder: Path, num_islands: int, *, summary: bool, virtual: list[list[str]] | None = None
+) -> None:
     """The last screen: what came out, what it cost, and where to go from here."""
     if summary:
         from dtrain.report import closing_rows, write_summary
@@ -331,6 +339,9 @@ def _close(console: Console, run_folder: Path, num_islands: int, *, summary: boo
         rows = closing_rows(write_summary(run_folder, num_islands))
         console.print()
         console.print(table(["", "", "what this means"], [list(row) for row in rows]))
+    if virtual:
+        console.print()
+        console.print(table(["", "on the virtual clock", "what this means"], virtual))
     console.print(Text(f"\neverything is in {run_folder}"), soft_wrap=True)
     if summary:
         console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)

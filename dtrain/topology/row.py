@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """One node's row of W: its own weight, whom it sends to, and (peer, W[node, peer]) for all it hears."""
 
     self_weight: float

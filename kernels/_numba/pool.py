@@ -126,7 +126,7 @@ def run(kernel: Kernel, arguments: tuple[int, ...], numel: int) -> None:
     with_counter = array("q", (*arguments, 0))
     threads = num_threads() if numel >= LEAST_SHARED else 1
     if threads == 1:
-        kernel.call(_address(with_counter))
+        kernel.call(with_counter.buffer_info()[0])
     elif _team.parallel is not None and threading.current_thread() is threading.main_thread():
         _team.run(kernel, with_counter, threads)
     else:

@@ -14,11 +14,12 @@ from dtrain.kernels._numba.compiled import addresses
 from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, SCALES, Coded, Format, Noise
 
 MASK32 = 0xFFFFFFFF
+_FLOAT, _FLOAT_BITS = struct.Struct("<f").pack, struct.Struct("<I").unpack
 
 
 def place(t: Tensor, numel: int, dtype: torch.dtype, what: str) -> int:
     """The address of a flat tensor."""
-    if t.numel() != numel or t.dtype != dtype or not t.is_contiguous() or not t.is_cpu:
+    if t.numel() != numel or t.dtype is not dtype or not t.is_contiguous() or not t.is_cpu:
         found = f"{t.numel()} elements of {t.dtype} on {t.device}{'' if t.is_contiguous() else ', strided'}"
         raise ValueError(f"{what} has {found}, not {numel} of {dtype} in a row on the CPU")
     return t.data_ptr()
@@ -30,7 +31,7 @@ def state(t: Tensor, numel: int, what: str) -> int:
 
 def values(t: Tensor, numel: int, what: str) -> tuple[int, int]:
     """The address of an fp32 or bf16 tensor, and whether it is bf16."""
-    half = t.dtype == torch.bfloat16
+    half = t.dtype is torch.bfloat16
     return place(t, numel, torch.bfloat16 if half else torch.float32, what), int(half)
 
 
@@ -51,21 +52,29 @@ def format_numbers(fmt: Format) -> tuple[int, ...]:
 
 def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:
     """The addresses of codes and scales."""
-    codes = place(wire.codes, fmt.code_bytes(numel), torch.uint8, f"{what}'s codes")
-    num_scales = fmt.num_scales(numel)
-    return codes, place(wire.scales, num_scales, torch.bfloat16, f"{what}'s scales") if num_scales else 0
+    code_bytes, num_scales = _sizes(fmt, numel)
+    codes = place(wire.codes, code_bytes, torch.uint8, what)
+    return codes, place(wire.scales, num_scales, torch.bfloat16, what) if num_scales else 0
+
+
+@lru_cache
+def _sizes(fmt: Format, numel: int) -> tuple[int, int]:
+    return fmt.code_bytes(numel), fmt.num_scales(numel)
 
 
 def float_bits(value: float) -> int:
     """The bits of the nearest float32; raises OverflowError beyond its range."""
-    return struct.unpack("<I", struct.pack("<f", value))[0]
+    return _FLOAT_BITS(_FLOAT(value))[0]
 
 
 def wire_table(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> array[int]:
-    table = array("q")
-    for wire, weight in zip(wires, weights, strict=True):
-        table.extend((*coded(wire, fmt, numel, "a wire"), float_bits(weight)))
-    return table
+    code_bytes, num_scales = _sizes(fmt, numel)
+    rows: list[int] = []
+    for (codes, scales), weight in zip(wires, weights, strict=True):
+        rows.append(place(codes, code_bytes, torch.uint8, "a wire's codes"))
+        rows.append(place(scales, num_scales, torch.bfloat16, "a wire's scales") if num_scales else 0)
+        rows.append(float_bits(weight))
+    return array("q", rows)
 
 
 def body_table(wires: Sequence[Tensor], weights: Sequence[float], num_bytes: int) -> array[int]:

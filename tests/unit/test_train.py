@@ -274,13 +274,21 @@ def test_a_checkpoint_is_written_each_so_many_steps_and_at_the_end(
 
 def test_a_finished_run_holds_all_that_is_promised(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sync = ('sync.recipe="fedavg"', "sync.every=2", 'sync.codec="bf16"')
-    often = ("train.steps=7", "train.checkpoint_every=3", "train.consensus_every=3")
+    often = ("train.steps=7", "train.checkpoint_every=3", "train.consensus_every=3", "sim.step_s=0.05", "link.rate=1mbit")
     job = job_of(texts, f'job.dir="{tmp_path / "runs"}"', *sync, *often)
     (tmp_path / "job.toml").write_text(dump_job(job), encoding="utf-8")
     assert run_command(["sim", str(tmp_path / "job.toml")]) == 0, capsys.readouterr().err
     run = tmp_path / "runs" / "run"
-    for name in ("job.toml", "metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "checkpoints"):
+    for name in ("job.toml", "metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "checkpoints", "virtual.json"):
         assert (run / name).exists(), name
+    virtual = json.loads((run / "virtual.json").read_text())
+    for island, account in enumerate(virtual["accounts"]):
+        part = json.loads((run / "logs" / f"island{island}" / "part.json").read_text())
+        assert account["wire_bytes_sent"] == part["wire_bytes_sent"] > 0
+        assert account["wire_bytes_received"] == part["wire_bytes_received"]
+        # Fedavg waits for each round: two phases, in which an island sends what it hears, and the link takes no other time.
+        assert account["waited_s"] == pytest.approx(account["wire_bytes_sent"] * 8 / 1e6)
+        assert account["compute_s"] == pytest.approx(7 * 0.05)
     lines = metrics.read(run / "metrics.jsonl")
     assert sorted((line["step"], line["island"]) for line in lines) == [(step, i) for step in range(1, 8) for i in range(2)]
     for line in lines:

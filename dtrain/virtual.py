@@ -1,0 +1,271 @@
+"""How are a thousand islands run on one core? Their Cores in turn, on a virtual clock, without a thread.
+
+Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
+and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
+them, also while it computes. Wires are copied where they are posted, and arrive when the link model says. Only computing and the
+link take time; encoding, mixing and updates take none. What an island does to its parameters does not depend on when wires come,
+so they are those of live islands bit for bit. No wire leaves the process, so checksums are neither written nor read."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.assemble import Plan
+from dtrain.bucket import flatten, make_buckets
+from dtrain.core import Core, Flight, Lane
+from dtrain.errors import PeerLost, WireError
+from dtrain.link import Peers
+from dtrain.virtual_clock import VirtualClock
+from dtrain.virtual_link import VirtualLink
+from dtrain.virtual_problem import Problem
+from dtrain.wire import without_checksums
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
+"""The parameters: a model's, or a single flat one."""
+Key = tuple[int, int, int, int]
+"""The name of a wire that an island receives: peer, round, bucket, phase."""
+
+_WAIT = -1.0
+
+
+@dataclass(slots=True)
+class Account:
+    """What one island has spent."""
+
+    ended_s: float = 0.0
+    compute_s: float = 0.0
+    waited_s: float = 0.0
+    wire_bytes_sent: int = 0
+    wire_bytes_received: int = 0
+    rounds: int = 0
+    """That landed, or rewrote gradients; one a bucket."""
+
+
+class _Missing:
+    """A flight, and how many wires it still waits for."""
+
+    __slots__ = ("flight", "wires")
+
+    def __init__(self, flight: Flight) -> None:
+        self.flight, self.wires = flight, 0
+
+
+class _Island:
+    __slots__ = (
+        *("account", "awaited", "core", "g", "inbox", "life", "node", "wait_began_s", "waiting", "x"),
+    )
+
+    def __init__(self, node: int, core: Core, x: Tensor, g: Tensor, account: Account) -> None:
+        self.node, self.core, self.x, self.g, self.account = node, core, x, g, account
+        self.life: Iterator[float] = iter(())
+        self.inbox: dict[Key, Tensor] = {}
+        self.awaited: dict[Key, _Missing] = {}
+        """Wires that have not come, and who waits for them."""
+        self.waiting: set[Flight] = set()
+        """Flights without which the island does not go on."""
+        self.wait_began_s = 0.0
+
+
+class Simulation:
+    """N islands over flat fp32 parameters, from step ``first_step`` on; ``run`` once, then read ``accounts`` and ``parameters``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        num_islands: int,
+        shapes: Shapes,
+        problem: Problem,
+        *,
+        lr: float,
+        link: VirtualLink,
+        compute_s: Callable[[int], float],
+        first_step: int = 0,
+    ) -> None:
+        """``compute_s``: island -> seconds that its next step takes."""
+        self.clock = VirtualClock()
+        self._plan, self._problem, self._lr = plan, problem, lr
+        self._link, self._compute_s = link, compute_s
+        self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
+        for island in self._islands:
+            island.core.step = first_step
+
+    @property
+    def accounts(self) -> list[Account]:
+        return [island.account for island in self._islands]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Each island's, flat."""
+        return [island.x for island in self._islands]
+
+    @torch.no_grad()
+    def run(self, steps: int) -> float:
+        """All islands to the end of step ``steps``, then what flies lands; returns the virtual seconds until the last wire of
+        a round is there.
+
+        Raises PeerLost where a method waits for a wire that nobody posts, and NonFinite."""
+        for island in self._islands:
+            island.life = self._life(island, steps)
+            self.clock.at(0.0, self._go_on, island)
+        with without_checksums(), _frozen():
+            self.clock.run()
+        self._refuse_stuck()
+        return max(account.ended_s for account in self.accounts)
+
+    def _island(self, node: int, num_islands: int, shapes: Shapes) -> _Island:
+        recipe = self._plan.recipe
+        flat = flatten((name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes)
+        (x,) = flat.storages
+        g = torch.zeros(x.numel() if self._problem.moves or self._plan.rewrites_gradients else 0)
+        buckets = make_buckets(
+            flat, num_fragments=recipe.fragments, bucket_bytes=recipe.bucket_bytes, num_ranks=1, with_grad=False
+        )
+        if self._plan.rewrites_gradients:
+            starts = [b.layout.spans[0].global_offset for b in buckets]
+            buckets = [replace(b, g=g[at : at + b.x.numel()]) for at, b in zip(starts, buckets, strict=True)]
+        x.copy_(self._problem.start)
+        core = Core(self._plan, buckets, Peers(node, num_islands))
+        if (apart := self._problem.apart(node)) is not None:
+            x.copy_(apart)
+        return _Island(node, core, x, g, Account())
+
+    # ---- an island's own order of things
+
+    def _life(self, island: _Island, steps: int) -> Iterator[float]:
+        """Yields the seconds to compute, or _WAIT."""
+        core, account, node, x, g = island.core, island.account, island.node, island.x, island.g
+        moves, at_once = self._problem.moves, self._plan.delay_steps == 0
+        exchanges = self._plan.rewrites_gradients and core.peers.num_nodes > 1
+        for step in range(core.step + 1, steps + 1):
+            seconds = self._compute_s(node)
+            account.compute_s += seconds
+            yield seconds
+            if moves:
+                self._problem.gradient(node, x, g)
+            if due := core.due(step):
+                if _waits(island, due):
+                    yield _WAIT
+                self._land(island, due)
+            if exchanges:
+                flights = core.start_gradients()
+                self._launch(island, flights)
+                island.waiting = {flight for flight in flights if not flight.done}
+                if island.waiting:
+                    yield _WAIT
+                account.rounds += len(flights)
+            if moves:
+                x.add_(g, alpha=-self._lr)
+            core.step = step
+            self._launch(island, core.start_rounds())
+            if at_once and (due := core.due(step)):
+                if _waits(island, due):
+                    yield _WAIT
+                self._land(island, due)
+        if _waits(island, core.in_flight()):
+            yield _WAIT
+        account.ended_s = self.clock.now_s
+        for step in range(core.step, core.step + self._plan.delay_steps + 1):
+            self._land(island, core.due(step))
+
+    def _land(self, island: _Island, due: Sequence[Lane]) -> None:
+        for lane in due:
+            island.core.land(lane)
+        island.account.rounds += len(due)
+
+    def _go_on(self, island: _Island) -> None:
+        seconds = next(island.life, None)
+        if seconds is None:
+            return
+        if seconds == _WAIT:
+            island.wait_began_s = self.clock.now_s
+        else:
+            self.clock.at(self.clock.now_s + seconds, self._go_on, island)
+
+    # ---- wires
+
+    def _launch(self, island: _Island, flights: Sequence[Flight]) -> None:
+        for flight in flights:
+            self._advance(island, flight)
+
+    def _advance(self, island: _Island, flight: Flight) -> None:
+        """As ``Traffic``: hand over what arrived, resume, post what comes out, until wires are awaited or the flight is done."""
+        link, inbox = flight.link, island.inbox
+        while not flight.done:
+            arrived = {}
+            for peer, wire_bytes in link.expected.items():
+                wire = arrived[peer] = inbox.pop((peer, flight.index, flight.bucket, flight.phase))
+                island.account.wire_bytes_received += wire.numel()
+                if wire.numel() != wire_bytes:
+                    raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {wire.numel()} bytes, not {wire_bytes}")
+            link.inbox = arrived
+            flight.advance()
+            if link.outbox:
+                self._post(island, flight)
+            missing = _Missing(flight)
+            for peer in link.expected:
+                key = (peer, flight.index, flight.bucket, flight.phase)
+                if key not in inbox:
+                    island.awaited[key] = missing
+                    missing.wires += 1
+            if missing.wires:
+                return
+
+    def _post(self, island: _Island, flight: Flight) -> None:
+        """Copies, as a wire may be written again before it arrives; one serves all peers."""
+        copies: dict[int, Tensor] = {}
+        now_s, node = self.clock.now_s, island.node
+        key = (node, flight.index, flight.bucket, flight.phase)
+        for peer, wire in flight.link.outbox:
+            copy = copies.get(id(wire))
+            if copy is None:
+                copy = copies[id(wire)] = wire.clone()
+            wire_bytes = copy.numel()
+            island.account.wire_bytes_sent += wire_bytes
+            self.clock.at(self._link.arrival_s(now_s, node, peer, wire_bytes), self._arrive, (self._islands[peer], key, copy))
+
+    def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
+        island, key, content = wire
+        island.inbox[key] = content
+        missing = island.awaited.pop(key, None)
+        if missing is None:  # its round has not begun here
+            return
+        missing.wires -= 1
+        if missing.wires:
+            return
+        flight = missing.flight
+        self._advance(island, flight)
+        if flight.done and flight in island.waiting:
+            island.waiting.discard(flight)
+            if not island.waiting:
+                island.account.waited_s += self.clock.now_s - island.wait_began_s
+                self._go_on(island)
+
+    def _refuse_stuck(self) -> None:
+        for island in self._islands:
+            if island.awaited:
+                peers = sorted({peer for peer, *_ in island.awaited})
+                raise PeerLost(peers, f"island {island.node} expects a wire from it in step {island.core.step}, and none was posted")
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Python's collector looks at nothing that was made before: at a thousand islands' state it would look each time, in vain."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _waits(island: _Island, lanes: Sequence[Lane]) -> bool:
+    """Whether the island has to wait until the rounds of these lanes are here."""
+    for lane in lanes:
+        if lane.flight is not None and not lane.flight.done:
+            island.waiting.add(lane.flight)
+    return bool(island.waiting)
