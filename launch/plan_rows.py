@@ -46,7 +46,8 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     rows = [planner.row(recipe, num_islands) for recipe in candidates(asked, num_islands, per_host=setting.per_host)]
     chosen = recommend(rows)
     jitter_s = setting.island("identity").jitter_s
-    lines = [*factors(planner, chosen), *topology_lines(rows, chosen), *([jitter_line(rows, chosen, jitter_s)] if jitter_s else [])]
+    lines = [*factors(planner, chosen), *topology_lines(rows, chosen)]
+    lines += [jitter_line(rows, chosen, jitter_s)] if jitter_s else []
     return Planned(num_islands, rows[0], rank(rows), chosen, lines)
 
 
