@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -96,8 +97,8 @@ def _computes(
         gpu = accelerators.accelerator(said.gpu)
         step_s = accelerators.step_s(work, gpu, said.mfu)
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms, not measured: {said.gpu} at {said.mfu:.0%} of {gpu.flop_per_s / 1e12:.4g} TFLOP/s "
-            f"in bf16 ({gpu.source}); small models reach less, --mfu says how much"
+            f"a step takes {step_s * 1e3:.3g} ms, not measured: {said.gpu} at {said.mfu:.0%} of {gpu.flop_per_s / 1e12:.4g} "
+            f"TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
         )
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
         return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
@@ -176,5 +177,5 @@ def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) ->
     for line in lines:
         if line["step"] >= _WARM_STEPS:
             ended.setdefault(line["island"], []).append(line["time_s"])
-    return [b - a for times in ended.values() for a, b in zip(sorted(times), sorted(times)[1:], strict=False)]
+    return [b - a for times in ended.values() for a, b in pairwise(sorted(times))]
 

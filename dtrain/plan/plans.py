@@ -182,8 +182,8 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
 def jitter_line(rows: Sequence[Row], chosen: Row, jitter_s: float) -> str:
     plain = baseline(rows)
     return (
-        f"unequal steps (standard deviation {jitter_s * 1e3:.3g} ms): all-reduce waits {plain.time.late_s * 1e3:.3g} ms a step for "
-        f"the slowest of {plain.num_islands}, {chosen.recipe.name} {chosen.time.late_s * 1e3:.3g} ms"
+        f"unequal steps (standard deviation {jitter_s * 1e3:.3g} ms): all-reduce waits {plain.time.late_s * 1e3:.3g} ms a step "
+        f"for the slowest of {plain.num_islands}, {chosen.recipe.name} {chosen.time.late_s * 1e3:.3g} ms"
     )
 
 

@@ -1,4 +1,4 @@
-"""Does the planner count exactly the bytes that islands really send? Beside islands that train, for every recipe that there is."""
+"""Does the planner count exactly the bytes that islands really send? Beside islands that train, for every recipe."""
 
 from __future__ import annotations
 
@@ -109,8 +109,7 @@ def test_a_row_of_ones_own_needs_no_rule(tmp_path: Path) -> None:
 
 
 def test_state_is_what_a_checkpoint_holds_of_a_round() -> None:
-    """CHOCO on a ring: x_hat and s in fp32, one's own wire and two that came in int8 (1 byte and 2/64 a number, and a header of 32
-    bytes a bucket), two weights of 8 bytes a bucket."""
+    """CHOCO on a ring: x_hat and s in fp32, one's own wire and two that came, two weights of 8 bytes a bucket."""
     _, found = counted("choco", {"codec": "int8:64"})
     numel = 37 * 11 + 130 + 4100
     runs = found.period[0].rounds
@@ -119,8 +118,8 @@ def test_state_is_what_a_checkpoint_holds_of_a_round() -> None:
 
 
 def test_islands_of_one_host_are_near() -> None:
-    """alternating_exp_ring:2 of four islands: two rounds, one with the host's other island, one with the three others, of whom one
-    shares the host."""
+    """alternating_exp_ring:2 of four islands: two rounds, one with the host's other island, one with the three others, of whom
+    one shares the host."""
     row = resolve("dpsgd", {"topology": "alternating_exp_ring:2", "bucket_bytes": BUCKET_BYTES}, ISLANDS)
     found = sent(row, SHAPES, ISLANDS, per_host=2)
     near = [sum(p.near_bytes for f in e.rounds for p in f.phases) for e in found.period]
