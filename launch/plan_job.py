@@ -119,9 +119,13 @@ def _computes(
         f"{job.islands.count} islands at once on this machine"
         + (", which share its cores: what one loses another gains, so none is late by chance" if shared else "")
     )
-    wire_s, wire_s_per_byte = probe_carrying()
-    notes.append(f"carrying a wire takes {wire_s * 1e3:.2g} ms of CPU and {wire_s_per_byte * 1e9:.2g} ms a megabyte, measured")
-    return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), wire_s, wire_s_per_byte, crowd)
+    carrying = probe_carrying()
+    phase_ms, wire_ms, megabyte_ms = carrying.phase_s * 1e3, carrying.wire_s * 1e3, carrying.wire_s_per_byte * 1e9
+    notes.append(
+        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a megabyte, "
+        "measured between islands of one process"
+    )
+    return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), *carrying, crowd)
 
 
 def _jitter(said: Said, step_s: float) -> float:

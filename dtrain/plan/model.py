@@ -3,7 +3,7 @@
 All islands are alike and in step, so one stands for all: what it waits for left its peers when its own wires of the same phase
 left. With t the seconds of a step without exchange, and all times in seconds:
     uplink:    a wire of b bytes that is posted at p has left at   f <- max(f, p) + 8 b / rate      (f: when the uplink is free);
-    phase:     its wires are there at   a = f + rtt / 2 + c,   c = wires x wire_s + bytes x byte_s  (threads that carry them);
+    phase:     its wires are there at   a = f + rtt / 2 + c,   c = phase_s + wires x wire_s + bytes x byte_s   (of threads);
                a round of Q phases posts phase q + 1 where phase q is there, behind what else the uplink has taken on meanwhile;
     step k:    clock <- clock + t;
                a round that started after step k - delay is waited for:   clock <- clock + E max(0, a - clock + s M)
@@ -38,9 +38,10 @@ class Island:
     """Standard deviation of it, of what is an island's own."""
     memory_bytes_per_s: float
     """At which encoding, decoding and landing move bytes."""
+    phase_s: float = 0.0
     wire_s: float = 0.0
     wire_s_per_byte: float = 0.0
-    """CPU time of carrying: of each wire that is posted, and of each of its bytes."""
+    """CPU time of carrying: of each phase of a flight, of each wire that it posts, and of each of their bytes."""
     crowd: float = 0.0
     """Threads that share a core with what carries the wires; 0 where that has cores of its own."""
 
@@ -159,7 +160,7 @@ class _Uplinks:
 
 def carry_s(phase: Phase, island: Island) -> float:
     """CPU seconds for the wires of a phase to leave and for those of the peers to come, in wall time."""
-    own_s = phase.wires * island.wire_s + (phase.far_bytes + phase.near_bytes) * island.wire_s_per_byte
+    own_s = island.phase_s + phase.wires * island.wire_s + (phase.far_bytes + phase.near_bytes) * island.wire_s_per_byte
     return own_s * max(1.0, island.crowd)
 
 

@@ -11,19 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from statistics import median
+from threading import Barrier
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from dtrain.bucket import whole
-from dtrain.codec import BoundCodec, plain
-from dtrain.connect import LinkSettings
-from dtrain.core import Flight
-from dtrain.link import Link
+from dtrain.codec import plain
+from dtrain.connect import Connection, LinkSettings
+from dtrain.engine import join
+from dtrain.island.replicas import Alone
+from dtrain.membership import Hub, MemoryMembership
 from dtrain.plan.model import LinkSpeed
-from dtrain.topology.one_peer import one_peer_exponential
-from dtrain.traffic import Traffic
 from dtrain.transport.base import ROUND, Tag, Transport
 from dtrain.transport.c10d import GlooTransport
 from dtrain.transport.throttle import MemoryUplink, Throttle
@@ -34,14 +35,22 @@ _PINGS = 9
 _BULK_S = 0.3
 """How long the wire takes that the rate is found with: long against the jitter of threads, some 0.1 ms."""
 _MOST_BULK_BYTES = 2**25
-_ROUNDS = 40
+_WARM_ROUNDS, _ROUNDS = 5, 60
 _LARGE = 2**17
 """Elements: a bucket of a small model, of half a megabyte."""
 
 
+class Carrying(NamedTuple):
+    """CPU seconds of an island, for who sends and hears one wire each."""
+
+    phase_s: float
+    wire_s: float
+    wire_s_per_byte: float
+
+
 def probe_link(settings: LinkSettings) -> LinkSpeed:
     """Round trip of a small wire, and the rate of a long one less half of that."""
-    with _pair(settings) as (one, other):
+    with _linked(settings, 2) as (one, other):
         _send(one, other, 1, 0)  # the first wire finds threads that are not awake yet
         rtt_s = median(_send(one, other, 1, 2 * i + 2) + _send(other, one, 1, 2 * i + 3) for i in range(_PINGS))
         bulk_bytes = _MOST_BULK_BYTES
@@ -67,62 +76,64 @@ def _send(sender: Transport, receiver: Transport, num_bytes: int, number: int) -
 
 
 @contextmanager
-def _pair(settings: LinkSettings) -> Iterator[tuple[Transport, Transport]]:
+def _linked(settings: LinkSettings, num_islands: int) -> Iterator[list[Transport]]:
     store = HashStore()
 
     def make(node: int) -> Transport:
-        transport: Transport = GlooTransport(store, "probe", node, 2, interface="lo", connect_s=_LIMIT_S)
+        transport: Transport = GlooTransport(store, "probe", node, num_islands, interface="lo", connect_s=_LIMIT_S)
         if settings.bits_per_s is None and settings.rtt_s == 0:
             return transport
         uplink = MemoryUplink(settings.bits_per_s) if settings.bits_per_s is not None else None
         return Throttle(transport, uplink=uplink, rtt_s=settings.rtt_s)
 
-    with ExitStack() as closing, ThreadPoolExecutor(2) as pool:
-        transports = list(pool.map(make, range(2)))
+    with ExitStack() as closing, ThreadPoolExecutor(num_islands) as pool:
+        transports = list(pool.map(make, range(num_islands)))
         for transport in transports:
             closing.callback(transport.close, drain_s=0.0)
-        yield transports[0], transports[1]
+        yield transports
 
 
-def probe_carrying() -> tuple[float, float]:
-    """CPU seconds of a wire, and of each of its bytes, for who sends it and hears one like it: copied, sent, received,
-    checked."""
-    with _pair(LinkSettings()) as pair, ExitStack() as closing:
-        traffic = [Traffic(transport, _CPU) for transport in pair]
-        for one in traffic:
-            closing.callback(one.close, drain_s=0.0)
-        small, large = (_round_cpu_s(traffic, numel) for numel in (64, _LARGE))
-    per_byte_s = max(0.0, large - small) / (4 * (_LARGE - 64))
-    return small, per_byte_s
+def probe_carrying() -> Carrying:
+    """CPU time of everything that a round of a bucket does but encoding and mixing, which ``memory_bytes_per_s`` measures: of two
+    islands, of three, whose rounds are as many with a wire more, and of two with longer wires."""
+    one, two, long = _round_cpu_s(64, 2), _round_cpu_s(64, 3), _round_cpu_s(_LARGE, 2)
+    wire_s = min(one, max(0.0, two - one))
+    # dpsgd reads x and writes a wire; then it reads x and two wires, and writes x.
+    mixing_s = 6 * 4 * _LARGE / memory_bytes_per_s("identity")
+    return Carrying(one - wire_s, wire_s, max(0.0, long - one - mixing_s) / (4 * _LARGE))
 
 
-def _round_cpu_s(traffic: list[Traffic], numel: int) -> float:
-    codec = plain("identity").bind(whole("probe", torch.empty(numel, device="meta")))
-    wires = [codec.new_wire(_CPU) for _ in range(2)]
-    for wire in wires:
-        codec.encode(torch.zeros(numel), wire, {})
+def _round_cpu_s(numel: int, num_islands: int) -> float:
+    """Of an island: rounds of the engine over gloo, without a step in between."""
+    exits = Hub()
+    spent_s = 0.0
+    with _linked(LinkSettings(), num_islands) as transports:
+        links = [
+            Connection(n, num_islands, t, MemoryMembership(exits, n), Alone(), _LIMIT_S) for n, t in enumerate(transports)
+        ]
+        begin, end = Barrier(num_islands + 1), Barrier(num_islands + 1)
 
-    def fly(count: int) -> None:
-        for index in range(count):
-            flights = [_swap(codec, wires[node], node, Tag(ROUND, index, numel % 97, 0)) for node in (0, 1)]
-            for one, flight in zip(traffic, flights, strict=True):
-                one.launch([flight])
-            for one, flight in zip(traffic, flights, strict=True):
-                one.wait([flight], _LIMIT_S)
+        def island(connection: Connection) -> None:
+            model = nn.Linear(numel, 1, bias=False)
+            with join(model, [], recipe="dpsgd", topology="complete", bucket_bytes=4 * numel, link=connection) as sync:
+                for count in (_WARM_ROUNDS, _ROUNDS):
+                    begin.wait(_LIMIT_S)
+                    for _ in range(count):
+                        sync.before_update()
+                        sync.after_update()
+                    sync.settle()
+                    end.wait(_LIMIT_S)
 
-    fly(3)
-    return _cpu_s(lambda: fly(_ROUNDS)) / (2 * _ROUNDS)
-
-
-def _swap(codec: BoundCodec, wire: Tensor, node: int, tag: Tag) -> Flight:
-    link = Link(node, 2, one_peer_exponential(0, node, 2))
-
-    def generate() -> Iterator[None]:
-        link.post(1 - node, wire)
-        link.expect(1 - node, codec.wire_bytes, codec.check)
-        yield
-
-    return Flight(generate(), link, kind=tag.kind, index=tag.round, bucket=tag.bucket, step=0)
+        with ThreadPoolExecutor(num_islands) as pool:
+            ended = [pool.submit(island, link) for link in links]
+            for _ in range(2):
+                begin.wait(_LIMIT_S)
+                begun = time.process_time()
+                end.wait(_LIMIT_S)
+                spent_s = time.process_time() - begun
+            for one in ended:
+                one.result()
+    return spent_s / (num_islands * _ROUNDS)
 
 
 @cache

@@ -3,8 +3,9 @@
     python -m tests.bench.speed                   (about 20 minutes on 2 cores; goes on where it was stopped)
     python -m tests.bench.speed 10mbit 1gbit      (these links only)
 
-For each link the planner first measures a step and the link, as ``dtrain plan`` does; then each recipe runs for as many steps
-as fit into a minute. A step's time is the median over steps and islands, after the first ones. rtt is zero, so the link is its rate."""
+For each link the planner first measures a step and the link, as ``dtrain plan`` does; then each recipe runs for as many
+steps as fit into a minute. A step's time is the median over steps and islands, after the first ones. rtt is zero, so that the
+link is its rate."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_steps_and_link_are_measured_where_nobody_says_them(job: Path, capsys: p
     assert run_command(["plan", "job.toml", *small, "link.rate=8mbit", "link.rtt=20ms", "--json", "rows.json"]) == 0
     notes = json.loads(Path("rows.json").read_text(encoding="utf-8"))["from"]
     assert "islands at once on this machine" in notes[0]
-    assert notes[1].startswith("carrying a wire takes ")
+    assert notes[1].startswith("carrying takes CPU time: ")
     assert "measured between two islands on this machine, with the job's link settings" in notes[2]
     assert not Path("runs").exists(), "the steps were run in a folder that is gone"
 
