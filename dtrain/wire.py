@@ -80,7 +80,9 @@ class WireFormat:
         return int(out)
 
     def new(self, device: torch.device) -> Tensor:
-        """A wire to write into, its header in place; zeros, so that it can be a part of State."""
+        """A wire to write into, its header in place; zeros, so that it can be a part of State. On the meta device a length."""
+        if device.type == "meta":
+            return torch.empty(self.wire_bytes, dtype=torch.uint8, device=device)
         wire = torch.zeros(self.wire_bytes, dtype=torch.uint8)
         wire[:_CHECKED] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
         wire = wire.to(device)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
+from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_topology import topology
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
@@ -37,6 +38,7 @@ Start here:
   dtrain recipes                           the ways in which islands talk
   dtrain topology ring --islands 16        how quickly they come together
   dtrain check mine.py:row                 whether a method of your own keeps its promises
+  dtrain plan JOB.toml                     which of them suits your link and your machines
   dtrain profile JOB.toml                  where a step's time goes
   dtrain keys                              what a job file can say
 """
@@ -44,6 +46,7 @@ Start here:
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 app.command()(topology)
+app.command()(plan)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[

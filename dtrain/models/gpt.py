@@ -66,7 +66,10 @@ class GPT(nn.Module):
 
         The numbers come from the CPU whatever the model's device: a seed means the same weights everywhere. Projections back
         into the residual stream start at zero, so every block is the identity at first and depth does not change the scale.
+        On the meta device, where a model has shapes only, nothing is drawn.
         """
+        if self.head.weight.is_meta:
+            return
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):

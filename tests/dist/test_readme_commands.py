@@ -54,7 +54,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    known = {"run", "profile", "sim", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
+    known = {"run", "plan", "profile", "sim", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
     assert {words[1] for words in listed} == known
     (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
     dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
@@ -74,6 +74,7 @@ def test_every_command_of_the_readme_runs(
     assert said["check"].count("kept ") == 6
     assert [line.split()[0] for line in said["uncertainty"].splitlines()[1:-1]] == ["merged", "island0", "island1", "ensemble"]
     assert "a step takes" in said["profile"]
+    assert "2 islands: take " in said["plan"]
     assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
     assert "gossip_adam" in said["bench"]
     assert {line.split()[0] for line in said["bench recipes"].splitlines()} >= {"allreduce", "mine.py:row", "dpsgd", "choco"}

@@ -49,6 +49,16 @@ def test_each_backend_has_every_operation_with_the_references_signature(name: st
         assert [(p.name, p.default) for p in got.values()] == [(p.name, p.default) for p in want.values()], operation
 
 
+def test_on_the_meta_device_every_operation_does_nothing_whatever_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_KERNELS", "reference")
+    nothing = operations(torch.device("meta"))
+    for operation in OPERATIONS:
+        assert inspect.signature(getattr(nothing, operation)) == inspect.signature(getattr(backend("reference"), operation))
+    x = torch.ones(3)
+    nothing.scale([x], torch.zeros(1))
+    assert x.tolist() == [1, 1, 1]
+
+
 def test_kernels_are_compiled_once_and_that_is_said(tmp_path: Path) -> None:
     """In processes of their own, whose cache begins empty: the first says so and compiles, the second does neither. One kernel
     stands for all, which take half a minute."""

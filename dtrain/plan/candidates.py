@@ -1,0 +1,72 @@
+"""Which recipes could a job use? Every row of recipes.py, with the topologies and codecs that fit it and so many islands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from dtrain.recipes import RECIPES, Recipe, resolve
+
+CODECS = ("identity", "bf16", "int8:64", "int4:64")
+_MOST_COMPLETE = 16
+"""Islands up to which gossip with everyone is looked at: it keeps a wire of each of the others."""
+_LONGER = (4, 16)
+"""Times as many steps between two rounds, for links on which an outer loop's own are too few. Gossip's rounds are a part of how
+it is defined: less often, it is another method."""
+_MOST_EVERY = 500
+"""What DiLoCo was published with; more is known to cost quality."""
+_FEW_BITS = ("int4:64",)
+"""Codecs that lose so much of a pseudo-gradient that what they lost must go out with the next round."""
+
+
+def candidates(asked: Recipe, num_islands: int, *, per_host: int = 1) -> list[Recipe]:
+    """The recipe that the job asks for, first; then all others, each once."""
+    found = {_key(asked): asked}
+    for row in RECIPES.values():
+        for overrides in _variants(row, num_islands, per_host):
+            try:
+                recipe = resolve(row.name, overrides, num_islands)
+            except ValueError:  # the variant is for other numbers of islands: a hypercube, an alternating ring
+                continue
+            found.setdefault(_key(recipe), recipe)
+    return list(found.values())
+
+
+def _variants(row: Recipe, num_islands: int, per_host: int) -> Iterator[Mapping[str, object]]:
+    if row.payload == "none":
+        yield {}
+        return
+    for (topology, graph), codec, (every, delay) in product(_topologies(row, num_islands, per_host), _codecs(row), _times(row)):
+        feedback = True if row.payload == "pseudo_gradients" and codec in _FEW_BITS else row.error_feedback
+        axes = {"topology": topology, "graph": graph, "codec": codec, "every": every, "delay": delay}
+        yield axes | {"error_feedback": feedback and codec != "identity"}
+
+
+def _topologies(row: Recipe, num_islands: int, per_host: int) -> list[tuple[str, str | None]]:
+    own = (row.topology, row.graph)
+    if row.reduce != "neighbours":
+        return [own]
+    if row.combine == "push":
+        return [own, ("directed", "random_out:2")]
+    names = ["ring", "one_peer_exponential", "torus", "hypercube"]
+    names += ["complete"] if num_islands <= _MOST_COMPLETE else []
+    names += [f"alternating_exp_ring:{per_host}"] if per_host > 1 else []
+    return [own, *((name, None) for name in names if name != row.topology)]
+
+
+def _codecs(row: Recipe) -> list[str]:
+    return list(dict.fromkeys((row.codec, *CODECS)))
+
+
+def _times(row: Recipe) -> list[tuple[int, int | str]]:
+    """(every, delay): the row's own, and for an outer loop longer ones in proportion."""
+    if row.payload != "pseudo_gradients":
+        return [(row.every, row.delay)]
+    longer = [(row.every * k, row.delay_steps * k) for k in _LONGER if row.every * k <= _MOST_EVERY]
+    return [(row.every, row.delay), *longer]
+
+
+def _key(recipe: Recipe) -> tuple[object, ...]:
+    own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
+    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
+    return (recipe.name, recipe.topology, recipe.graph, recipe.codec, recipe.every, recipe.delay_steps, *own, *more)

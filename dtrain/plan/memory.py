@@ -1,0 +1,41 @@
+"""How much memory does a rank need? Weights, gradients, moments and what the recipe keeps are counted, activations estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtrain.plan.accelerators import Work
+from dtrain.plan.sent import Sent
+
+_KEPT_PER_LAYER = 17
+"""Activations of width C that a layer keeps for its backward pass, where attention keeps no matrix (Korthikanti et al. 2022,
+arXiv 2205.05198: 34 C bytes of two-byte numbers)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank."""
+
+    model: int
+    """fp32 weights, gradients and AdamW's moments, and AccumAdamW's sum where moments accumulate."""
+    sync: int
+    """State of the recipe and its wires under way, all of an island's: its ranks share it."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.model + self.sync + self.activations
+
+
+def memory(
+    sent: Sent, work: Work, *, vocab: int, number_bytes: int, accumulates: bool, num_ranks: int, micro_batches: int
+) -> Memory:
+    """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4."""
+    tokens = work.tokens // micro_batches
+    layers = tokens * work.layers * work.width * _KEPT_PER_LAYER * number_bytes
+    logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
+    return Memory(
+        model=work.parameters * (16 + (4 if accumulates else 0)),
+        sync=(sent.state_bytes + sent.wire_bytes) // num_ranks,
+        activations=layers + logits,
+    )

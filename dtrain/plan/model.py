@@ -1,0 +1,258 @@
+"""How long does a step take? The runtime model: one island's clock, its uplink, and what it waits for.
+
+All islands are alike and in step, so one stands for all: what it waits for left its peers when its own wires of the same phase
+left. With t the seconds of a step without exchange, and all times in seconds:
+    uplink:    a wire of b bytes that is posted at p has left at   f <- max(f, p) + 8 b / rate      (f: when the uplink is free);
+    phase:     its wires are there at   a = f + rtt / 2 + c,   c = phase_s + wires x wire_s + bytes x byte_s   (of threads);
+               a round of Q phases posts phase q + 1 where phase q is there, behind what else the uplink has taken on meanwhile;
+    step k:    clock <- clock + t;
+               a round that started after step k - delay is waited for:   clock <- clock + E max(0, a - clock + s M)
+               (s M: the last of the islands that the round brings together is late, see lateness.py; s = jitter sqrt(steps
+               since they last met));
+               gradients, where the method has them: posted and waited for here;
+               then rounds that start after step k:   clock <- clock + encoding,   and they fly.
+With one phase that is the familiar   max(0, rtt / 2 + 8 b / rate - delay t)   a round. Wires to islands on the same host take
+another uplink, with a rate of its own.
+
+Where islands compute on the cores that also carry their wires, the carrying is not free although it is hidden: its CPU time, and
+that of decoding in the background, is added to the step, times ``crowd``, the threads that share a core."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.plan.lateness import expected_wait_s
+from dtrain.plan.sent import Exchange, Flown, Phase, Sent
+
+
+@dataclass(frozen=True, slots=True)
+class Island:
+    """What computes."""
+
+    step_s: float
+    """A step without exchange, with all islands of its machine at work."""
+    jitter_s: float
+    """Standard deviation of it, of what is an island's own."""
+    memory_bytes_per_s: float
+    """At which encoding, decoding and landing move bytes."""
+    phase_s: float = 0.0
+    wire_s: float = 0.0
+    wire_s_per_byte: float = 0.0
+    """CPU time of carrying: of each phase of a flight, of each wire that it posts, and of each of their bytes."""
+    crowd: float = 0.0
+    """Threads that share a core with what carries the wires; 0 where that has cores of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """Between islands of different hosts, and of the same one. None: no limit."""
+
+    far_bits_per_s: float | None
+    rtt_s: float
+    near_bits_per_s: float | None = None
+    near_rtt_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """A recipe's rounds in time."""
+
+    every: int
+    delay_steps: int
+    fragments: int = 1
+
+    def starts(self, step: int, fragment: int) -> bool:
+        return step % self.every == fragment * self.every // self.fragments
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Means of an island's steps, all in seconds."""
+
+    step_s: float
+    link_s: float
+    """Waited for bytes."""
+    late_s: float
+    """Waited for islands that were slower by chance."""
+    work_s: float
+    """Encoding, landing, and what carrying and decoding take from the cores."""
+
+    @property
+    def waits(self) -> float:
+        """The part of a step in which nothing is computed."""
+        return (self.link_s + self.late_s) / self.step_s
+
+
+def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTime:
+    """Follow one island until every round of the topology's period has been done, after two periods of rounds to settle."""
+    run = _Run(sent, when, island, link)
+    before = max(2 * when.every, when.delay_steps + 1)
+    for step in range(1, before + 1):
+        run.step(step)
+    run.begin_count()
+    counted = when.every * len(sent.period)
+    for step in range(before + 1, before + counted + 1):
+        run.step(step)
+    return run.mean(counted)
+
+
+class _Flight:
+    def __init__(self, flown: Flown, ready_s: float) -> None:
+        self.flown = flown
+        self.posted_s = ready_s
+        self.done_s: float | None = None if flown.phases else ready_s
+
+    def background_bytes(self) -> int:
+        """Moved by the thread that resumes the flight, between its first wires and its landing."""
+        return sum(p.work_bytes for p in self.flown.phases[1:])
+
+
+class _Uplinks:
+    """Wires leave in the order in which they are posted, far ones and near ones each by a link of their own."""
+
+    def __init__(self, island: Island, link: LinkSpeed) -> None:
+        self._island, self._link = island, link
+        self._far_s = self._near_s = 0.0
+        self._posts: list[tuple[float, int, int, _Flight]] = []
+        self._count = 0
+
+    def post(self, flight: _Flight, at_s: float, phase: int = 0) -> None:
+        if flight.flown.phases:
+            self._count += 1
+            heapq.heappush(self._posts, (at_s, self._count, phase, flight))
+
+    def until(self, at_s: float) -> None:
+        """Let go what is posted before then; later posts may still come."""
+        while self._posts and self._posts[0][0] <= at_s:
+            self._one()
+
+    def finish(self, flights: Sequence[_Flight]) -> float:
+        """When the last of them is here."""
+        while any(f.done_s is None for f in flights):
+            self._one()
+        return max(f.done_s for f in flights if f.done_s is not None)
+
+    def _one(self) -> None:
+        at_s, _, k, flight = heapq.heappop(self._posts)
+        phase = flight.flown.phases[k]
+        here_s = self._carried(phase, at_s + (self.work_s(phase.work_bytes) if k else 0.0))
+        if k + 1 < len(flight.flown.phases):
+            self.post(flight, here_s, k + 1)
+        else:
+            flight.done_s = here_s
+
+    def _carried(self, phase: Phase, at_s: float) -> float:
+        here_s = at_s
+        if phase.far_bytes:
+            self._far_s = max(self._far_s, at_s) + _seconds(phase.far_bytes, self._link.far_bits_per_s)
+            here_s = max(here_s, self._far_s + self._link.rtt_s / 2)
+        if phase.near_bytes:
+            self._near_s = max(self._near_s, at_s) + _seconds(phase.near_bytes, self._link.near_bits_per_s)
+            here_s = max(here_s, self._near_s + self._link.near_rtt_s / 2)
+        return here_s + carry_s(phase, self._island)
+
+    def work_s(self, moved_bytes: int) -> float:
+        return moved_bytes / self._island.memory_bytes_per_s * max(1.0, self._island.crowd)
+
+
+def carry_s(phase: Phase, island: Island) -> float:
+    """CPU seconds for the wires of a phase to leave and for those of the peers to come, in wall time."""
+    own_s = island.phase_s + phase.wires * island.wire_s + (phase.far_bytes + phase.near_bytes) * island.wire_s_per_byte
+    return own_s * max(1.0, island.crowd)
+
+
+def _seconds(num_bytes: int, bits_per_s: float | None) -> float:
+    return 0.0 if bits_per_s is None else num_bytes * 8 / bits_per_s
+
+
+class _Run:
+    def __init__(self, sent: Sent, when: When, island: Island, link: LinkSpeed) -> None:
+        self._sent, self._when, self._island = sent, when, island
+        self._uplinks = _Uplinks(island, link)
+        self._clock_s = self._link_s = self._late_s = self._work_s = 0.0
+        self._from = (0.0, 0.0, 0.0, 0.0)
+        self._round = [0] * when.fragments
+        self._flying: dict[int, list[_Flight]] = {}
+        """Landing step -> flights."""
+        self._apart = 0
+        """Steps since the islands last met."""
+
+    def begin_count(self) -> None:
+        self._from = (self._clock_s, self._link_s, self._late_s, self._work_s)
+
+    def mean(self, steps: int) -> StepTime:
+        now = (self._clock_s, self._link_s, self._late_s, self._work_s)
+        step_s, link_s, late_s, work_s = ((b - a) / steps for a, b in zip(self._from, now, strict=True))
+        return StepTime(step_s, link_s, late_s, work_s)
+
+    def step(self, step: int) -> None:
+        when = self._when
+        self._clock_s += self._island.step_s
+        self._apart += 1
+        exchange = self._exchange(0)
+        if when.delay_steps:
+            self._land(step, late=not exchange.gradients)
+        if exchange.gradients:
+            flights = self._start(exchange.gradients)
+            self._wait(flights, late=True)
+            self._work(sum(f.flown.landing_bytes for f in flights))
+            if not exchange.rounds:
+                self._round[0] += 1
+        starting = [p for p in range(when.fragments) if when.starts(step, p)]
+        for fragment in starting:
+            flown = [f for f in self._exchange(fragment).rounds if f.fragment == fragment]
+            self._flying.setdefault(step + when.delay_steps, []).extend(self._start(flown))
+            self._round[fragment] += 1
+        if not when.delay_steps:
+            self._land(step, late=not exchange.gradients)
+
+    def _exchange(self, fragment: int) -> Exchange:
+        return self._sent.period[self._round[fragment] % len(self._sent.period)]
+
+    def _start(self, flown: Sequence[Flown]) -> list[_Flight]:
+        """Buckets are encoded one after another, and each is posted as soon as it is."""
+        flights = []
+        for f in flown:
+            self._work(f.phases[0].work_bytes if f.phases else 0)
+            flights.append(_Flight(f, self._clock_s))
+            self._uplinks.until(self._clock_s)
+            self._uplinks.post(flights[-1], self._clock_s)
+        return flights
+
+    def _land(self, step: int, *, late: bool) -> None:
+        flights = self._flying.pop(step, [])
+        if flights:
+            self._wait(flights, late=late)
+            self._work(sum(f.flown.landing_bytes for f in flights))
+
+    def _wait(self, flights: Sequence[_Flight], *, late: bool) -> None:
+        done_s = self._uplinks.finish(flights)
+        self._clock_s += self._stolen_s(flights, done_s)
+        excess_s = done_s - self._clock_s
+        jitter_s = self._island.jitter_s * math.sqrt(self._apart) if late else 0.0
+        waited_s = expected_wait_s(excess_s, jitter_s, self._sent.group)
+        self._apart = 0 if late else self._apart
+        self._link_s += max(0.0, excess_s)
+        self._late_s += max(0.0, waited_s - max(0.0, excess_s))
+        self._clock_s += waited_s
+
+    def _stolen_s(self, flights: Sequence[_Flight], done_s: float) -> float:
+        """What carrying took from the compute that it hid behind: of a flight that was waited for, only its hidden part."""
+        if not self._island.crowd:
+            return 0.0
+        stolen_s = 0.0
+        for f in flights:
+            flew_s = done_s - f.posted_s
+            hidden = min(1.0, (self._clock_s - f.posted_s) / flew_s) if flew_s > 0 else 0.0
+            carried_s = sum(carry_s(p, self._island) for p in f.flown.phases)
+            stolen_s += hidden * (carried_s + self._uplinks.work_s(f.background_bytes()))
+        self._work_s += stolen_s
+        return stolen_s
+
+    def _work(self, moved_bytes: int) -> None:
+        seconds = self._uplinks.work_s(moved_bytes)
+        self._work_s += seconds
+        self._clock_s += seconds

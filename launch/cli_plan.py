@@ -1,0 +1,123 @@
+"""What can a person type after ``dtrain plan``?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from dtrain.launch.tables import table
+
+MOST_ISLANDS = 1000
+HEADER = ["recipe", "topology", "codec", "every/delay", "step ms", "waits", "MB a step", "memory", "tokens/s", "lambda2"]
+
+
+def plan(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value ...]", help="keys that differ from the file", show_default=False),
+    ] = None,
+    islands: Annotated[
+        str | None, typer.Option("--islands", metavar="N,N,...", help="how many; left out: the job's", show_default=False)
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option("--link", help='an island\'s uplink, "100mbit"; left out: measured', show_default=False)
+    ] = None,
+    rtt: Annotated[str | None, typer.Option("--rtt", help='"40ms"; left out: measured', show_default=False)] = None,
+    step_time: Annotated[
+        str | None, typer.Option("--step-time", help='a step without exchange, "30ms"; left out: measured', show_default=False)
+    ] = None,
+    jitter: Annotated[str | None, typer.Option("--jitter", help="standard deviation of a step", show_default=False)] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help='reckon a step for a GPU, "h100"', show_default=False)
+    ] = None,
+    mfu: Annotated[float, typer.Option("--mfu", help="of the GPU's FLOP/s that a step reaches", min=0.01, max=1.0)] = 0.4,
+    near: Annotated[
+        str | None, typer.Option("--near", help="rate between islands of one host", show_default=False)
+    ] = None,
+    per_host: Annotated[int, typer.Option("--per-host", help="islands a host", min=1)] = 1,
+    show_all: Annotated[bool, typer.Option("--all", help="every variant, not the best of each recipe")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write every variant there", show_default=False)
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="write the recommended recipe into JOB.toml")] = False,
+) -> None:
+    """Predict what each recipe would cost this job, and recommend one.
+
+    Measures a step and the link for some seconds, unless they are said: for links and
+    GPUs that you have not got, say them.
+
+    Example: dtrain plan JOB.toml --link 100mbit --rtt 40ms --gpu h100 --islands 2,64
+    """
+    from dtrain import units
+    from dtrain.launch.checks import read_job
+    from dtrain.launch.plan_job import Said, setting_of
+    from dtrain.launch.plan_rows import as_sentences, planned, table_rows, write_json
+    from dtrain.plan.write import answers
+    from dtrain.plan.write import write as write_answers
+
+    said = Said(
+        step_s=None if step_time is None else _positive("--step-time", units.seconds(step_time)),
+        jitter_s=None if jitter is None else units.seconds(jitter),
+        bits_per_s=_rate("--link", link),
+        rtt_s=None if rtt is None else units.seconds(rtt),
+        near_bits_per_s=_rate("--near", near),
+        per_host=per_host,
+        gpu=gpu,
+        mfu=mfu,
+    )
+    if gpu is not None and step_time is not None:
+        raise ValueError("--gpu and --step-time both say how long a step takes; give one of them")
+    if near is not None and per_host == 1:
+        raise ValueError("--near is the rate between islands of one host: say how many there are with --per-host")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first, or name another")
+    job = read_job(job_file, overrides or ())
+    sizes = _sizes(islands, job.islands.count)
+    if write and len(sizes) > 1:
+        raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
+    console = Console()
+    setting, notes = setting_of(job_file, overrides or (), job, said, console)
+    plans = [planned(setting, job, size) for size in sizes]
+    for one in plans:
+        console.print(Text(f"\n{one.num_islands} islands"), soft_wrap=True)
+        console.print(table(HEADER, table_rows(one, show_all=show_all)))
+    console.print()
+    for line in (*notes, *(sentence for one in plans for sentence in as_sentences(one))):
+        console.print(Text(line), soft_wrap=True)
+    if json_file is not None:
+        write_json(json_file, plans, notes)
+        console.print(Text(f"written: {json_file}"), soft_wrap=True)
+    if write:
+        write_answers(job_file, answers(plans[0].chosen.recipe))
+        console.print(Text(f"written into [sync] of {job_file}: dtrain run {job_file}"), soft_wrap=True)
+
+
+def _positive(option: str, value: float) -> float:
+    if value <= 0:
+        raise ValueError(f'{option} 0: a step takes some time; write "30ms"')
+    return value
+
+
+def _rate(option: str, text: str | None) -> float | None:
+    from dtrain import units
+
+    if text is None:
+        return None
+    rate = units.bits_per_s(text)
+    if rate is None:
+        raise ValueError(f'{option} {text}: name a rate, as "100mbit"; leave {option} out where there is no limit')
+    return rate
+
+
+def _sizes(text: str | None, own: int) -> list[int]:
+    if text is None:
+        return [own]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 2 <= int(part) <= MOST_ISLANDS for part in parts):
+        raise ValueError(f"--islands {text}: write numbers from 2 to {MOST_ISLANDS} with commas between, as 2,8,64")
+    return [int(part) for part in parts]

@@ -1,0 +1,185 @@
+"""What is a job planned with? Its model's shapes, how long its step takes, and what its link gives: measured here, or said."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+
+from dtrain import metrics, units
+from dtrain.config import Job
+from dtrain.connect import settings_of
+from dtrain.data.corpus import load_corpus
+from dtrain.launch.local import run_local
+from dtrain.launch.run_folder import Choice, open_run
+from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.plan import accelerators
+from dtrain.plan.accelerators import Work
+from dtrain.plan.model import Island, LinkSpeed
+from dtrain.plan.plans import Setting
+from dtrain.plan.sent import Shapes
+
+_WARM_STEPS, _STEPS = 10, 40
+_QUIET = ("train.checkpoint_every=0", "train.eval_every=0", "train.consensus_every=0", "islands.max_restarts=0")
+JITTER = 0.02
+"""Standard deviation of a step that was not measured, as a part of it."""
+_ASSUMED_MEMORY_BYTES_PER_S = 4e9
+"""What one CPU core encodes int8 with; a step that was said may be any machine's."""
+_SPREAD = 1.4826
+"""Standard deviation of a normal distribution, in median absolute deviations: steps that the system disturbed do not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the command line says; None is measured, or taken from the job."""
+
+    step_s: float | None = None
+    jitter_s: float | None = None
+    bits_per_s: float | None = None
+    rtt_s: float | None = None
+    near_bits_per_s: float | None = None
+    per_host: int = 1
+    gpu: str | None = None
+    mfu: float = accelerators.MFU
+
+
+def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, console: Console) -> tuple[Setting, list[str]]:
+    """The setting, and a line for each of the things that it was made of."""
+    notes: list[str] = []
+    model, vocab = _model(job)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    work = _work(job, shapes)
+    step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
+    link = _link(job, said, notes)
+    setting = Setting(
+        shapes=shapes,
+        work=work,
+        vocab=vocab,
+        tokens_per_step=job.train.batch * job.model.context,
+        num_ranks=job.islands.ranks,
+        micro_batches=job.train.accumulate,
+        moments_every=job.train.moments_every,
+        number_bytes=2 if job.train.precision == "bf16" or said.gpu else 4,
+        per_host=said.per_host,
+        seed=job.job.seed,
+        link=link,
+        island=lambda codec: replace(island(codec), step_s=step_s, jitter_s=jitter_s),
+    )
+    return setting, notes
+
+
+def _model(job: Job) -> tuple[GPT, int]:
+    m, vocab = job.model, load_corpus(job.data.source).vocab
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context)), vocab
+
+
+def _work(job: Job, shapes: Shapes) -> Work:
+    m = job.model
+    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    total = sum(numels.values())
+    tokens = job.train.batch * m.context // job.islands.ranks
+    return Work(tokens, total, total - numels["embedding.weight"], m.layers, m.width, m.context)
+
+
+def _computes(
+    job_file: Path, overrides: Sequence[str], job: Job, said: Said, work: Work, console: Console, notes: list[str]
+) -> tuple[float, float, Callable[[str], Island]]:
+    """Seconds of a step, their standard deviation, and what a codec costs."""
+    if said.gpu is not None:
+        gpu = accelerators.accelerator(said.gpu)
+        step_s = accelerators.step_s(work, gpu, said.mfu)
+        notes.append(
+            f"a step takes {step_s * 1e3:.3g} ms, not measured: {said.gpu} at {said.mfu:.0%} of {gpu.flop_per_s / 1e12:.4g} "
+            f"TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
+        )
+        rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
+        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
+    if said.step_s is not None:
+        notes.append(f"a step takes {said.step_s * 1e3:.3g} ms, as was said, and carrying wires takes nothing from it")
+        step_s = said.step_s
+        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, _ASSUMED_MEMORY_BYTES_PER_S)
+    from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
+
+    times = measure_steps(job_file, overrides, console)
+    step_s = median(times)
+    spread_s = _SPREAD * median(abs(t - step_s) for t in times)
+    crowd = _crowd(job)
+    shared = crowd > 1
+    jitter_s = said.jitter_s if said.jitter_s is not None else 0.0 if shared else spread_s
+    notes.append(
+        f"a step takes {step_s * 1e3:.3g} ms, {spread_s * 1e3:.2g} ms more or less: the median of {len(times)}, of "
+        f"{job.islands.count} islands at once on this machine"
+        + (", which share its cores: what one loses another gains, so none is late by chance" if shared else "")
+    )
+    carrying = probe_carrying()
+    phase_ms, wire_ms, megabyte_ms = carrying.phase_s * 1e3, carrying.wire_s * 1e3, carrying.wire_s_per_byte * 1e9
+    notes.append(
+        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a megabyte, "
+        "measured between islands of one process"
+    )
+    return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), *carrying, crowd)
+
+
+def _jitter(said: Said, step_s: float) -> float:
+    return said.jitter_s if said.jitter_s is not None else JITTER * step_s
+
+
+def _crowd(job: Job) -> float:
+    """Threads that compute, a core; 0 where a GPU does and the cores are free for what is carried."""
+    from dtrain.train import cpu_threads
+
+    if torch.cuda.is_available():
+        return 0.0
+    threads = job.islands.count * job.islands.ranks * cpu_threads(job)
+    cores = len(os.sched_getaffinity(0))
+    return threads / cores if threads >= cores else 0.0
+
+
+def _link(job: Job, said: Said, notes: list[str]) -> LinkSpeed:
+    near = said.near_bits_per_s
+    if said.bits_per_s is not None:
+        rtt_s = said.rtt_s if said.rtt_s is not None else units.seconds(job.link.rtt)
+        found = LinkSpeed(said.bits_per_s, rtt_s)
+        rate = f"{said.bits_per_s / 1e6:g} Mbit/s an island"
+        notes.append(f"the link carries {rate}, {rtt_s * 1e3:g} ms there and back, as was said")
+    else:
+        from dtrain.plan.probe import probe_link
+
+        found = probe_link(settings_of(job.link))
+        assert found.far_bits_per_s is not None
+        notes.append(
+            f"the link carries {found.far_bits_per_s / 1e6:.4g} Mbit/s an island, {found.rtt_s * 1e3:.3g} ms there and back: "
+            "measured between two islands on this machine, with the job's link settings"
+        )
+        if said.rtt_s is not None:
+            found = replace(found, rtt_s=said.rtt_s)
+    if near is not None:
+        notes.append(f"{said.per_host} islands a host have {near / 1e6:g} Mbit/s among them")
+        return replace(found, near_bits_per_s=near)
+    return replace(found, near_bits_per_s=found.far_bits_per_s, near_rtt_s=found.rtt_s)
+
+
+def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) -> list[float]:
+    """Seconds of the job's steps when its islands compute at once, as in a run, and never talk."""
+    with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as folder:
+        other = [text for text in overrides if not text.startswith("sync.")]
+        changes = [*other, "sync.recipe=local", f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
+        with open_run(job_file, changes, Choice()) as opened:
+            outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console)
+            if outcome.exit_status:
+                raise ValueError(f"the job's steps could not be measured: {outcome.message}")
+            lines = metrics.newest(metrics.read(opened.run / "metrics.jsonl"))
+    ended: dict[int, list[float]] = {}
+    for line in lines:
+        if line["step"] >= _WARM_STEPS:
+            ended.setdefault(line["island"], []).append(line["time_s"])
+    return [b - a for times in ended.values() for a, b in pairwise(sorted(times))]
+

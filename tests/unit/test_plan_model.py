@@ -1,0 +1,133 @@
+"""Is the runtime model what its equations say? Steps by hand, and the lateness of several against draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dtrain.plan.lateness import expected_max, expected_wait_s
+from dtrain.plan.model import Island, LinkSpeed, When, step_time
+from dtrain.plan.sent import Exchange, Flown, Phase, Sent
+
+T = 0.1
+QUIET = Island(step_s=T, jitter_s=0.0, memory_bytes_per_s=1e9)
+LINK = LinkSpeed(far_bits_per_s=8e6, rtt_s=0.04)
+"""A megabyte a second; 20 ms one way."""
+
+
+def flown(*megabytes: float, fragment: int = 0, near: float = 0.0, work: int = 0, wires: int = 1) -> Flown:
+    """A flight that posts so much in each phase."""
+    near_bytes = round(near * 1e6)
+    return Flown(fragment, tuple(Phase(work, round(m * 1e6), near_bytes, wires, 0) for m in megabytes), work)
+
+
+def of(*rounds: Exchange, group: float = 2.0) -> Sent:
+    return Sent(rounds, mean_round_bytes=0, state_bytes=0, wire_bytes=0, group=group)
+
+
+def rounds(*flights: Flown) -> Exchange:
+    return Exchange((), flights)
+
+
+@pytest.mark.parametrize(
+    ("flights", "when", "per_step_s"),
+    [
+        # One phase: 0.05 s to leave, 0.02 s on the way. Waited for, hidden, hidden in part, and behind two buckets in one uplink.
+        ((flown(0.05),), When(1, 0), T + 0.07),
+        ((flown(0.05),), When(1, 1), T),
+        ((flown(0.15),), When(1, 1), T + (0.17 - T)),
+        ((flown(0.05), flown(0.05)), When(1, 0), T + 0.12),
+        # A round every 4 steps: what is waited for is shared by 4; two steps hide 0.2 s of 0.52.
+        ((flown(0.5),), When(4, 0), T + 0.52 / 4),
+        ((flown(0.5),), When(4, 2), T + (0.52 - 2 * T) / 4),
+        # Three phases: each leaves, then flies.
+        ((flown(0.01, 0.02, 0.03),), When(1, 0), T + 0.06 + 3 * 0.02),
+        # Two buckets of two phases: the second phase of the first bucket is posted at 0.03, when it is here, behind the second
+        # bucket's first, which left at 0.02; it has left at 0.04, the other's, posted at 0.04, at 0.05, and is there at 0.07.
+        ((flown(0.01, 0.01), flown(0.01, 0.01)), When(1, 0), T + 0.07),
+        # Two fragments in turn, each every 2 steps and landing after one: each is hidden but for 0.12 - T.
+        ((flown(0.1), flown(0.1, fragment=1)), When(2, 1, 2), T + 0.02),
+        # Nothing is posted by an island that sits out.
+        ((Flown(0, (), 0),), When(1, 0), T),
+    ],
+)
+def test_steps_by_hand(flights: tuple[Flown, ...], when: When, per_step_s: float) -> None:
+    found = step_time(of(rounds(*flights)), when, QUIET, LINK)
+    assert found.step_s == pytest.approx(per_step_s, rel=1e-9)
+    assert found.link_s == pytest.approx(per_step_s - T, abs=1e-9)
+    assert found.waits == pytest.approx(1 - T / per_step_s, abs=1e-9)
+
+
+def test_a_round_that_flies_longer_than_its_period_is_bound_by_the_link() -> None:
+    """0.62 s a round every 2 steps of 0.1 s, a period late: the link is never idle but for the way."""
+    found = step_time(of(rounds(flown(0.6))), When(2, 2), QUIET, LINK)
+    assert found.step_s == pytest.approx(0.62 / 2)
+
+
+def test_gradients_are_waited_for_each_step_and_parameters_fly_behind_them() -> None:
+    """The parameters, posted at the step's end, leave in 0.05 s, and gradients at its end a step later in 0.01 s: 0.03 s are
+    waited for, the parameters for nothing."""
+    both = Exchange((flown(0.01),), (flown(0.05),))
+    assert step_time(of(both), When(1, 1), QUIET, LINK).step_s == pytest.approx(T + 0.03)
+    # 0.3 s of parameters are waited for first, 0.32 - T; only then the gradients are posted.
+    both = Exchange((flown(0.01),), (flown(0.3),))
+    assert step_time(of(both), When(1, 1), QUIET, LINK).step_s == pytest.approx(0.32 + 0.03)
+
+
+def test_rounds_of_a_period_take_turns_and_near_wires_have_their_own_link() -> None:
+    """Far 0.05 + 0.02 s; near 0.1 MB at ten times the rate, 0.01 s, and nothing on the way."""
+    far, near = rounds(flown(0.05)), rounds(flown(0.0, near=0.1))
+    link = LinkSpeed(8e6, 0.04, near_bits_per_s=8e7)
+    assert step_time(of(far, near), When(1, 0), QUIET, link).step_s == pytest.approx(T + (0.07 + 0.01) / 2)
+    assert step_time(of(far, near), When(1, 0), QUIET, LinkSpeed(None, 0.04)).step_s == pytest.approx(T + 0.02 / 2)
+
+
+def test_encoding_is_never_hidden_and_carrying_is_not_where_cores_are_shared() -> None:
+    """1 MB encoded and 1 MB landed at 1 GB/s: 2 ms. Carrying a wire of 0.01 MB takes 0.6 + 0.4 + 0.1 ms, twice that of a core
+    shared by two; all is hidden in time, and none of it in work. Encoding too takes twice as long there."""
+    one = of(rounds(flown(0.01, work=1_000_000)))
+    assert step_time(one, When(1, 1), QUIET, LINK).step_s == pytest.approx(T + 0.002)
+    crowded = Island(T, 0.0, 1e9, phase_s=6e-4, wire_s=4e-4, wire_s_per_byte=1e-8, crowd=2.0)
+    found = step_time(one, When(1, 1), crowded, LINK)
+    assert found.step_s == pytest.approx(T + 2 * 0.002 + 2 * 0.0011)
+    assert found.work_s == pytest.approx(2 * 0.002 + 2 * 0.0011)
+    # Waited for, carrying is a part of the flight, and counted once.
+    assert step_time(one, When(1, 0), crowded, LINK).step_s == pytest.approx(T + 2 * 0.002 + 0.03 + 2 * 0.0011)
+
+
+def test_a_barrier_waits_for_the_slowest_and_gossip_only_for_its_peers() -> None:
+    """Of two: sigma / sqrt(pi); of n: sigma E max, each step; over H steps sigma sqrt(H), once."""
+    island = Island(T, 0.01, 1e9)
+    free = LinkSpeed(None, 0.0)
+    pair = step_time(of(rounds(flown(0.05)), group=2), When(1, 0), island, free)
+    assert pair.late_s == pytest.approx(0.01 / math.sqrt(math.pi), rel=1e-4)
+    many = step_time(of(rounds(flown(0.05)), group=1000), When(1, 0), island, free)
+    assert many.late_s == pytest.approx(0.01 * expected_max(1000))
+    seldom = step_time(of(rounds(flown(0.05)), group=2), When(16, 0), island, free)
+    assert seldom.late_s == pytest.approx(pair.late_s * 4 / 16)
+    assert step_time(of(rounds(flown(0.05)), group=1000), When(1, 1), island, free).late_s < 1e-9, "0.1 s hide ten sigma"
+
+
+@pytest.mark.parametrize(("group", "value"), [(1, 0.0), (2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi))])
+def test_the_largest_of_a_few_normals_is_known(group: int, value: float) -> None:
+    """David and Nagaraja, Order Statistics, 3.2: 0, pi^-1/2, 1.5 pi^-1/2."""
+    assert expected_max(group) == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("group", [2, 5, 64, 1000])
+@pytest.mark.parametrize("excess", [-1.5, -0.3, 0.0, 0.7])
+def test_waiting_for_the_last_is_what_draws_say(group: int, excess: float) -> None:
+    """Of 40,000 island-rounds at least; the bound is 5 standard errors of their mean, by the means of whole rounds, which are
+    independent, and the grid's 1e-5."""
+    draw = np.random.default_rng(group).standard_normal((max(400, 40_000 // group), group))
+    waits = np.maximum(0.0, excess + 2.0 * (draw.max(axis=1, keepdims=True) - draw)).mean(axis=1)
+    error = waits.std(ddof=1) / math.sqrt(len(waits))
+    assert expected_wait_s(excess, 2.0, group) == pytest.approx(waits.mean(), abs=5 * error + 2e-5)
+
+
+def test_without_jitter_or_company_only_the_link_is_waited_for() -> None:
+    assert expected_wait_s(-1.0, 0.0, 8) == 0.0
+    assert expected_wait_s(0.5, 0.0, 8) == 0.5
+    assert expected_wait_s(0.5, 1.0, 1) == 0.5

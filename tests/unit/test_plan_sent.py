@@ -1,0 +1,146 @@
+"""Does the planner count exactly the bytes that islands really send? Beside islands that train, for every recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.connect import Connection
+from dtrain.engine import join
+from dtrain.optim import AccumAdamW
+from dtrain.plan.sent import Sent, sent
+from dtrain.recipes import RECIPES, Recipe, resolve
+from tests.islands import run_islands
+
+ISLANDS = 4
+SHAPES = {"left": (37, 11), "right": (130,), "last": (4100,)}
+BUCKET_BYTES = 8192
+"""Three buckets, none of which ends with a tensor."""
+
+OVERRIDES: list[tuple[str, dict[str, object]]] = [
+    *((name, {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}) for name, row in RECIPES.items()),
+    ("allreduce", {"reduce": "gather"}),
+    ("choco", {"codec": "topk:64/4096:2"}),
+    ("dpsgd", {"codec": "int4:64:stochastic"}),
+    ("dpsgd", {"topology": "complete", "reduce": "all_to_all", "codec": "sign:64"}),
+    ("dpsgd", {"topology": "star"}),
+    ("dpsgd", {"topology": "coloured", "graph": "path"}),
+    ("dpsgd", {"topology": "alternating_exp_ring:2"}),
+    ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
+    ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
+]
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            setattr(self, name, nn.Parameter(torch.ones(shape)))
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([p.square().sum() for p in self.parameters()]).sum()
+
+
+def trained_bytes(recipe: str, overrides: dict[str, object], steps: int) -> list[int]:
+    """What each island sent in rounds, by its own count."""
+
+    def island(connection: Connection) -> int:
+        model = _Model()
+        every = resolve(recipe, {}, ISLANDS).moments_every or 1
+        optimizer = AccumAdamW(model.parameters(), lr=1e-3, every=every)
+        axes: dict[str, object] = {**overrides, "bucket_bytes": BUCKET_BYTES}
+        with join(model, optimizer, recipe=recipe, link=connection, **axes) as sync:  # pyright: ignore[reportArgumentType]
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model().backward()
+                optimizer.step()
+            sync.settle()
+            return sync.stats().wire_bytes_sent
+
+    return run_islands(ISLANDS, island, timeout_s=60)
+
+
+def counted(recipe: str, overrides: dict[str, object]) -> tuple[Recipe, Sent]:
+    row = resolve(recipe, {**overrides, "bucket_bytes": BUCKET_BYTES}, ISLANDS)
+    return row, sent(row, SHAPES, ISLANDS)
+
+
+ROUNDS = 4
+"""As many as hold every round of any period here equally often."""
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), OVERRIDES)
+def test_bytes_are_those_that_islands_count(recipe: str, overrides: dict[str, object]) -> None:
+    row, found = counted(recipe, overrides)
+    each = trained_bytes(recipe, overrides, row.every * ROUNDS)
+    assert sum(each) == found.mean_round_bytes * ROUNDS * ISLANDS
+    assert max(each) == sum(e.sent_bytes for e in found.period) / len(found.period) * ROUNDS, "the busiest island"
+
+
+def test_a_row_of_ones_own_needs_no_rule(tmp_path: Path) -> None:
+    """It posts half of its bucket, and the rest a phase later."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from dtrain.algorithm import Algorithm\n"
+        "from dtrain.recipes import Recipe\n"
+        "def method(recipe, mixing):\n"
+        "    def bind(layout, peers):\n"
+        "        def send(b, state, link):\n"
+        "            half = b.x.numel() // 2\n"
+        "            for part in (b.x[:half], b.x[half:]):\n"
+        "                for peer in link.row.sends: link.post(peer, part.clone().view(torch.uint8))\n"
+        "                for peer, _ in link.row.recvs: link.expect(peer, 4 * part.numel())\n"
+        "                yield\n"
+        "                for peer, _ in link.row.recvs: assert float(link.received(peer).float().sum()) >= 0\n"
+        "        return Algorithm(lambda b: {'kept': torch.zeros(3)}, send, lambda b, state: None)\n"
+        "    return bind\n"
+        "row = Recipe('mine', 's', 'p', 'own', 'parameters', every=2, reduce='neighbours', topology='ring', combine='gossip', "
+        "method=method)\n"
+    )
+    row, found = counted(f"{tmp_path}/mine.py:row", {})
+    numel = 37 * 11 + 130 + 4100
+    assert found.mean_round_bytes == 2 * 4 * numel
+    assert found.state_bytes == 3 * 12
+    assert [len(f.phases) for f in found.period[0].rounds] == [2, 2, 2]
+    assert sum(trained_bytes(f"{tmp_path}/mine.py:row", {}, 3 * row.every)) == 3 * ISLANDS * found.mean_round_bytes
+
+
+def test_state_is_what_a_checkpoint_holds_of_a_round() -> None:
+    """CHOCO on a ring: x_hat and s in fp32, one's own wire and two that came, two weights of 8 bytes a bucket."""
+    _, found = counted("choco", {"codec": "int8:64"})
+    numel = 37 * 11 + 130 + 4100
+    runs = found.period[0].rounds
+    wire = sum(f.phases[0].far_bytes // 2 for f in runs)
+    assert found.state_bytes == 8 * numel + 3 * wire + 16 * len(runs)
+
+
+def test_islands_of_one_host_are_near() -> None:
+    """alternating_exp_ring:2 of four islands: two rounds, one with the host's other island, one with the three others, of whom
+    one shares the host."""
+    row = resolve("dpsgd", {"topology": "alternating_exp_ring:2", "bucket_bytes": BUCKET_BYTES}, ISLANDS)
+    found = sent(row, SHAPES, ISLANDS, per_host=2)
+    near = [sum(p.near_bytes for f in e.rounds for p in f.phases) for e in found.period]
+    far = [sum(p.far_bytes for f in e.rounds for p in f.phases) for e in found.period]
+    wire = near[0]
+    assert sorted(far) == [0, 2 * wire]
+    assert near == [wire, wire]
+
+
+@pytest.mark.parametrize(("name", "group"), [("dpsgd", 2.0), ("choco", 3.0), ("allreduce", 64.0), ("local", 1.0)])
+def test_one_island_of_each_kind_stands_for_many(name: str, group: float) -> None:
+    row = resolve(name, {}, 64)
+    found = sent(row, SHAPES, 64)
+    assert found.group == group
+    if name == "dpsgd":
+        assert found.mean_round_bytes == sent(row, SHAPES, 4).mean_round_bytes, "one peer, however many there are"
+
+
+def test_of_a_star_the_hub_is_the_one_that_is_followed() -> None:
+    """Of n islands it sends n - 1 wires, and each of the others one: 2 (n - 1) / n on average."""
+    row = resolve("dpsgd", {"topology": "star", "bucket_bytes": BUCKET_BYTES}, 16)
+    found = sent(row, SHAPES, 16)
+    hub = found.period[0].sent_bytes
+    assert found.mean_round_bytes == pytest.approx(hub / 15 * 2 * 15 / 16)
