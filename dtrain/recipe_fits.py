@@ -23,6 +23,12 @@ _NEED_STATIC = {
     "chebyshev": "has the polynomial of one matrix",
 }
 
+_STABLE_GAMMA = (
+    "more than 0 and at most 1: I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more for whatever "
+    "W, and drives them apart above it"
+)
+"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range."""
+
 _ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
 _USED: Mapping[str, frozenset[str]] = {
     "local": frozenset({"bucket_bytes"}),
@@ -57,7 +63,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
-        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
