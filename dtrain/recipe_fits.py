@@ -24,8 +24,8 @@ _NEED_STATIC = {
 }
 
 _STABLE_GAMMA = (
-    "more than 0 and at most 1: I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more for whatever "
-    "W, and drives them apart above it"
+    "more than 0 and at most 1: I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more for "
+    "whatever W, and drives them apart above it"
 )
 """lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range."""
 
