@@ -96,11 +96,12 @@ def trained(method: str, codec: str, folder: Path) -> Matrix:
 
 
 def disturbance(method: str, end: Matrix) -> float:
-    """A step's rounding (test_algorithms derives it), in the 2-norm over islands; CHOCO's sums keep theirs, and push_sum's
-    progress is divided by weights of 1/2 at least."""
+    """A step's rounding (test_algorithms derives it), in the 2-norm over islands. push_sum's progress is divided by weights of 1/2
+    at least; CHOCO's xhat and s keep what each of the 4 sums of a step rounded, all steps long, and gamma of it moves x."""
     n, steps = len(end), METHODS[method].axes.get("gossip_steps", 1)
-    most = 2 * max(1.0, largest(end), largest(problem(n).c.astype(np.float64)))
-    return n**0.5 * (8 + 8 * n * steps) * U * most * {"choco": STEPS, "push_sum": 2}.get(method, 1)
+    most = max(1.0, largest(end), largest(problem(n).c.astype(np.float64)))
+    each = 2 * most * (8 + 8 * n * steps) * (2 if method == "push_sum" else 1)
+    return n**0.5 * U * (each + (most * 4 * STEPS * 0.75 if method == "choco" else 0.0))
 
 
 def test_every_gossip_method_has_a_floor_or_none() -> None:
@@ -132,9 +133,9 @@ def test_what_8_bit_codes_add_to_it(method: str, tmp_path: Path) -> None:
     found = largest(trained(method, "int8:64", tmp_path) - want.end)
     most = 2 * max(1.0, largest(want.end))
     # An error e of each code, LOST of the largest value at most and 2 of it in the 2-norm over 4 islands, moves x by (M - I) e:
-    # dpsgd. With error feedback x + e_before - e is sent, and x + e coded: twice as much, and 1 + LOST of that. CHOCO codes what x
-    # moved by, at most 2 |x - end|, and its error again a step later; both go down with B, so at the end each step has left 2 LOST
-    # of what is left.
+    # dpsgd. With error feedback x + e_before - e is sent, and x + e coded: twice as much, and 1 + LOST of that. CHOCO codes what
+    # x moved by, at most 2 |x - end|, and its error again a step later; both go down with B, so at the end each step has left
+    # 2 LOST of what is left.
     each = {"dpsgd": 1.0, "deepsqueeze": 2 * (1 + LOST), "choco": 0.0}[method] * mixing * 2 * LOST * most
     exact += STEPS * mixing * 2 * LOST * (1 + LOST) * left if method == "choco" else 0.0
     assert found <= exact + want.gain * each
