@@ -67,7 +67,7 @@ def floor(m: Matrix) -> Floor:
             x, now = m @ x, m @ now
         x = x - LR * gradient
     step = LR * a.T[:, :, None] * np.eye(n)  # (width, n, n)
-    end = np.linalg.solve(np.diag(w) - m * w + step, LR * (a * c).T[:, :, None])[:, :, 0].T
+    end: Matrix = np.linalg.solve(np.diag(w) - m * w + step, LR * (a * c).T[:, :, None])[:, :, 0].T.astype(np.float64)
     b, power, gain = (m * w - step) / w[:, None], np.eye(n), np.zeros(WIDTH)
     for _ in range(4 * STEPS):
         gain += np.sqrt(np.square(power).sum(axis=(-2, -1)))  # no smaller than the 2-norm
@@ -76,10 +76,11 @@ def floor(m: Matrix) -> Floor:
 
 
 def trained(method: str, codec: str, folder: Path) -> Matrix:
-    axes, n = METHODS[method].axes, len(METHODS[method].m)
+    axes: dict[str, Any] = {**METHODS[method].axes}
+    n = len(METHODS[method].m)
     if method == "push_sum":
         (folder / "arcs.txt").write_text(ARCS[n])
-        axes = axes | {"graph": str(folder / "arcs.txt")}
+        axes["graph"] = str(folder / "arcs.txt")
     p = problem(n)
 
     def island(connection: Connection) -> NDArray[np.float32]:
@@ -96,8 +97,8 @@ def trained(method: str, codec: str, folder: Path) -> Matrix:
 
 
 def disturbance(method: str, end: Matrix) -> float:
-    """A step's rounding (test_algorithms derives it), in the 2-norm over islands. push_sum's progress is divided by weights of 1/2
-    at least; CHOCO's xhat and s keep what each of the 4 sums of a step rounded, all steps long, and gamma of it moves x."""
+    """A step's rounding (test_algorithms derives it), in the 2-norm over islands. push_sum's progress is divided by weights of
+    1/2 at least; CHOCO's xhat and s keep what each of the 4 sums of a step rounded, all steps long, and gamma of it moves x."""
     n, steps = len(end), METHODS[method].axes.get("gossip_steps", 1)
     most = max(1.0, largest(end), largest(problem(n).c.astype(np.float64)))
     each = 2 * most * (8 + 8 * n * steps) * (2 if method == "push_sum" else 1)
