@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 MOST_GOSSIP_STEPS = 64
 """A wire's name has 6 bits for the phase of its round."""
 
+_STABLE_GAMMA = (
+    "more than 0 and at most 1: I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more for "
+    "whatever W, and drives them apart above it"
+)
+"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range."""
+
+
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     """A job file's types are checked where it is read; those of join() only here."""
     for axis, allowed_words in words.items():
@@ -31,7 +38,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
-        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, "more than 0 and at most 1"),
+        ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )

@@ -21,7 +21,7 @@ from dtrain.connect import Connection
 from dtrain.recipes import RECIPES
 from dtrain.topology import STATIC
 from tests.islands import run_islands, sgd_step
-from tests.oracle.test_gossip import BUCKET_BYTES, LR, WIDTH, Matrix, U, largest, problem
+from tests.oracle.test_gossip import BUCKET_BYTES, CUT, LR, WIDTH, Matrix, U, largest, problem
 from tests.oracle.test_topology import chebyshev_matrix, w_of
 
 ISLANDS, STEPS = 6, 13
@@ -112,8 +112,8 @@ def test_every_gossip_recipe_is_in_the_suite() -> None:
     assert len(pairwise(cases(EXACT))) < len(cases(EXACT))
 
 
-def recursion(axes: dict[str, Any], matrix: Callable[[Matrix], Matrix]) -> list[Matrix]:
-    """X after each step, and after the drain."""
+def recursion(axes: dict[str, Any], matrix: Callable[[Matrix], Matrix], first: int = 0) -> list[Matrix]:
+    """X after each step, and after the drain; rounds start after steps first, first + every and so on."""
     p, every, delay = problem(ISLANDS), axes["every"], axes["delay"]
     X = np.tile(p.start.astype(np.float64), (ISLANDS, 1))
     out: list[Matrix] = []
@@ -122,7 +122,7 @@ def recursion(axes: dict[str, Any], matrix: Callable[[Matrix], Matrix]) -> list[
     for t in range(1, STEPS + 1):
         gradient = p.gradient(X)
         X = X + flying.pop(t, 0.0) - LR * gradient
-        if t % every == 0:
+        if t % every == first:
             moved = (matrix(w_of(axes["topology"], axes.get("graph"), rounds, ISLANDS)) - np.eye(ISLANDS)) @ X
             rounds += 1
             if delay:
@@ -150,21 +150,40 @@ def trajectory(axes: dict[str, Any]) -> Matrix:
     return np.array(run_islands(ISLANDS, island), dtype=np.float64).swapaxes(0, 1)
 
 
+def rounding(method: str, want: Matrix) -> float:
+    """A step rounds as D-PSGD's (8 u M), a mix of n terms n (1 + 1 + 2) u M, times the gossip steps of a round and, for
+    Chebyshev, its weights, below 2; kept sums (CHOCO) carry what all rounds before rounded. lr a <= 1/4 and ||M|| <= 1 in the
+    2-norm, so errors of sqrt(n) in the largest entry do not grow: 2 sqrt(n) (8 + 8 n Q) u M a step and T of them, squared for
+    kept sums."""
+    M = max(largest(want), largest(problem(ISLANDS).c.astype(np.float64)))
+    return 2 * ISLANDS**0.5 * (8 + 8 * ISLANDS * RECIPES[method].gossip_steps) * U * M
+
+
 @pytest.mark.parametrize(("method", "topology", "time", "codec"), marked(EXACT))
 def test_it_follows_its_matrix_recursion(method: str, topology: str, time: str, codec: str) -> None:
     axes, matrix = axes_of(method, topology, time, codec), METHODS[method].matrix
     assert matrix is not None
     want = np.array(recursion(axes, matrix))
     got = trajectory(axes)
-    p = problem(ISLANDS)
-    # A step rounds as D-PSGD's (8 u M), a mix of n terms n (1 + 1 + 2) u M, times the gossip steps of a round and, for Chebyshev,
-    # its weights, below 2; kept sums (CHOCO) carry what all rounds before rounded. lr a <= 1/4 and ||M|| <= 1 in the 2-norm, so
-    # errors of sqrt(n) in the largest entry do not grow: 2 sqrt(n) (8 + 8 n Q) u M a step and T of them, squared for kept sums.
-    M = max(largest(want), largest(p.c.astype(np.float64)))
-    steps = RECIPES[method].gossip_steps
-    each = 2 * ISLANDS**0.5 * (8 + 8 * ISLANDS * steps) * U * M
+    each = rounding(method, want)
     assert largest(got - want) <= each * (STEPS + 1) * ((STEPS + 2) / 2 if method == "choco" else 1)
     assert largest(want - np.array(recursion(axes, lambda w: np.eye(len(w))))) > 100 * each, "mixing matters"
+
+
+@pytest.mark.parametrize("method", [*(m for m in METHODS if METHODS[m].matrix is not None), "push_sum"])
+def test_fragments_take_turns(method: str) -> None:
+    """The first parameter is one and has the rounds of a model that is sent whole; the second has its own, every // 2 steps
+    later. With SGD on this loss no element sees another."""
+    axes = {"recipe": method, "graph": "random_out:2", **TIMES["every third, two late"], "codec": "identity"}
+    if method in METHODS:
+        axes = axes_of(method, "ring", "every third, two late", "identity")
+    whole, turns = trajectory(axes), trajectory({**axes, "fragments": 2})
+    assert (turns[..., :CUT] == whole[..., :CUT]).all()
+    assert largest(turns[..., CUT:] - whole[..., CUT:]) > 1e-2
+    if method in METHODS and (matrix := METHODS[method].matrix) is not None:
+        want = np.array(recursion(axes, matrix, first=1))[..., CUT:]
+        many = (STEPS + 1) * ((STEPS + 2) / 2 if method == "choco" else 1)
+        assert largest(turns[..., CUT:] - want) <= rounding(method, want) * many
 
 
 def apart_and_mixed(axes: dict[str, Any], rounds: int) -> tuple[Matrix, Matrix]:

@@ -17,7 +17,9 @@ BUCKET_BYTES = 8
 """So small that every parameter is a bucket, and each rank carries some."""
 
 
-def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int) -> dict[str, Any]:
+def ddp_loop(
+    *, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, every: int = EVERY, **axes: Any
+) -> dict[str, Any]:
     """The island's batch is split over its ranks; the model is wrapped before or after the join."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -27,7 +29,7 @@ def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay
     opt = torch.optim.SGD(model.parameters(), lr=least_squares.LR)
     inside = True
     with dtrain.join(
-        trained, opt, recipe=recipe, every=EVERY, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES
+        trained, opt, recipe=recipe, every=every, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES, **axes
     ) as sync:
         if ranks > 1 and wrap == "after":
             trained = DistributedDataParallel(model)

@@ -232,13 +232,14 @@ def test_the_fused_step_is_its_parts_to_the_bit(
     assert torch.equal(fused, trajectory(bucket_bytes=512, **axes))
 
 
+@pytest.mark.parametrize("recipe", ["dpsgd", "choco"])
 def test_a_parameter_without_gradient_leaves_its_bucket_to_the_parts(
-    fused_calls: list[bool], monkeypatch: pytest.MonkeyPatch
+    recipe: str, fused_calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def skip(step: int) -> bool:
         return step % 3 == 1
 
-    axes = {"recipe": "dpsgd", "codec": "int8:64", "bucket_bytes": 512}
+    axes = {"recipe": recipe, "codec": "int8:64", "bucket_bytes": 512}
     fused = trajectory(skip=skip, **axes)
     assert 0 < len(fused_calls) < 2 * N * STEPS, "some buckets at some steps"
     monkeypatch.setattr(engine, "fused_steps", lambda *args: None)

@@ -75,7 +75,17 @@ def star_matrix(n: int, index: int) -> Matrix:
     return W
 
 
-MATRICES = {"one_peer_ring": pair_ring_matrix, "star": star_matrix, "ring": ring_matrix, "one_peer_exponential": one_peer_matrix}
+def complete_matrix(n: int, index: int) -> Matrix:
+    return np.full((n, n), 1 / n)
+
+
+MATRICES = {
+    "one_peer_ring": pair_ring_matrix,
+    "star": star_matrix,
+    "ring": ring_matrix,
+    "one_peer_exponential": one_peer_matrix,
+    "complete": complete_matrix,
+}
 
 
 def recursion(p: Problem, n: int, topology: str, delay: Delay, gamma: float = 1.0) -> list[Matrix]:
@@ -95,7 +105,9 @@ def recursion(p: Problem, n: int, topology: str, delay: Delay, gamma: float = 1.
     return [*out, mixing(STEPS - 1) @ X if delay else X]
 
 
-def trajectory(p: Problem, n: int, recipe: str, topology: str, delay: Delay, gamma: float | None = None) -> Matrix:
+def trajectory(
+    p: Problem, n: int, recipe: str, topology: str, delay: Delay, gamma: float | None = None, reduce: str | None = None
+) -> Matrix:
     """(steps + 1, n, width): what the islands of dtrain hold after each step, and after the drain."""
 
     def island(connection: Connection) -> list[NDArray[np.float32]]:
@@ -110,6 +122,7 @@ def trajectory(p: Problem, n: int, recipe: str, topology: str, delay: Delay, gam
             delay=delay,
             codec="identity",
             gamma=gamma,
+            reduce=reduce,
             bucket_bytes=BUCKET_BYTES,
             link=connection,
         ) as sync:
@@ -143,6 +156,17 @@ def test_dpsgd_follows_the_matrix_recursion(topology: str, n: int, delay: Delay)
     # M bounds all |x| and |c|. The update rounds x - c, times a, times lr, and the difference, each at most u 2M: 8 u M. The mix
     # adds at most 3 terms, each with a rounded weight, product and sum, intermediate sums at most 2M: 3 (1 + 1 + 2) u M. Errors
     # made earlier do not grow (non-expansion), so T steps and the drain are within 20 (T + 1) u M.
+    M = max(largest(want), largest(p.c.astype(np.float64)))
+    assert largest(got - want) <= 20 * (STEPS + 1) * U * M
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("reduce", ["gather", "all_to_all"])
+def test_the_mean_of_all_by_either_path_follows_it_too(reduce: str, delay: Delay) -> None:
+    """Sent whole to everyone, or in parts to their owners: W is 1/n everywhere."""
+    p, n = problem(3), 3
+    want = np.array(recursion(p, n, "complete", delay))
+    got = trajectory(p, n, "dpsgd", "complete", delay, reduce=reduce)
     M = max(largest(want), largest(p.c.astype(np.float64)))
     assert largest(got - want) <= 20 * (STEPS + 1) * U * M
 
