@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dtrain import topology, units
+from dtrain import schedule, topology, units
 from dtrain.methods import AlgorithmName
 
 Precision = Literal["fp32", "bf16"]
@@ -103,6 +103,11 @@ class Sync(Section):
         None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
     )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
+    schedule: str | None = Field(
+        None,
+        description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
+        'growth p behind it, "budget:20%:2", makes their density t^p; p is 1 when left out',
+    )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
         None,
@@ -130,6 +135,13 @@ class Sync(Section):
     def _topology_has_a_name(cls, value: str | None) -> str | None:
         if value is not None:
             topology.parameter(value)
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.parse(value)
         return value
 
     @field_validator("delay")

@@ -26,7 +26,7 @@ class Rules:
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
 
-_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_ROUNDS = frozenset({"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
 _GOSSIP = _ROUNDS | {"topology", "graph"}
 _PLAIN = _GOSSIP - {"error_feedback"}
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})

@@ -32,11 +32,14 @@ class Recipe:
     delay: int | Literal["round"] = 0
     landing: Literal["keep", "eager"] = "keep"
     fragments: int = 1
+    schedule: str = "every"
     bucket_bytes: int | None = None
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None
     """s of AccumAdamW, which the method is defined with; None: any optimizer."""
+    total_steps: int | None = None
+    """Of the run, where the schedule has to know; never said in a row."""
 
     @property
     def delay_steps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
-from dtrain import codec_name
+from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.methods import RULES
 
@@ -22,6 +22,9 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         if value not in allowed_words:
             raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, allowed_words))}")
     codec_name.parse(r.codec)
+    if not isinstance(r.schedule, str):
+        raise ValueError(f'schedule = {r.schedule!r} is not allowed; use a name, as "every"')
+    schedule.parse(r.schedule)
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
@@ -51,16 +54,24 @@ def _is_number(value: object) -> TypeGuard[float]:
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
     used = RULES[r.algorithm].axes | {"algorithm"}
-    idle = {"copy": {"outer_lr", "outer_momentum"}, "sgd": {"outer_momentum"}, "nesterov": set()}[r.outer]
+    of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
+    idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    if r.schedule != schedule.EVERY:
+        idle["every"] = f'schedule = "{r.schedule}"'
     for axis, value in changes.items():
-        if value == getattr(row, axis) or axis in used - idle:
+        if value == getattr(row, axis) or axis in used - idle.keys():
             continue
-        reason = f'outer = "{r.outer}"' if axis in used & idle else f'algorithm = "{r.algorithm}"'
+        reason = idle[axis] if axis in used and axis in idle else f'algorithm = "{r.algorithm}"'
         raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
 
 
 def check_together(r: Recipe, num_islands: int) -> None:
-    if r.delay != "round" and r.delay > r.every:
+    regular = r.schedule == schedule.EVERY
+    if not regular and r.delay == "round":
+        raise ValueError(
+            f'sync.delay = "round" is as long as a period, and sync.schedule = "{r.schedule}" has none; use a number of steps'
+        )
+    if regular and r.delay != "round" and r.delay > r.every:
         raise ValueError(
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
@@ -100,9 +111,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         )
     if rules.rewrites_gradients and (r.every != 1 or r.fragments != 1):
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
+    if rules.rewrites_gradients and not regular:
+        raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
-    if r.fragments > r.every:
+    if regular and r.fragments > r.every:
         raise ValueError(
             f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
         )

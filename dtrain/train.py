@@ -60,7 +60,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
     prepare_kernels(recipe, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
@@ -147,7 +147,7 @@ def _begin(
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
     model = build_model(job, corpus).to(device)
-    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes, job.train.steps)
     optimizer = _optimizer(job, recipe, model)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))

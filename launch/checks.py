@@ -42,7 +42,7 @@ def resolved(job: Job) -> Job:
     """The job with every answer of its recipe written out, so that a run stays what it is when a recipe's row changes.
 
     Raises ValueError for answers that do not fit together."""
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
     answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
