@@ -78,6 +78,9 @@ class Train(Section):
     moments_every: int | None = Field(
         None, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
     )
+    sam_rho: float | None = Field(
+        None, ge=0, description="SAM: the gradient is taken so far up its own direction, in a second pass; 0: where the model is"
+    )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"

@@ -1,7 +1,8 @@
 """Does a recipe keep the promises that every method makes? Small runs of it, in this process, with what came out.
 
 Four islands hold a quadratic loss each, 153 parameters in two tensors, plain SGD, or AccumAdamW where the recipe is defined with
-accumulated moments. Each check is a number that should be below a bound, both shown, or bits that should be equal."""
+accumulated moments, and SAM where it is with that. Each check is a number that should be below a bound, both shown, or bits that
+should be equal."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from dtrain.assemble import when_of
 from dtrain.connect import Connection, connect_local
 from dtrain.engine import join
 from dtrain.errors import NonFinite, PeerLost
-from dtrain.optim import AccumAdamW
+from dtrain.optim import SAM, AccumAdamW
 from dtrain.recipes import Recipe, resolve, with_steps
 from dtrain.schedule import Control
 
@@ -139,8 +140,14 @@ def _run(
     def island(connection: Connection) -> _Island:
         model = _Quadratic(connection.node)
         optimizer = _optimizer(model, row.moments_every or 1, lr)
+        sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)
+
+        def gradient() -> None:
+            optimizer.zero_grad()
+            model().backward()
+
         with join(
-            model, optimizer, recipe=row.name, bucket_bytes=256, total_steps=row.total_steps, link=connection
+            model, sam or optimizer, recipe=row.name, bucket_bytes=256, total_steps=row.total_steps, link=connection
         ) as sync:
             if saved is not None:
                 model.set_flat(saved[connection.node].x)
@@ -149,8 +156,10 @@ def _run(
             if apart is not None:
                 model.set_flat(apart[connection.node])
             for _ in range(first, last):
-                optimizer.zero_grad()
-                model().backward()
+                if sam is None:
+                    gradient()
+                else:
+                    sam.gradient(gradient)
                 optimizer.step()
             state = {k: v.clone() for k, v in sync.state_dict().items() if not k.startswith("counts")}
             stands = _Island(model.flat(), state, copy.deepcopy(optimizer.state_dict()))

@@ -31,8 +31,9 @@ from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
 from dtrain.kernels import prepare
 from dtrain.link import Peers
-from dtrain.loop_fits import check_loop
+from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.membership import Notice
+from dtrain.optim.sam import SAM
 from dtrain.recipes import Recipe, resolve, with_steps
 from dtrain.spans import span
 from dtrain.traffic import Traffic
@@ -324,7 +325,7 @@ def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None
 
 def join(
     model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
+    optimizers: Optimizer | Sequence[Optimizer] | SAM,
     *,
     recipe: str | None = None,
     every: int | None = None,
@@ -381,6 +382,5 @@ def join(
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = with_steps(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
-    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    check_loop(row, several, clip=clip, scaler=scaler)
-    return Sync(model, several, row, connection, clip=clip, seed=seed, scaler=scaler)
+    check_loop(row, optimizers, clip=clip, scaler=scaler)
+    return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

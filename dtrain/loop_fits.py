@@ -9,13 +9,31 @@ from torch.optim import Optimizer
 
 from dtrain.methods import RULES
 from dtrain.optim.accum_adam import check_accumulates
+from dtrain.optim.sam import SAM
 from dtrain.recipes import Recipe
 
 
+def optimizers_of(loop: Optimizer | Sequence[Optimizer] | SAM) -> list[Optimizer]:
+    """Whose steps are hooked: of SAM those that it wraps, so that an update begins when its gradient is complete."""
+    if isinstance(loop, SAM):
+        return loop.optimizers
+    return [loop] if isinstance(loop, Optimizer) else list(loop)
+
+
 def check_loop(
-    recipe: Recipe, optimizers: Sequence[Optimizer], *, clip: float | None, scaler: torch.amp.GradScaler | None
+    recipe: Recipe,
+    loop: Optimizer | Sequence[Optimizer] | SAM,
+    *,
+    clip: float | None,
+    scaler: torch.amp.GradScaler | None,
 ) -> None:
     """Raises ValueError where the optimizers or the loss scaler are not what the recipe, or each other, need."""
+    optimizers = optimizers_of(loop)
+    if recipe.sam_rho is not None and not isinstance(loop, SAM):
+        raise ValueError(
+            f"recipe {recipe.name!r} takes its gradients by SAM: give join dtrain.optim.SAM(optimizer, rho={recipe.sam_rho:g}) "
+            f'and step that with a closure, or use recipe = "{recipe.algorithm}"'
+        )
     if recipe.moments_every is not None and recipe.moments_every > 1:
         check_accumulates(recipe.name, recipe.moments_every, optimizers)
     if scaler is None:

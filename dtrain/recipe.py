@@ -38,6 +38,8 @@ class Recipe:
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None
     """s of AccumAdamW, which the method is defined with; None: any optimizer."""
+    sam_rho: float | None = None
+    """rho of SAM, by which the method takes its gradients; None: as the loop likes."""
     total_steps: int | None = None
     """Of the run, where the schedule has to know; never said in a row."""
 

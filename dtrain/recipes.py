@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "delayed_diloco"
 
 RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
-_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "total_steps")
+_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "total_steps")
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
 

@@ -106,10 +106,10 @@ def axes_of(method: str, topology: str, time: str, codec: str) -> dict[str, Any]
 
 
 def test_every_gossip_recipe_is_in_the_suite() -> None:
-    """But dpsgd with an optimizer of its own (test_accum_adam) or a schedule (test_budget); push_sum keeps another mean
+    """But dpsgd with an optimizer of its own (test_accum_adam, test_sam) or a schedule (test_budget); push_sum keeps another mean
     (test_push_sum)."""
     gossips = {name for name, row in RECIPES.items() if row.combine == "gossip"}
-    assert gossips == {*METHODS, "decent_adam", "accum_adam", "single_merge"}
+    assert gossips == {*METHODS, "decent_adam", "accum_adam", "single_merge", "dfedsam", "dfedsam_mgs"}
     assert len(pairwise(cases(EXACT))) < len(cases(EXACT))
 
 
