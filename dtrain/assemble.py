@@ -45,7 +45,7 @@ class Plan:
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
-    mixed = mixing(recipe.topology, recipe.graph, seed)
+    mixed = mixing(recipe.topology, recipe.graph, seed, recipe.server)
     return Plan(
         recipe=recipe,
         method=_method(recipe, mixed),

@@ -105,6 +105,11 @@ class Sync(Section):
     graph: str | None = Field(
         None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
     )
+    server: str | None = Field(
+        None,
+        description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
+        '"sampled:K:H" for themselves, "all:K:H" for all',
+    )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
     schedule: str | None = Field(
         None,
@@ -138,6 +143,13 @@ class Sync(Section):
     def _topology_has_a_name(cls, value: str | None) -> str | None:
         if value is not None:
             topology.parameter(value)
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            topology.parse_server(value)
         return value
 
     @field_validator("schedule")

@@ -20,10 +20,12 @@ class Recipe:
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
     topology: str = "complete"
     graph: str | None = None
+    server: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
-    combine: Literal["mean", "gossip", "push"] = "mean"
-    """push: gossip whose weights keep another mean than the plain one."""
+    combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
+    """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
+    few at times."""
     outer: Literal["copy", "sgd", "nesterov"] = "copy"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0

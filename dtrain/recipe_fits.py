@@ -28,6 +28,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
+        ("server", r.server is None or isinstance(r.server, str), 'text, as "sampled:2:5"'),
         ("every", _is_int(r.every) and r.every >= 1, "1 or more"),
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
@@ -77,6 +78,19 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
         raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
 
 
+def _check_server(r: Recipe, server: str) -> None:
+    if "server" not in RULES[r.algorithm].axes or r.reduce != "neighbours":
+        raise ValueError(
+            f'sync.server = "{server}" stands between rounds of neighbours whose matrix may change, and sync.algorithm = '
+            f'"{r.algorithm}" with sync.reduce = "{r.reduce}" has none; leave it out, or use sync.recipe = "dpsgd"'
+        )
+    if r.algorithm == "gradient_tracking" and server.startswith("all"):
+        raise ValueError(
+            f'gradient_tracking needs a matrix whose columns sum to one, and those of sync.server = "{server}" do not; use '
+            f'"sampled{server.removeprefix("all")}"'
+        )
+
+
 def check_together(r: Recipe, num_islands: int) -> None:
     regular = r.schedule == schedule.EVERY
     if not regular and r.delay == "round":
@@ -98,8 +112,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
             'need not: use sync.recipe = "push_sum"'
         )
-    topologies.check(r.topology, r.graph, num_islands)
+    topologies.check(r.topology, r.graph, num_islands, server=r.server)
     rules = RULES[r.algorithm]
+    if r.server is not None:
+        _check_server(r, r.server)
     if r.reduce not in rules.paths:
         raise ValueError(
             f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(rules.paths)}'
