@@ -45,18 +45,27 @@ class Plan:
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
-    mixed = mixing(recipe.topology, recipe.graph, seed)
+    mixed = mixing(recipe.topology, recipe.graph, seed, recipe.server)
     return Plan(
         recipe=recipe,
         method=_method(recipe, mixed),
         topology=mixed.rows,
-        when=schedule.every if recipe.fragments == 1 else schedule.staggered(recipe.fragments),
+        when=when_of(recipe),
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
         edges=fingerprint(recipe.topology, recipe.graph, num_islands, seed),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
+
+
+def when_of(r: Recipe) -> When:
+    """Of a recipe that ``recipes.with_steps`` has seen, where its schedule spends a budget."""
+    budget = schedule.parse(r.schedule)
+    if budget is not None:
+        assert r.total_steps is not None, "recipes.with_steps"
+        return schedule.spent(budget, r.fragments, r.total_steps)
+    return schedule.every if r.fragments == 1 else schedule.staggered(r.fragments)
 
 
 def _method(r: Recipe, mixed: Mixing) -> Method:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dtrain import topology, units
+from dtrain import schedule, topology, units
 from dtrain.methods import AlgorithmName
 
 Precision = Literal["fp32", "bf16"]
@@ -78,6 +78,9 @@ class Train(Section):
     moments_every: int | None = Field(
         None, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
     )
+    sam_rho: float | None = Field(
+        None, ge=0, description="SAM: the gradient is taken so far up its own direction, in a second pass; 0: where the model is"
+    )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
@@ -102,7 +105,17 @@ class Sync(Section):
     graph: str | None = Field(
         None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
     )
+    server: str | None = Field(
+        None,
+        description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
+        '"sampled:K:H" for themselves, "all:K:H" for all',
+    )
     every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
+    schedule: str | None = Field(
+        None,
+        description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
+        'growth p behind it, "budget:20%:2", makes their density t^p; p is 1 when left out',
+    )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
         None,
@@ -130,6 +143,20 @@ class Sync(Section):
     def _topology_has_a_name(cls, value: str | None) -> str | None:
         if value is not None:
             topology.parameter(value)
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            topology.parse_server(value)
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.parse(value)
         return value
 
     @field_validator("delay")

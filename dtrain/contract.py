@@ -1,7 +1,8 @@
 """Does a recipe keep the promises that every method makes? Small runs of it, in this process, with what came out.
 
 Four islands hold a quadratic loss each, 153 parameters in two tensors, plain SGD, or AccumAdamW where the recipe is defined with
-accumulated moments. Each check is a number that should be below a bound, both shown, or bits that should be equal."""
+accumulated moments, and SAM where it is with that. Each check is a number that should be below a bound, both shown, or bits that
+should be equal."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.assemble import when_of
 from dtrain.connect import Connection, connect_local
 from dtrain.engine import join
 from dtrain.errors import NonFinite, PeerLost
-from dtrain.optim import AccumAdamW
-from dtrain.recipes import resolve
+from dtrain.optim import SAM, AccumAdamW
+from dtrain.recipes import Recipe, resolve, with_steps
+from dtrain.schedule import Control
 
 ISLANDS, LEAST_STEPS, CUT, WIDTH = 4, 24, 70, 153
 LR = 0.05
@@ -70,8 +73,9 @@ def check(recipe: str) -> Iterator[Check]:
     that does not end finite the others are left out."""
     row = resolve(recipe, {}, ISLANDS)
     steps = max(LEAST_STEPS, 3 * row.every + row.delay_steps)
+    row = with_steps(row, steps)
     try:
-        whole = _run(recipe, 0, steps, None)
+        whole = _run(row, 0, steps, None)
     except (NonFinite, PeerLost) as e:
         ran = "it runs, and every parameter stays finite" if isinstance(e, NonFinite) else "every wire that is expected is posted"
         yield Check(ran, False, str(e))
@@ -80,23 +84,27 @@ def check(recipe: str) -> Iterator[Check]:
     yield Check("it runs, and every parameter stays finite", finite, f"{steps} steps of {ISLANDS} islands")
     if not finite:
         return
-    yield _same("twice is the same bits", whole, _run(recipe, 0, steps, None))
-    begun = steps // 2 // row.every * row.every  # a round has just begun, and flies where the delay is longer than 0
+    yield _same("twice is the same bits", whole, _run(row, 0, steps, None))
+    when, control = when_of(row), Control(row.every)
+    # A round has just begun, and flies where the delay is longer than 0.
+    begun = max((t for t in range(1, steps // 2 + 1) if when(t, 0, control)), default=1)
     for at in (begun, begun + 1):
-        resumed = _run(recipe, at, steps, _run(recipe, 0, at, None))
+        resumed = _run(row, at, steps, _run(row, 0, at, None))
         yield _same(f"saved after step {at} and resumed is the same bits", whole, resumed)
-    if row.combine == "gossip":
-        yield from _mixing(recipe, steps, row.gossip_steps)
+    if row.combine in ("gossip", "sampled"):
+        yield from _mixing(row, steps)
 
 
-def _mixing(recipe: str, steps: int, gossip_steps: int) -> Iterator[Check]:
+def _mixing(row: Recipe, steps: int) -> Iterator[Check]:
     apart = [_start(node) for node in range(ISLANDS)]
-    mixed = [island.x for island in _run(recipe, 0, steps, None, apart=apart, lr=0.0)]
+    mixed = [island.x for island in _run(row, 0, steps, None, apart=apart, lr=0.0)]
     moved = float((_mean(mixed) - _mean(apart)).abs().max())
     # Rounding alone: 64 times a gossip step and island, of values up to 4 (codes may lie above what they stand for), in sums that
     # some methods keep over all steps. A method that moves the mean does so by far more: the parameters are 0.3 apart.
-    bound = 64 * gossip_steps * steps * 2.0**-24 * 4
-    yield Check("mixing keeps the mean of all islands", moved <= bound, f"it moves by {moved:.1e}; rounding may by {bound:.1e}")
+    bound = 64 * row.gossip_steps * steps * 2.0**-24 * 4
+    if row.combine == "gossip":
+        found = f"it moves by {moved:.1e}; rounding may by {bound:.1e}"
+        yield Check("mixing keeps the mean of all islands", moved <= bound, found)
     before, after = _distance(apart), _distance(mixed)
     yield Check("mixing brings islands together", after < before, f"their distance from the mean: {before:.3g}, then {after:.3g}")
 
@@ -126,15 +134,23 @@ def _same(promise: str, one: list[_Island], two: list[_Island]) -> Check:
 
 
 def _run(
-    recipe: str, first: int, last: int, saved: list[_Island] | None, *, apart: list[Tensor] | None = None, lr: float = LR
+    row: Recipe, first: int, last: int, saved: list[_Island] | None, *, apart: list[Tensor] | None = None, lr: float = LR
 ) -> list[_Island]:
     """Islands that train from step ``first`` to ``last``, from what was saved of each, as they stand then, with what is in
     flight; where they begin ``apart``, as they stand when all has landed."""
 
     def island(connection: Connection) -> _Island:
         model = _Quadratic(connection.node)
-        optimizer = _optimizer(model, resolve(recipe, {}, ISLANDS).moments_every or 1, lr)
-        with join(model, optimizer, recipe=recipe, bucket_bytes=256, link=connection) as sync:
+        optimizer = _optimizer(model, row.moments_every or 1, lr)
+        sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)
+
+        def gradient() -> None:
+            optimizer.zero_grad()
+            model().backward()
+
+        with join(
+            model, sam or optimizer, recipe=row.name, bucket_bytes=256, total_steps=row.total_steps, link=connection
+        ) as sync:
             if saved is not None:
                 model.set_flat(saved[connection.node].x)
                 optimizer.load_state_dict(saved[connection.node].optimizer)
@@ -142,8 +158,10 @@ def _run(
             if apart is not None:
                 model.set_flat(apart[connection.node])
             for _ in range(first, last):
-                optimizer.zero_grad()
-                model().backward()
+                if sam is None:
+                    gradient()
+                else:
+                    sam.gradient(gradient)
                 optimizer.step()
             state = {k: v.clone() for k, v in sync.state_dict().items() if not k.startswith("counts")}
             stands = _Island(model.flat(), state, copy.deepcopy(optimizer.state_dict()))

@@ -31,10 +31,10 @@ from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
 from dtrain.kernels import prepare
 from dtrain.link import Peers
+from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.membership import Notice
-from dtrain.methods import RULES
-from dtrain.optim.accum_adam import check_accumulates
-from dtrain.recipes import Recipe, resolve
+from dtrain.optim.sam import SAM
+from dtrain.recipes import Recipe, resolve, with_steps
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
@@ -325,15 +325,17 @@ def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None
 
 def join(
     model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
+    optimizers: Optimizer | Sequence[Optimizer] | SAM,
     *,
     recipe: str | None = None,
     every: int | None = None,
+    schedule: str | None = None,
     delay: int | Literal["round"] | None = None,
     codec: str | None = None,
     error_feedback: bool | None = None,
     topology: str | None = None,
     graph: str | None = None,
+    server: str | None = None,
     reduce: str | None = None,
     outer: str | None = None,
     outer_lr: float | None = None,
@@ -343,6 +345,7 @@ def join(
     landing: str | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
+    total_steps: int | None = None,
     clip: float | None = None,
     seed: int = 0,
     scaler: torch.amp.GradScaler | None = None,
@@ -352,18 +355,21 @@ def join(
 
     The islands' weights are compared by hash and island 0's are sent where they differ. Axes left out are the
     recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
-    ``clip`` is the global gradient norm, applied after gradients are exchanged. Give the GradScaler, if there is one,
+    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the
+    whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is one,
     so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's
     environment is read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
         "every": every,
+        "schedule": schedule,
         "delay": delay,
         "codec": codec,
         "error_feedback": error_feedback,
         "topology": topology,
         "graph": graph,
+        "server": server,
         "reduce": reduce,
         "outer": outer,
         "outer_lr": outer_lr,
@@ -377,23 +383,6 @@ def join(
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
-    row = resolve(recipe or connection.job_recipe, axes, connection.num_nodes)
-    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    if row.moments_every is not None and row.moments_every > 1:
-        check_accumulates(row.name, row.moments_every, several)
-    if scaler is not None and (RULES[row.algorithm].rewrites_gradients or row.payload == "gradients"):
-        raise ValueError(
-            f"recipe {row.name!r} exchanges something before each update, and a GradScaler that skips a step on one island only "
-            "would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
-        )
-    if scaler is not None and not several:
-        raise ValueError(
-            "a scaler is watched together with its optimizers; give join both, or neither, and call before_update and "
-            "after_update yourself"
-        )
-    if scaler is not None and clip:
-        raise ValueError(
-            f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
-            "scaler.unscale_(optimizer) and scaler.step(optimizer)"
-        )
-    return Sync(model, several, row, connection, clip=clip, seed=seed, scaler=scaler)
+    row = with_steps(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
+    check_loop(row, optimizers, clip=clip, scaler=scaler)
+    return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

@@ -26,8 +26,9 @@ class Rules:
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
 
-_ROUNDS = frozenset({"every", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_ROUNDS = frozenset({"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
 _GOSSIP = _ROUNDS | {"topology", "graph"}
+_SERVER = frozenset({"server"})
 _PLAIN = _GOSSIP - {"error_feedback"}
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
 _ALL = ("gather", "all_to_all")
@@ -36,14 +37,14 @@ _COPIES = "keeps sums of its neighbours' public copies"
 RULES: Mapping[AlgorithmName, Rules] = {
     "local": Rules(frozenset({"bucket_bytes"}), ("none",)),
     "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True),
-    "dpsgd": Rules(_GOSSIP, ("neighbours", *_ALL), fuses=True),
+    "dpsgd": Rules(_GOSSIP | _SERVER, ("neighbours", *_ALL), fuses=True),
     "push_sum": Rules(_GOSSIP),
-    "multi_gossip": Rules(_GOSSIP | {"gossip_steps"}),
+    "multi_gossip": Rules(_GOSSIP | _SERVER | {"gossip_steps"}),
     "chebyshev": Rules(_GOSSIP | {"gossip_steps"}, static="has the polynomial of one matrix"),
-    "deepsqueeze": Rules(_GOSSIP | {"gamma"}),
-    "gradient_tracking": Rules(_PLAIN, rewrites_gradients=True),
+    "deepsqueeze": Rules(_GOSSIP | _SERVER | {"gamma"}),
+    "gradient_tracking": Rules(_PLAIN | _SERVER, rewrites_gradients=True),
     "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True),
     "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, fuses=True),
-    "own": Rules(_GOSSIP | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL)),
+    "own": Rules(_GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL)),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dtrain.recipes import Recipe
+from dtrain.schedule import EVERY
 
 _WARM_STEPS = 10
 _FEWEST = 20
@@ -60,6 +61,8 @@ def warning(recipe: Recipe, window: Window) -> str | None:
     """What a person should know of a traced window whose rounds are not those of a long run."""
     if recipe.algorithm == "local":
         return None
+    if recipe.schedule != EVERY:
+        return f'with sync.schedule = "{recipe.schedule}" rounds come ever more often; those here are not those of a long run'
     if window.steps <= recipe.delay_steps:
         return f"a round lands {recipe.delay_steps} steps after it starts: none does both in {window.steps} steps of trace"
     if window.steps % recipe.every:

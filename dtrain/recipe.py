@@ -20,10 +20,12 @@ class Recipe:
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
     topology: str = "complete"
     graph: str | None = None
+    server: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
-    combine: Literal["mean", "gossip", "push"] = "mean"
-    """push: gossip whose weights keep another mean than the plain one."""
+    combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
+    """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
+    few at times."""
     outer: Literal["copy", "sgd", "nesterov"] = "copy"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
@@ -32,11 +34,16 @@ class Recipe:
     delay: int | Literal["round"] = 0
     landing: Literal["keep", "eager"] = "keep"
     fragments: int = 1
+    schedule: str = "every"
     bucket_bytes: int | None = None
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None
     """s of AccumAdamW, which the method is defined with; None: any optimizer."""
+    sam_rho: float | None = None
+    """rho of SAM, by which the method takes its gradients; None: as the loop likes."""
+    total_steps: int | None = None
+    """Of the run, where the schedule has to know; never said in a row."""
 
     @property
     def delay_steps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
-from dtrain import codec_name
+from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.methods import RULES
 
@@ -29,9 +29,13 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         if value not in allowed_words:
             raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, allowed_words))}")
     codec_name.parse(r.codec)
+    if not isinstance(r.schedule, str):
+        raise ValueError(f'schedule = {r.schedule!r} is not allowed; use a name, as "every"')
+    schedule.parse(r.schedule)
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
+        ("server", r.server is None or isinstance(r.server, str), 'text, as "sampled:2:5"'),
         ("every", _is_int(r.every) and r.every >= 1, "1 or more"),
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
@@ -39,6 +43,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
+        ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and r.sam_rho > 0), "a number above 0"),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
@@ -55,19 +60,51 @@ def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or isinstance(value, float)
 
 
+def rho_of(recipe: Recipe, said: float | None) -> float:
+    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
+    take SAM from a recipe that is defined with it."""
+    if recipe.sam_rho is not None and said == 0:
+        raise ValueError(
+            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
+            f'sync.recipe = "{recipe.algorithm}"'
+        )
+    return (recipe.sam_rho or 0.0) if said is None else said
+
+
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
     used = RULES[r.algorithm].axes | {"algorithm"}
-    idle = {"copy": {"outer_lr", "outer_momentum"}, "sgd": {"outer_momentum"}, "nesterov": set()}[r.outer]
+    of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
+    idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    if r.schedule != schedule.EVERY:
+        idle["every"] = f'schedule = "{r.schedule}"'
     for axis, value in changes.items():
-        if value == getattr(row, axis) or axis in used - idle:
+        if value == getattr(row, axis) or axis in used - idle.keys():
             continue
-        reason = f'outer = "{r.outer}"' if axis in used & idle else f'algorithm = "{r.algorithm}"'
+        reason = idle[axis] if axis in used and axis in idle else f'algorithm = "{r.algorithm}"'
         raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
 
 
+def _check_server(r: Recipe, server: str) -> None:
+    if "server" not in RULES[r.algorithm].axes or r.reduce != "neighbours":
+        raise ValueError(
+            f'sync.server = "{server}" stands between rounds of neighbours whose matrix may change, and sync.algorithm = '
+            f'"{r.algorithm}" with sync.reduce = "{r.reduce}" has none; leave it out, or use sync.recipe = "dpsgd"'
+        )
+    if r.algorithm == "gradient_tracking" and server.startswith("all"):
+        raise ValueError(
+            f'gradient_tracking needs a matrix whose columns sum to one, and those of sync.server = "{server}" do not; use '
+            f'"sampled{server.removeprefix("all")}"'
+        )
+
+
 def check_together(r: Recipe, num_islands: int) -> None:
-    if r.delay != "round" and r.delay > r.every:
+    regular = r.schedule == schedule.EVERY
+    if not regular and r.delay == "round":
+        raise ValueError(
+            f'sync.delay = "round" is as long as a period, and sync.schedule = "{r.schedule}" has none; use a number of steps'
+        )
+    if regular and r.delay != "round" and r.delay > r.every:
         raise ValueError(
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
@@ -82,8 +119,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
             'need not: use sync.recipe = "push_sum"'
         )
-    topologies.check(r.topology, r.graph, num_islands)
+    topologies.check(r.topology, r.graph, num_islands, server=r.server)
     rules = RULES[r.algorithm]
+    if r.server is not None:
+        _check_server(r, r.server)
     if r.reduce not in rules.paths:
         raise ValueError(
             f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(rules.paths)}'
@@ -107,9 +146,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         )
     if rules.rewrites_gradients and (r.every != 1 or r.fragments != 1):
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
+    if rules.rewrites_gradients and not regular:
+        raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
-    if r.fragments > r.every:
+    if regular and r.fragments > r.every:
         raise ValueError(
             f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from dtrain import own
+from dtrain import own, schedule
 from dtrain.recipe import Recipe
 from dtrain.recipe_fits import check_together, check_used, check_values
 from dtrain.recipe_rows import ROWS
@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "delayed_diloco"
 
 RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
-_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every")
+_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "total_steps")
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
 
@@ -47,8 +47,24 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     return recipe
 
 
-def of_section(sync: Mapping[str, object], num_islands: int) -> Recipe:
-    """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it."""
+def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:
+    """The recipe for a run of so many optimizer steps, where its schedule spends a budget over them; raises ValueError for a
+    budget that does not fit them, and where they are not known."""
+    budget = schedule.parse(recipe.schedule)
+    if budget is None:
+        return recipe
+    if total_steps is None:
+        raise ValueError(
+            f'sync.schedule = "{recipe.schedule}" spreads its rounds over the whole run; give join its length: total_steps='
+        )
+    schedule.check_budget(recipe.schedule, budget, total_steps, recipe.delay_steps)
+    return replace(recipe, total_steps=total_steps)
+
+
+def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:
+    """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it, for a run of
+    ``total_steps`` where that is given."""
     name = sync.get("recipe")
     assert name is None or isinstance(name, str)
-    return resolve(name, {key: value for key, value in sync.items() if key != "recipe"}, num_islands)
+    recipe = resolve(name, {key: value for key, value in sync.items() if key != "recipe"}, num_islands)
+    return recipe if total_steps is None else with_steps(recipe, total_steps)

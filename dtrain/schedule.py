@@ -1,9 +1,16 @@
-"""When does a fragment start a round? Pure functions of the optimizer step."""
+"""When does a fragment start a round? Pure functions of the optimizer step.
+
+``every`` H steps; or by a budget: R rounds in a run of T steps, few early and many late, with a density that grows as t^p:
+    a round starts after step t  <=>  floor(R (t / T)^(p+1)) > floor(R ((t - 1) / T)^(p+1)),    the last one after step T.
+Late rounds are worth more, and one exact merge at the end makes up for most that were left out (arXiv 2507.06542)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+
+EVERY = "every"
+MOST_GROWTH = 8
 
 
 class Control(NamedTuple):
@@ -30,3 +37,60 @@ def staggered(num_fragments: int) -> When:
         return step % control.every == fragment * control.every // num_fragments
 
     return when
+
+
+class Budget(NamedTuple):
+    """``"budget:R"``, ``"budget:S%"`` of the steps, and ``:p`` behind either."""
+
+    amount: int
+    percent: bool
+    growth: int
+    """p: 0 spreads the rounds evenly."""
+
+    def rounds(self, total_steps: int) -> int:
+        """R, of a share to the nearest."""
+        return (self.amount * total_steps + 50) // 100 if self.percent else self.amount
+
+
+def parse(name: str) -> Budget | None:
+    """None for "every"; raises ValueError for what is no schedule."""
+    word, *rest = name.split(":")
+    if name == EVERY:
+        return None
+    amount, growth = (rest[0].removesuffix("%"), rest[1] if len(rest) == 2 else "1") if 1 <= len(rest) <= 2 else ("", "")
+    if word != "budget" or not amount.isdecimal() or int(amount) < 1 or not growth.isdecimal() or int(growth) > MOST_GROWTH:
+        raise ValueError(
+            f'schedule = {name!r} is not known; use "every", or "budget:R" or "budget:S%": R rounds in all, or S % of the steps, '
+            f"ever denser; a :p from 0 to {MOST_GROWTH} behind it says how much, 1 when left out"
+        )
+    return Budget(int(amount), rest[0].endswith("%"), int(growth))
+
+
+def spent(budget: Budget, num_fragments: int, total_steps: int) -> When:
+    """Each of P fragments starts R rounds; fragment k is k / P of a round ahead of fragment 0."""
+    rounds, power = budget.rounds(total_steps), budget.growth + 1
+    whole = total_steps**power
+
+    def done(step: int, fragment: int) -> int:
+        return (rounds * num_fragments * min(step, total_steps) ** power + fragment * whole) // (num_fragments * whole)
+
+    def when(step: int, fragment: int, control: Control) -> bool:
+        return done(step, fragment) > done(step - 1, fragment)
+
+    return when
+
+
+def check_budget(name: str, budget: Budget, total_steps: int, delay_steps: int) -> None:
+    """Raises ValueError where two rounds would have to share a step, or the end of one would come after the next one's start."""
+    if total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps} is not allowed; use 1 or more")
+    rounds, power, apart = budget.rounds(total_steps), budget.growth + 1, max(1, delay_steps)
+    # The density grows, so the last steps are the ones that matter: at most one round may start in any ``apart`` of them.
+    most = total_steps**power // (total_steps**power - max(0, total_steps - apart) ** power)
+    if rounds < 1:
+        raise ValueError(f'sync.schedule = "{name}" is not one round in {total_steps} steps; use a larger share, or "budget:1"')
+    if rounds > most:
+        raise ValueError(
+            f'sync.schedule = "{name}" is {rounds} rounds in {total_steps} steps, and a round must land before the next starts: '
+            f"with sync.delay = {delay_steps} use {most} at most, or a smaller growth than :{budget.growth}"
+        )

@@ -32,9 +32,10 @@ from dtrain.membership import Notice, Place
 from dtrain.methods import RULES
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, GPTConfig, num_parameters
-from dtrain.optim import AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
+from dtrain.optim import SAM, AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
+from dtrain.recipe_fits import rho_of
 from dtrain.recipes import Recipe, of_section
 from dtrain.spans import span
 
@@ -60,7 +61,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
     prepare_kernels(recipe, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
@@ -96,6 +97,7 @@ class _Island:
     model: GPT
     trained: nn.Module
     optimizer: torch.optim.Optimizer
+    sam: SAM | None
     sync: Sync
     heldout: tuple[Tensor, Tensor]
     device: torch.device
@@ -147,7 +149,7 @@ def _begin(
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
     model = build_model(job, corpus).to(device)
-    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes, job.train.steps)
     optimizer = _optimizer(job, recipe, model)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
@@ -167,7 +169,9 @@ def _begin(
     heldout = heldout_sequences(corpus, job.model.context)
     moved = (heldout[0].to(device), heldout[1].to(device))
     first_step = int(saved.get("first_step", start))
-    return _Island(job, corpus, run, status, connection, model, trained, optimizer, sync, moved, device, clock, first_step)
+    rho = rho_of(recipe, job.train.sam_rho)
+    sam = SAM(optimizer, rho=rho) if rho else None
+    return _Island(job, corpus, run, status, connection, model, trained, optimizer, sam, sync, moved, device, clock, first_step)
 
 
 def build_model(job: Job, corpus: Corpus) -> GPT:
@@ -248,8 +252,20 @@ def _loop(island: _Island, observe: Observe) -> None:
 
 
 def _step(island: _Island, step: int) -> float:
-    """One optimizer step over this rank's share of the island's batch; returns the island's mean loss in nats a
-    token."""
+    """One optimizer step; returns the island's mean loss in nats a token, where the model was."""
+    if island.sam is None:
+        total = _gradient(island, step)
+    else:
+        total = island.sam.gradient(lambda: _gradient(island, step))
+    # dtrain's own optimizer says for each of its kernels what it moves.
+    moved_bytes = 0 if isinstance(island.optimizer, AccumAdamW) else _ADAM_BYTES * sum(b.x.numel() for b in island.sync.buckets)
+    with span("optimizer", moved_bytes):
+        island.optimizer.step()
+    return total
+
+
+def _gradient(island: _Island, step: int) -> float:
+    """Forward and backward over this rank's share of the island's batch; returns the island's mean loss."""
     job, ranks = island.job, island.connection.ranks
     micro_batch = job.train.batch // (ranks.num_ranks * job.train.accumulate)
     island.optimizer.zero_grad()
@@ -280,10 +296,6 @@ def _step(island: _Island, step: int) -> float:
     total = ranks.total([total])[0] / ranks.num_ranks
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
-    # dtrain's own optimizer says for each of its kernels what it moves.
-    moved_bytes = 0 if isinstance(island.optimizer, AccumAdamW) else _ADAM_BYTES * sum(b.x.numel() for b in island.sync.buckets)
-    with span("optimizer", moved_bytes):
-        island.optimizer.step()
     return total
 
 

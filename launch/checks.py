@@ -10,6 +10,7 @@ from typing import Literal
 from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
+from dtrain.recipe_fits import rho_of
 from dtrain.recipes import AXES, of_section
 
 How = Literal["run", "script", "sim"]
@@ -42,7 +43,8 @@ def resolved(job: Job) -> Job:
     """The job with every answer of its recipe written out, so that a run stays what it is when a recipe's row changes.
 
     Raises ValueError for answers that do not fit together."""
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
+    rho_of(recipe, job.train.sam_rho)
     answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 

@@ -16,6 +16,7 @@ def topology(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="left out: a list of them", show_default=False)] = None,
     num_islands: Annotated[int, typer.Option("--islands", help="how many", min=1)] = 8,
     graph: Annotated[str | None, typer.Option("--graph", metavar="GRAPH", help="sync.graph, where there is one")] = None,
+    server: Annotated[str | None, typer.Option("--server", metavar="SERVER", help="sync.server, with its rounds")] = None,
     codec: Annotated[str, typer.Option("--codec", help="of a wire")] = "identity",
     numel: Annotated[int, typer.Option("--numel", help="parameters of the model", min=1)] = 1_000_000,
     seed: Annotated[int, typer.Option("--seed", help="of graphs and rounds that are drawn")] = 0,
@@ -39,8 +40,8 @@ def topology(
 
     if num_islands > MOST_ISLANDS:
         raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {MOST_ISLANDS}")
-    check(name, graph, num_islands, seed)
-    mixed = mixing(name, graph, seed)
+    check(name, graph, num_islands, seed, server)
+    mixed = mixing(name, graph, seed, server)
     fmt = plain(codec).fmt
     wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)
     wire = f"{numel:,} parameters as {codec}"

@@ -33,7 +33,7 @@ def rows(mixing: Mixing, num_islands: int, *, wire_bytes: int, wire: str) -> lis
     cut = ", ".join(map(str, found.articulation)) or "none"
     low, high = found.weights
     one_way = f"push-sum's; an island's steps count up to {1 / low:.3g} times as much where it is small"
-    weights = [] if mixing.doubly_stochastic else [["weights", f"{low:.3g} to {high:.3g}", one_way]]
+    weights = [] if not mixing.one_way else [["weights", f"{low:.3g} to {high:.3g}", one_way]]
     return [
         ["lambda2", f"{found.lambda2:.4f}", factor],
         ["spectral gap", f"{1 - found.lambda2:.4f}", "1 - lambda2"],

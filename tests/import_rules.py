@@ -20,7 +20,10 @@ LAYERS = (
     ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "own"),
     ("membership", "island"),
-    ("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "fused", "gradients", "hooks", "traffic", "wait"),
+    (
+        *("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "fused", "gradients", "hooks", "loop_fits"),
+        *("traffic", "wait"),
+    ),
     (),
     ("launch",),
 )

@@ -14,6 +14,7 @@ from dtrain.topology.names import (
     parameter,
 )
 from dtrain.topology.row import Round, Topology
+from dtrain.topology.server import parse as parse_server
 
 __all__ = [
     "CHANGING",
@@ -29,4 +30,5 @@ __all__ = [
     "is_file",
     "mixing",
     "parameter",
+    "parse_server",
 ]

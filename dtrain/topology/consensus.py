@@ -77,7 +77,7 @@ def _articulation(graph: nx.DiGraph[int]) -> tuple[int, ...]:
 
 
 def _weights(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
-    if mixing.doubly_stochastic:
+    if not mixing.one_way:
         return 1.0, 1.0
     values, vectors = np.linalg.eig(matrix(mixing, 0, num_nodes))
     own = np.abs(vectors[:, np.argmax(np.real(values))])
@@ -91,7 +91,7 @@ def _rounds(mixing: Mixing, num_nodes: int) -> range:
 
 
 def _distance(product: Matrix, mixing: Mixing) -> float:
-    """From J; of a matrix whose columns sum to one, from the matrix of rank one that it goes to, by the spread of its rows."""
+    """From J; where only columns or rows sum to one, from the matrix of rank one that it goes to, by the spread of its rows."""
     if mixing.doubly_stochastic:
         return float(np.linalg.norm(product - 1 / len(product), 2))
     scaled = product / product.sum(axis=1, keepdims=True)

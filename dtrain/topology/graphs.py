@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import networkx as nx
@@ -34,6 +35,23 @@ def of_static(topology: Topology) -> Graph:
 
 def path(num_nodes: int) -> nx.Graph[int]:
     return nx.path_graph(num_nodes)
+
+
+def rings(parts: int) -> Graph:
+    """So many rings that no edge joins, of neighbouring islands and near-equal sizes; raises ValueError for fewer islands."""
+
+    def graph(num_nodes: int) -> nx.Graph[int]:
+        if not 1 <= parts <= num_nodes:
+            raise ValueError(f"rings:{parts} needs {max(parts, 1)} islands or more, got {num_nodes}, and 1 ring")
+        made: nx.Graph[int] = nx.Graph()
+        made.add_nodes_from(range(num_nodes))
+        cuts = [num_nodes * k // parts for k in range(parts + 1)]
+        for first, stop in pairwise(cuts):
+            ends = [(node, first + (node + 1 - first) % (stop - first)) for node in range(first, stop)]
+            made.add_edges_from((a, b) for a, b in ends if a != b)
+        return made
+
+    return graph
 
 
 def random_regular(degree: int, seed: int) -> Graph:
@@ -106,7 +124,7 @@ def check_connected(name: str, graph: nx.Graph[int]) -> None:
     if len(parts) > 1:
         raise ValueError(
             f"the graph {name} falls into {len(parts)} parts, and islands {', '.join(map(str, parts[0]))} would never hear of "
-            "the others; add an edge between the parts"
+            "the others; add an edge between the parts, or rounds with a server (sync.server)"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.topology import one_peer, static
+from dtrain.topology import server as servers
 from dtrain.topology.row import Topology
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ NAMES = (*STATIC, *CHANGING, *DIRECTED)
 OF_GRAPHS = ("graph", "coloured", "directed")
 """Those that ``sync.graph`` says the edges of."""
 
-GRAPHS = "ring, path, torus, hypercube, star, complete, random_regular:K, barabasi_albert:M, or a file of edges"
+GRAPHS = "ring, path, torus, hypercube, star, complete, random_regular:K, barabasi_albert:M, rings:C, or a file of edges"
 ARCS = "cycle, random_out:K, or a file of arcs"
 
 
@@ -39,18 +40,43 @@ class Mixing:
     """Number of nodes -> rounds after which it repeats."""
     static: bool = False
     doubly_stochastic: bool = True
-    drawn: bool = False
-    """Each round is a matching that is drawn anew; it has no period."""
+    heard: Callable[[int, int], int] | None = None
+    """Of a topology that is drawn anew each round, and has no period: (node, number of nodes) -> the most peers heard in one."""
+
+    @property
+    def one_way(self) -> bool:
+        """Whether it is one of those that push-sum is for."""
+        return self.static and not self.doubly_stochastic
+
+    @property
+    def drawn(self) -> bool:
+        return self.heard is not None
 
     def in_degree(self, node: int, num_nodes: int) -> int:
         """The most peers that a node hears in one round."""
-        if self.drawn:
-            return min(1, num_nodes - 1)
+        if self.heard is not None:
+            return self.heard(node, num_nodes)
         return max(len(self.rows(index, node, num_nodes).recvs) for index in range(self.period(num_nodes)))
 
 
-def mixing(topology: str, graph: str | None, seed: int) -> Mixing:
+def mixing(topology: str, graph: str | None, seed: int, server: str | None = None) -> Mixing:
     """The topology of a name that ``check`` has let pass."""
+    base = _mixing(topology, graph, seed)
+    return base if server is None else served(base, servers.parse(server), seed)
+
+
+def served(base: Mixing, server: servers.Server, seed: int) -> Mixing:
+    """``base`` with the rounds of a server in between."""
+
+    def heard(node: int, num_nodes: int) -> int:
+        most = server.sample - (server.to == "sampled")
+        return max(base.in_degree(node, num_nodes), min(most, num_nodes - 1))
+
+    rows = servers.with_server(base.rows, server, seed)
+    return Mixing(rows, _once, doubly_stochastic=server.to == "sampled" and base.doubly_stochastic, heard=heard)
+
+
+def _mixing(topology: str, graph: str | None, seed: int) -> Mixing:
     name, ranks = parameter(topology)
     if name in OF_GRAPHS:
         return _of_graph(name, graph, seed)
@@ -58,7 +84,7 @@ def mixing(topology: str, graph: str | None, seed: int) -> Mixing:
         rows: Topology = getattr(static, name)
         return Mixing(rows, _once, static=True)
     if name == "random_pairs":
-        return Mixing(one_peer.random_pairs(seed), _once, drawn=True)
+        return Mixing(one_peer.random_pairs(seed), _once, heard=lambda node, n: min(1, n - 1))
     changing: dict[str, tuple[Topology, Callable[[int], int]]] = {
         "one_peer_ring": (one_peer.one_peer_ring, lambda n: 2 if n % 2 == 0 else n),
         "one_peer_exponential": (one_peer.one_peer_exponential, _log2),
@@ -88,9 +114,11 @@ def fingerprint(topology: str, graph: str | None, num_nodes: int, seed: int) -> 
     return digest((_arcs if topology in DIRECTED else _graph)(graph, seed)(num_nodes))
 
 
-def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> None:
-    """Raises ValueError where there is no such topology, or none for so many islands."""
+def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0, server: str | None = None) -> None:
+    """Raises ValueError where there is no such topology, or none for so many islands; a graph that falls apart needs a server."""
     name, ranks = parameter(topology)
+    if server is not None and servers.parse(server).sample > num_nodes:
+        raise ValueError(f'sync.server = "{server}" draws {servers.parse(server).sample} of {num_nodes} islands; draw fewer')
     if (graph is None) == (name in OF_GRAPHS):
         raise ValueError(
             f'sync.topology = "{topology}" is made of the edges of a graph; name it in sync.graph: '
@@ -116,7 +144,9 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0) -> No
     elif name in OF_GRAPHS:
         from dtrain.topology import graphs
 
-        graphs.check_connected(str(graph), _graph(graph, seed)(num_nodes))
+        made = _graph(graph, seed)(num_nodes)
+        if server is None:
+            graphs.check_connected(str(graph), made)
 
 
 def parameter(topology: str) -> tuple[str, int]:
@@ -136,6 +166,8 @@ def _graph(graph: str | None, seed: int) -> Graph:
     name, _, text = graph.partition(":")
     if graph in graphs.FAMILIES:
         return graphs.FAMILIES[graph]
+    if name == "rings" and text.isdecimal():
+        return graphs.rings(int(text))
     if name in ("random_regular", "barabasi_albert") and text.isdecimal():
         return {"random_regular": graphs.random_regular, "barabasi_albert": graphs.barabasi_albert}[name](int(text), seed)
     if is_file(graph):

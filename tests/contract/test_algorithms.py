@@ -55,6 +55,8 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "random": {"topology": "random_pairs"},
     "colours": {"topology": "coloured", "graph": "star"},
     "hosts": {"topology": "alternating_exp_ring:3"},
+    "server": {"topology": "graph", "graph": "rings:2", "server": "sampled:3:2"},
+    "server to all": {"topology": "graph", "graph": "rings:2", "server": "all:2:2"},
 }
 TIMES: dict[str, dict[str, int]] = {
     "at once": {"every": 1, "delay": 0},
@@ -77,7 +79,8 @@ def cases(codecs: tuple[str, ...]) -> list[Case]:
         for method, topology, time, codec in product(METHODS, TOPOLOGIES, TIMES, codecs)
         if time in METHODS[method].times
         and (METHODS[method].matrix is not None or codecs != EXACT)
-        and (method not in NEED_STATIC or TOPOLOGIES[topology]["topology"] in STATIC)
+        and (method not in NEED_STATIC or (TOPOLOGIES[topology]["topology"] in STATIC and "server" not in TOPOLOGIES[topology]))
+        and (topology != "server to all" or codecs == EXACT)  # which moves the mean, and has no place in gradient tracking
     ]
 
 
@@ -106,9 +109,10 @@ def axes_of(method: str, topology: str, time: str, codec: str) -> dict[str, Any]
 
 
 def test_every_gossip_recipe_is_in_the_suite() -> None:
-    """But dpsgd with an optimizer of its own (test_accum_adam); push_sum keeps another mean (test_push_sum)."""
+    """But dpsgd with an optimizer of its own (test_accum_adam, test_sam), a schedule (test_budget) or a server's rounds; push_sum
+    keeps another mean (test_push_sum)."""
     gossips = {name for name, row in RECIPES.items() if row.combine == "gossip"}
-    assert gossips == {*METHODS, "decent_adam", "accum_adam"}
+    assert gossips == {*METHODS, "decent_adam", "accum_adam", "single_merge", "dfedsam", "dfedsam_mgs", "semi_s2s"}
     assert len(pairwise(cases(EXACT))) < len(cases(EXACT))
 
 
@@ -123,7 +127,7 @@ def recursion(axes: dict[str, Any], matrix: Callable[[Matrix], Matrix], first: i
         gradient = p.gradient(X)
         X = X + flying.pop(t, 0.0) - LR * gradient
         if t % every == first:
-            moved = (matrix(w_of(axes["topology"], axes.get("graph"), rounds, ISLANDS)) - np.eye(ISLANDS)) @ X
+            moved = (matrix(w_of(axes["topology"], axes.get("graph"), rounds, ISLANDS, axes.get("server"))) - np.eye(ISLANDS)) @ X
             rounds += 1
             if delay:
                 flying[t + delay] = moved

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
+from dtrain.optim import SAM
 from tests.dist import least_squares
 from tests.dist.child import model_digest
 
@@ -18,7 +20,7 @@ BUCKET_BYTES = 8
 
 
 def ddp_loop(
-    *, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, every: int = EVERY, **axes: Any
+    *, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, every: int = EVERY, rho: float = 0.0, **axes: Any
 ) -> dict[str, Any]:
     """The island's batch is split over its ranks; the model is wrapped before or after the join."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -28,16 +30,27 @@ def ddp_loop(
         trained = DistributedDataParallel(model)
     opt = torch.optim.SGD(model.parameters(), lr=least_squares.LR)
     inside = True
+    sam = SAM(opt, rho=rho) if rho else None
+    before: list[float] = []
     with dtrain.join(
-        trained, opt, recipe=recipe, every=every, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES, **axes
+        trained, sam or opt, recipe=recipe, every=every, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES, **axes
     ) as sync:
         if ranks > 1 and wrap == "after":
             trained = DistributedDataParallel(model)
         for step in range(STEPS):
             x, y = least_squares.batch(sync.island, step)
-            opt.zero_grad()
-            least_squares.loss_of(trained, x.chunk(ranks)[rank], y.chunk(ranks)[rank]).backward()
+
+            def gradient(x: Tensor = x.chunk(ranks)[rank], y: Tensor = y.chunk(ranks)[rank]) -> None:
+                opt.zero_grad()
+                least_squares.loss_of(trained, x, y).backward()
+
+            if sam is None:
+                gradient()
+            else:
+                sam.gradient(gradient)
             opt.step()
+            if step == STEPS - 2:
+                before = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
             inside = inside and least_squares.within_bounds(model)
         own = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
         sync.merge()
@@ -47,6 +60,7 @@ def ddp_loop(
         "received": stats.wire_bytes_received,
         "buckets": sorted({b.owner for b in sync.buckets}),
         "own": own,
+        "before": before,
         "model": model_digest(model),
         "inside": inside,
     }

@@ -17,6 +17,7 @@ _plain = functools.partial(ranked.ddp_loop, recipe="fedavg", codec="identity", d
 SCENARIOS = {
     "wrapped before": functools.partial(_plain, wrap="before"),
     "wrapped after": functools.partial(_plain, wrap="after"),
+    "sharpness-aware": functools.partial(_plain, wrap="after", rho=0.1),
     "default recipe": functools.partial(ranked.ddp_loop, wrap="after", recipe="delayed_diloco", codec="int4:64", delay=2),
 }
 
@@ -56,6 +57,7 @@ def test_all_processes_end_with_the_same_bits(two_ranks: list[Result], scenario:
     assert len({v["model"] for v in vs}) == 1, "after the merge"
     assert vs[0]["own"] == vs[1]["own"], "the ranks of island 0 before it"
     assert vs[2]["own"] == vs[3]["own"]
+    assert vs[0]["before"] == vs[1]["before"], "and four steps after a round has made them equal"
 
 
 def test_wrapping_before_or_after_the_join_is_the_same(two_ranks: list[Result]) -> None:

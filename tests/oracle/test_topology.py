@@ -49,9 +49,9 @@ def product(mixed: Mixing, n: int, rounds: int) -> Matrix:
     return out
 
 
-def w_of(name: str, graph: str | None, index: int, n: int) -> Matrix:
-    """W of a round, seed 0, which the tests below hold to closed forms."""
-    return matrix(mixing(name, graph, 0), index, n)
+def w_of(name: str, graph: str | None, index: int, n: int, server: str | None = None) -> Matrix:
+    """W of a round, seed 0, which the tests below (and test_server) hold to closed forms."""
+    return matrix(mixing(name, graph, 0, server), index, n)
 
 
 def chebyshev_matrix(w: Matrix, steps: int) -> Matrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +94,31 @@ def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -
     heldout = heldout_sequences(corpus, job.model.context)
     losses, norms, evals = [], [], []
     for step in range(job.train.steps):
-        parts = [micro_loss(job, model, corpus, island, step, micro) for micro in range(job.train.accumulate)]
-        losses.append(sum(float(part.detach()) for part in parts) / len(parts))
-        each = [torch.autograd.grad(part, parameters) for part in parts]
-        for parameter, *gradients in zip(parameters, *each, strict=True):
-            parameter.grad = torch.as_tensor(sum(gradients) / len(gradients))
+        loss, gradients = mean_gradient(job, model, corpus, island, step)
+        losses.append(loss)
+        if job.train.sam_rho:  # the same batch again, so far up the gradient that it has here
+            of = dict(zip(parameters, gradients, strict=True))  # a sum in the optimizer's order, for the same bits
+            norm = torch.nn.utils.get_total_norm([of[p] for group in optimizer.param_groups for p in group["params"]])
+            there = copy.deepcopy(model)
+            with torch.no_grad():
+                for parameter, gradient in zip(there.parameters(), gradients, strict=True):
+                    parameter.copy_(parameter + gradient * (job.train.sam_rho / norm))
+            _, gradients = mean_gradient(job, there, corpus, island, step)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, job.train.clip or math.inf)))
         set_lr(optimizer, cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr))
         optimizer.step()
         evals += [evaluate(model, heldout)] if evaluated else []
     return ByHand(losses, norms, evals, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def mean_gradient(job: Job, model: GPT, corpus: Corpus, island: int, step: int) -> tuple[float, list[Tensor]]:
+    """Of a step's micro-batches, with their mean loss."""
+    parts = [micro_loss(job, model, corpus, island, step, micro) for micro in range(job.train.accumulate)]
+    each = [torch.autograd.grad(part, list(model.parameters())) for part in parts]
+    means = [torch.as_tensor(sum(gradients) / len(gradients)) for gradients in zip(*each, strict=True)]
+    return sum(float(part.detach()) for part in parts) / len(parts), means
 
 
 def micro_loss(job: Job, model: GPT, corpus: Corpus, island: int, step: int, micro: int) -> Tensor:

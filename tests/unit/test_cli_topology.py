@@ -42,6 +42,7 @@ def test_a_ring_of_eight(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         (("one_peer_exponential", "--islands", "3"), ["round 1: 0>2 1>0 2>1", "and again from round 0"]),
         (("coloured", "--graph", "path", "--islands", "4"), ["round 0: 0-1 2-3", "round 1: 1-2", "and again from round 0"]),
         (("directed", "--graph", "cycle", "--islands", "3"), ["0: 1", "1: 2", "2: 0"]),
+        (("graph", "--graph", "rings:2", "--islands", "4", "--server", "all:4:1"), ["round 15: 0-1 0-2 0-3 1-2 1-3 2-3", "..."]),
         (("random_pairs", "--islands", "2"), ["round 15: 0-1", "..."]),
     ],
 )

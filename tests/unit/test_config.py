@@ -33,6 +33,7 @@ steps = 10
 batch = 8
 accumulate = 2
 moments_every = 4
+sam_rho = 0.05
 precision = "bf16"
 lr = 1
 warmup = 2

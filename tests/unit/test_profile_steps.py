@@ -19,7 +19,10 @@ def starts(recipe: Recipe, first: int, last: int) -> list[int]:
     return [step for step in range(first, last) if plan.sends and plan.when(step + 1, 0, plan.control)]
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if r.name not in ("local", "allreduce")], ids=lambda r: r.name)
+REGULAR = [r for r in RECIPES.values() if r.name not in ("local", "allreduce") and r.schedule == "every"]
+
+
+@pytest.mark.parametrize("recipe", REGULAR, ids=lambda r: r.name)
 def test_both_windows_begin_with_a_round_that_lands_in_them(recipe: Recipe) -> None:
     window = window_of(recipe, None)
     assert warning(recipe, window) is None
@@ -38,6 +41,11 @@ def test_the_quickstart_is_looked_at_for_four_rounds_and_traced_for_one() -> Non
 
 def test_a_round_that_flies_a_whole_period_is_held_whole() -> None:
     assert window_of(replace(DELAYED, delay="round"), None).steps == 56
+
+
+def test_rounds_of_a_budget_are_said_to_be_others() -> None:
+    recipe = RECIPES["single_merge"]
+    assert "rounds come ever more often" in (warning(recipe, window_of(recipe, None)) or "")
 
 
 def test_a_long_period_is_cut_to_what_lands() -> None:

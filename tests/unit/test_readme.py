@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from dtrain import codec_name
+from dtrain import codec_name, schedule
 from dtrain.config import Job, Sync
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.topology import NAMES as TOPOLOGIES
@@ -54,6 +54,8 @@ def test_the_questions_are_answered_by_keys_and_words_of_the_code() -> None:
         for word in ticked(answers):
             if "codec" in ticked(names):
                 codec_name.parse(word)
+            elif "schedule" in ticked(names):
+                schedule.parse(word)
             elif "topology" in ticked(names):
                 assert word in TOPOLOGIES
             else:

@@ -11,7 +11,7 @@ import pytest
 from dtrain.assemble import assemble
 from dtrain.config import Sync, dump_job, parse_job
 from dtrain.launch.run_folder import resolved
-from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve
+from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve, with_steps
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -19,7 +19,7 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
     for num_islands in (2, 3, 16):
         recipe = resolve(name, {}, num_islands)
         assert recipe == RECIPES[name]
-        plan = assemble(recipe, seed=0, num_islands=num_islands)
+        plan = assemble(with_steps(recipe, 100), seed=0, num_islands=num_islands)
         assert plan.sends == (name not in ("local", "allreduce"))
         assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
 
@@ -72,6 +72,12 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("dpsgd", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.algorithm = "dpsgd"'),
         ("fedavg", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.outer = "copy"'),
         ("diloco", {"outer": "sgd", "outer_momentum": 0.5}, 'sync.outer_momentum = 0.5 has no effect with sync.outer = "sgd"'),
+        ("dpsgd", {"schedule": "late"}, "schedule = 'late' is not known; use \"every\", or \"budget:R\""),
+        ("dpsgd", {"schedule": 3}, "schedule = 3 is not allowed"),
+        ("dpsgd", {"schedule": "budget:9", "every": 5}, 'sync.every = 5 has no effect with sync.schedule = "budget:9"'),
+        ("dpsgd", {"schedule": "budget:9", "delay": "round"}, 'sync.delay = "round" is as long as a period'),
+        ("allreduce", {"schedule": "budget:9"}, 'sync.schedule = "every" is all it can do'),
+        ("local", {"schedule": "budget:9"}, 'sync.schedule = \'budget:9\' has no effect with sync.algorithm = "local"'),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
     ],
 )

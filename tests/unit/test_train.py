@@ -67,6 +67,7 @@ def texts(tmp_path: Path) -> Path:
     [
         "train.accumulate=2",
         "train.accumulate=4",
+        "train.sam_rho=0.05",
         'train.precision="bf16"',
         "train.clip=0.05",
         "train.clip=0",

@@ -1,0 +1,55 @@
+"""Does somebody's own loop fit the recipe that it joins with? Each answer that is no is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from dtrain.methods import RULES
+from dtrain.optim.accum_adam import check_accumulates
+from dtrain.optim.sam import SAM
+from dtrain.recipes import Recipe
+
+
+def optimizers_of(loop: Optimizer | Sequence[Optimizer] | SAM) -> list[Optimizer]:
+    """Whose steps are hooked: of SAM those that it wraps, so that an update begins when its gradient is complete."""
+    if isinstance(loop, SAM):
+        return loop.optimizers
+    return [loop] if isinstance(loop, Optimizer) else list(loop)
+
+
+def check_loop(
+    recipe: Recipe,
+    loop: Optimizer | Sequence[Optimizer] | SAM,
+    *,
+    clip: float | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Raises ValueError where the optimizers or the loss scaler are not what the recipe, or each other, need."""
+    optimizers = optimizers_of(loop)
+    if recipe.sam_rho is not None and not isinstance(loop, SAM):
+        raise ValueError(
+            f"recipe {recipe.name!r} takes its gradients by SAM: give join dtrain.optim.SAM(optimizer, rho={recipe.sam_rho:g}) "
+            f'and step that with a closure, or use recipe = "{recipe.algorithm}"'
+        )
+    if recipe.moments_every is not None and recipe.moments_every > 1:
+        check_accumulates(recipe.name, recipe.moments_every, optimizers)
+    if scaler is None:
+        return
+    if RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients":
+        raise ValueError(
+            f"recipe {recipe.name!r} exchanges something before each update, and a GradScaler that skips a step on one island "
+            "only would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
+        )
+    if not optimizers:
+        raise ValueError(
+            "a scaler is watched together with its optimizers; give join both, or neither, and call before_update and "
+            "after_update yourself"
+        )
+    if clip:
+        raise ValueError(
+            f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
+            "scaler.unscale_(optimizer) and scaler.step(optimizer)"
+        )
