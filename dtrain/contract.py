@@ -18,6 +18,7 @@ from dtrain.connect import Connection, connect_local
 from dtrain.engine import join
 from dtrain.errors import NonFinite, PeerLost
 from dtrain.optim import AccumAdamW
+from dtrain.recipe_fits import check_trains
 from dtrain.recipes import resolve
 
 ISLANDS, LEAST_STEPS, CUT, WIDTH = 4, 24, 70, 153
@@ -69,6 +70,7 @@ def check(recipe: str) -> Iterator[Check]:
     """The checks in order, as they are done; what the method raises is raised, and ValueError for no such recipe. After a run
     that does not end finite the others are left out."""
     row = resolve(recipe, {}, ISLANDS)
+    check_trains(row)
     steps = max(LEAST_STEPS, 3 * row.every + row.delay_steps)
     try:
         whole = _run(recipe, 0, steps, None)
