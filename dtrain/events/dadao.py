@@ -15,9 +15,12 @@ g_i(x*) - nu x*, z = z~ = -y - nu x*."""
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.events.algorithm import Array, EventAlgorithm
 from dtrain.events.graph_constants import Chi
+
+Complex = npt.NDArray[np.complex128]
 
 
 def total_rate(chi: Chi) -> float:
@@ -30,32 +33,37 @@ def contraction(strong_convexity: float, smoothness: float) -> float:
     return (strong_convexity / 2 / smoothness) ** 0.5 / 8
 
 
-def generator(strong_convexity: float, smoothness: float) -> Array:
-    """The 6 x 6 matrix of the flow of (x, x~, y, y~, z, z~)."""
+def modes(strong_convexity: float, smoothness: float) -> tuple[Complex, Complex]:
+    """Values (6,) and vectors (6, 6) of the flow of (x, x~, y, y~, z, z~), its eigenvectors a column each.
+
+    In closed form: 0 comes twice, and what a library finds for such a pair may be nearly parallel."""
     nu = strong_convexity / 2
     r = (nu / smoothness) ** 0.5
     eta, alpha, theta = r / 8, r / 4, 1 / (2 * r)
-    return np.array(
-        [
-            [-eta, eta, 0, 0, 0, 0],
-            [eta, -eta, 0, 0, 0, 0],
-            [0, 0, -alpha, alpha, 0, 0],
-            [0, -theta * nu, -theta, 0, -theta, 0],
-            [0, 0, 0, 0, -alpha, alpha],
-            [0, 0, 0, 0, eta, -eta],
-        ]
-    )
+
+    def driven(value: float, x: tuple[float, float], z: tuple[float, float]) -> list[complex]:
+        """The mode of x's or z's own equations, with what it does to y."""
+        y = -theta * (nu * x[1] + z[0]) / (value * (value + alpha) / alpha + theta)
+        return [*x, y, (value + alpha) / alpha * y, *z]
+
+    # alpha theta = 1/8 and alpha < 1/4: y and y~ turn around each other.
+    turning = [-alpha / 2 + sign * 1j * (alpha * theta - alpha**2 / 4) ** 0.5 for sign in (1, -1)]
+    values = [0.0, -2 * eta, 0.0, -alpha - eta, *turning]
+    columns = [
+        driven(0.0, (1, 1), (0, 0)),
+        driven(-2 * eta, (1, -1), (0, 0)),
+        driven(0.0, (0, 0), (1, 1)),
+        driven(-alpha - eta, (0, 0), (alpha, -eta)),
+        *([0, 0, alpha, value + alpha, 0, 0] for value in turning),
+    ]
+    return np.array(values, dtype=np.complex128), np.array(columns, dtype=np.complex128).T
 
 
 def dadao(chi: Chi, strong_convexity: float, smoothness: float) -> EventAlgorithm:
     nu = strong_convexity / 2
     r = (nu / smoothness) ** 0.5
     gamma, gamma_tilde, delta, beta_tilde = 1 / (4 * smoothness), 1 / (4 * (nu * smoothness) ** 0.5), r / 4, 2 * chi.chi1 / r
-    # 0 twice, once for x and once for z, and else four different values: there are six eigenvectors. In units of 1 for x and
-    # sqrt(nu L) for y and z no entry is larger than 1 / (2 r).
-    units = np.array([1, 1, *([(nu * smoothness) ** 0.5] * 4)])
-    values, vectors = np.linalg.eig(generator(strong_convexity, smoothness) * units[None, :] / units[:, None])
-    vectors = units[:, None] * vectors
+    values, vectors = modes(strong_convexity, smoothness)
     inverse = np.linalg.inv(vectors)
 
     def init(x: Array) -> Array:
