@@ -9,6 +9,7 @@ from dtrain import outer as outers
 from dtrain import reduce as reduces
 from dtrain import schedule
 from dtrain.algorithm import Method
+from dtrain.algorithms.a2cid2 import a2cid2
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
@@ -21,6 +22,7 @@ from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.methods import RULES
 from dtrain.outer import Outer
+from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
@@ -45,6 +47,8 @@ class Plan:
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
+    """Raises ValueError for a recipe that is only simulated."""
+    check_trains(recipe)
     mixed = mixing(recipe.topology, recipe.graph, seed, recipe.server)
     return Plan(
         recipe=recipe,
@@ -95,6 +99,10 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return beer(codecs.plain(r.codec), r.gamma, mixed)
         case "choco":
             return choco(codecs.plain(r.codec), r.gamma, mixed)
+        case "a2cid2":
+            return a2cid2(codecs.plain(r.codec), mixed, r.every, r.delay_steps)
+        case "dadao":
+            raise AssertionError("check_trains refuses it")
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))

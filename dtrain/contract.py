@@ -20,6 +20,7 @@ from dtrain.connect import Connection, connect_local
 from dtrain.engine import join
 from dtrain.errors import NonFinite, PeerLost
 from dtrain.optim import SAM, AccumAdamW
+from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe, resolve, with_steps
 from dtrain.schedule import Control
 
@@ -72,6 +73,7 @@ def check(recipe: str) -> Iterator[Check]:
     """The checks in order, as they are done; what the method raises is raised, and ValueError for no such recipe. After a run
     that does not end finite the others are left out."""
     row = resolve(recipe, {}, ISLANDS)
+    check_trains(row)
     steps = max(LEAST_STEPS, 3 * row.every + row.delay_steps)
     row = with_steps(row, steps)
     try:

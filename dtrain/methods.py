@@ -8,7 +8,7 @@ from typing import Literal
 
 AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "diloco", "own",
+    "a2cid2", "dadao", "diloco", "own",
 ]  # fmt: skip
 
 
@@ -22,6 +22,10 @@ class Rules:
     """Why its topology must not change by round; None where it may."""
     rewrites_gradients: bool = False
     """Whether it exchanges something before each update, which waits for it."""
+    pairs: bool = False
+    """Whether its rounds are meetings of two, so that its topology must be matchings."""
+    simulated: str | None = None
+    """Why it is only simulated, by ``dtrain.events``; None where it trains models."""
     fuses: bool = False
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
@@ -45,6 +49,11 @@ RULES: Mapping[AlgorithmName, Rules] = {
     "gradient_tracking": Rules(_PLAIN | _SERVER, rewrites_gradients=True),
     "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True),
     "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, fuses=True),
+    "a2cid2": Rules(_PLAIN, pairs=True),
+    "dadao": Rules(
+        frozenset({"topology", "graph"}),
+        simulated="is for strongly convex problems whose curvature is known, and is only simulated",
+    ),
     "own": Rules(_GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL)),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL),
 }

@@ -98,6 +98,13 @@ def _check_server(r: Recipe, server: str) -> None:
         )
 
 
+def check_trains(r: Recipe) -> None:
+    """Raises ValueError for a method that is only simulated."""
+    why = RULES[r.algorithm].simulated
+    if why is not None:
+        raise ValueError(f'sync.recipe = "{r.name}" {why}; to train a model use another recipe, "a2cid2" say')
+
+
 def check_together(r: Recipe, num_islands: int) -> None:
     regular = r.schedule == schedule.EVERY
     if not regular and r.delay == "round":
@@ -135,6 +142,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f"{r.algorithm} {rules.static}, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
+        )
+    if rules.pairs and r.topology not in topologies.PAIRS:
+        raise ValueError(
+            f'the rounds of {r.algorithm} are meetings of two; sync.topology = "{r.topology}" has others: use one of '
+            f"{', '.join(topologies.PAIRS)}"
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Literal
 from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
-from dtrain.recipe_fits import rho_of
+from dtrain.recipe_fits import check_trains, rho_of
 from dtrain.recipes import AXES, of_section
 
 How = Literal["run", "script", "sim"]
@@ -62,6 +62,7 @@ def with_absolute_paths(job: Job) -> Job:
 
 def check_input(job: Job, how: How) -> None:
     """Raises ValueError for what would make every island fail; writes nothing."""
+    check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
     if how == "sim":
         _check_sim(job)
         if job.islands.ranks != 1:

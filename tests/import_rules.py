@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-PURE = ("topology", "schedule", "methods", "config", "codec_name", "units", "errors")
+PURE = ("topology", "events", "schedule", "methods", "config", "codec_name", "units", "errors")
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
@@ -31,7 +31,8 @@ UNNAMED_LAYER = 6
 
 # An algorithm is mathematics: it sees the axes, never a process group, a kernel or the engine.
 ALGORITHMS_SEE = (
-    *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "link", "outer", "payload", "reduce", "topology"),
+    *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "events", "link", "outer", "payload", "reduce"),
+    "topology",
 )
 KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "launch.checks")
 

@@ -86,7 +86,7 @@ def _weights(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
 
 
 def _rounds(mixing: Mixing, num_nodes: int) -> range:
-    """Those of a period; of drawn ones so many that the pairs of all nodes connect."""
+    """Those of a period; of drawn ones enough for a mean."""
     return range(8 * num_nodes.bit_length() if mixing.drawn else mixing.period(num_nodes))
 
 
@@ -153,11 +153,14 @@ def _drawn(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
 
 
 def edges(mixing: Mixing, num_nodes: int) -> nx.DiGraph[int]:
-    """Everyone whom each node sends to, in any round of a period."""
+    """Everyone whom each node sends to, in any round of a period, or in any that may be drawn."""
     import networkx as nx  # which nothing else here needs, and methods use this file
 
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(num_nodes))
+    if mixing.chances is not None:
+        graph.add_edges_from(arc for a, b in mixing.chances(num_nodes) for arc in ((a, b), (b, a)))
+        return graph
     for index in _rounds(mixing, num_nodes):
         for node in range(num_nodes):
             graph.add_edges_from((node, peer) for peer in mixing.rows(index, node, num_nodes).sends)

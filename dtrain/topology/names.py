@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 STATIC = ("complete", "ring", "torus", "hypercube", "star", "graph")
 """W is the same each round, and symmetric: what methods with public copies need."""
-CHANGING = ("one_peer_ring", "one_peer_exponential", "random_pairs", "alternating_exp_ring", "coloured")
+CHANGING = ("one_peer_ring", "one_peer_exponential", "random_pairs", "alternating_exp_ring", "coloured", "random_edges")
+PAIRS = ("one_peer_ring", "random_pairs", "coloured", "random_edges")
+"""Each round is a matching, whose pairs average."""
 DIRECTED = ("directed",)
 """W is the same each round, and only its columns sum to one: what push-sum is for."""
 NAMES = (*STATIC, *CHANGING, *DIRECTED)
-OF_GRAPHS = ("graph", "coloured", "directed")
+OF_GRAPHS = ("graph", "coloured", "random_edges", "directed")
 """Those that ``sync.graph`` says the edges of."""
 
 GRAPHS = "ring, path, torus, hypercube, star, complete, random_regular:K, barabasi_albert:M, rings:C, or a file of edges"
@@ -42,6 +44,8 @@ class Mixing:
     doubly_stochastic: bool = True
     heard: Callable[[int, int], int] | None = None
     """Of a topology that is drawn anew each round, and has no period: (node, number of nodes) -> the most peers heard in one."""
+    chances: Callable[[int], Mapping[tuple[int, int], float]] | None = None
+    """Where pairs are drawn: number of nodes -> how likely two, the smaller first, are to meet in a round."""
 
     @property
     def one_way(self) -> bool:
@@ -84,7 +88,7 @@ def _mixing(topology: str, graph: str | None, seed: int) -> Mixing:
         rows: Topology = getattr(static, name)
         return Mixing(rows, _once, static=True)
     if name == "random_pairs":
-        return Mixing(one_peer.random_pairs(seed), _once, heard=lambda node, n: min(1, n - 1))
+        return Mixing(one_peer.random_pairs(seed), _once, heard=_one_peer, chances=one_peer.pair_chances)
     changing: dict[str, tuple[Topology, Callable[[int], int]]] = {
         "one_peer_ring": (one_peer.one_peer_ring, lambda n: 2 if n % 2 == 0 else n),
         "one_peer_exponential": (one_peer.one_peer_exponential, _log2),
@@ -101,6 +105,11 @@ def _of_graph(name: str, graph: str | None, seed: int) -> Mixing:
         return Mixing(directed.split_evenly(_arcs(graph, seed)), _once, static=True, doubly_stochastic=False)
     if name == "graph":
         return Mixing(graphs.metropolis_hastings(_graph(graph, seed)), _once, static=True)
+    if name == "random_edges":
+        from dtrain.topology import random_edges
+
+        ofs = _graph(graph, seed)
+        return Mixing(random_edges.first_of_both(ofs, seed), _once, heard=_one_peer, chances=random_edges.chances(ofs))
     matchings = coloured.matchings(_graph(graph, seed))
     return Mixing(coloured.in_turns(matchings), lambda n: max(1, len(matchings(n))))
 
@@ -206,6 +215,10 @@ def _is_power_of_two(n: int) -> bool:
 
 def _once(_: int) -> int:
     return 1
+
+
+def _one_peer(_: int, num_nodes: int) -> int:
+    return min(1, num_nodes - 1)
 
 
 def _log2(n: int) -> int:

@@ -48,6 +48,12 @@ def random_pairs(seed: int) -> Topology:
     return topology
 
 
+def pair_chances(num_nodes: int) -> dict[tuple[int, int], float]:
+    """Of ``random_pairs``: every two are as likely to meet in a round."""
+    each = 1 / (num_nodes - 1 + num_nodes % 2)
+    return {(a, b): each for a in range(num_nodes) for b in range(a + 1, num_nodes)}
+
+
 def alternating_exp_ring(ranks: int) -> Topology:
     """Nodes that share a host talk over its fast network, and hosts over the slow one in turns (arXiv 2410.11998, code).
 

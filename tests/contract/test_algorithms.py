@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import dtrain
 from dtrain.connect import Connection
 from dtrain.recipes import RECIPES
-from dtrain.topology import STATIC
+from dtrain.topology import PAIRS, STATIC
 from tests.islands import run_islands, sgd_step
 from tests.oracle.test_gossip import BUCKET_BYTES, CUT, LR, WIDTH, Matrix, U, largest, problem
 from tests.oracle.test_topology import chebyshev_matrix, w_of
@@ -32,7 +32,8 @@ LOSSY = ("bf16", "int8:64", "int4:64:stochastic")
 class Method(NamedTuple):
     axes: dict[str, Any]
     matrix: Callable[[Matrix], Matrix] | None
-    """W of the round -> M, with the identity codec; None where the recursion is another: test_gradient_tracking."""
+    """W of the round -> M, with the identity codec; None where the recursion is another: test_gradient_tracking,
+    test_a2cid2."""
     times: tuple[str, ...] = ("at once", "a step late", "every third, two late")
 
 
@@ -44,6 +45,7 @@ METHODS: dict[str, Method] = {
     "chebyshev": Method({"gossip_steps": 4}, lambda w: chebyshev_matrix(w, 4)),
     "gradient_tracking": Method({}, None, ("at once", "a step late")),
     "beer": Method({"gamma": 0.75}, None, ("a step late",)),
+    "a2cid2": Method({}, None),
 }
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "ring": {"topology": "ring"},
@@ -54,6 +56,7 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "doubling": {"topology": "one_peer_exponential"},
     "random": {"topology": "random_pairs"},
     "colours": {"topology": "coloured", "graph": "star"},
+    "clocks": {"topology": "random_edges", "graph": "ring"},
     "hosts": {"topology": "alternating_exp_ring:3"},
     "server": {"topology": "graph", "graph": "rings:2", "server": "sampled:3:2"},
     "server to all": {"topology": "graph", "graph": "rings:2", "server": "all:2:2"},
@@ -63,7 +66,7 @@ TIMES: dict[str, dict[str, int]] = {
     "a step late": {"every": 1, "delay": 1},
     "every third, two late": {"every": 3, "delay": 2},
 }
-NEED_STATIC = ("choco", "chebyshev", "beer")
+NEEDS = {"choco": STATIC, "chebyshev": STATIC, "beer": STATIC, "a2cid2": PAIRS}
 
 Case = tuple[str, str, str, str]
 
@@ -79,7 +82,8 @@ def cases(codecs: tuple[str, ...]) -> list[Case]:
         for method, topology, time, codec in product(METHODS, TOPOLOGIES, TIMES, codecs)
         if time in METHODS[method].times
         and (METHODS[method].matrix is not None or codecs != EXACT)
-        and (method not in NEED_STATIC or (TOPOLOGIES[topology]["topology"] in STATIC and "server" not in TOPOLOGIES[topology]))
+        and (method not in NEEDS or TOPOLOGIES[topology]["topology"] in NEEDS[method])
+        and (method not in NEEDS or "server" not in TOPOLOGIES[topology])
         and (topology != "server to all" or codecs == EXACT)  # which moves the mean, and has no place in gradient tracking
     ]
 
@@ -245,7 +249,7 @@ def test_twice_is_the_same_bits_and_a_resume_in_mid_flight_too(method: str) -> N
     """Twelve steps, twice; and seven and five, the second five in new objects, while a round flies in between."""
     axes = {"recipe": method, "graph": "random_out:2", "delay": 1, "codec": "int8:64:stochastic"}
     if method in METHODS:
-        axes = axes_of(method, "ring", METHODS[method].times[-1], "int8:64:stochastic")
+        axes = axes_of(method, "pairs" if method == "a2cid2" else "ring", METHODS[method].times[-1], "int8:64:stochastic")
     whole, again = trained(axes, 0, 12, None), trained(axes, 0, 12, None)
     half = trained(axes, 0, 7, None)
     assert any(int(v) >= 0 for k, v in half[0].state.items() if k.endswith("land_step")), "a round is under way"

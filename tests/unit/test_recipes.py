@@ -11,10 +11,13 @@ import pytest
 from dtrain.assemble import assemble
 from dtrain.config import Sync, dump_job, parse_job
 from dtrain.launch.run_folder import resolved
+from dtrain.methods import RULES
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve, with_steps
 
+TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
 
-@pytest.mark.parametrize("name", RECIPES)
+
+@pytest.mark.parametrize("name", TRAIN)
 def test_every_row_fits_together_and_becomes_code(name: str) -> None:
     for num_islands in (2, 3, 16):
         recipe = resolve(name, {}, num_islands)
@@ -22,6 +25,12 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
         plan = assemble(with_steps(recipe, 100), seed=0, num_islands=num_islands)
         assert plan.sends == (name not in ("local", "allreduce"))
         assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
+
+
+def test_what_is_only_simulated_trains_no_model() -> None:
+    assert set(RECIPES) - set(TRAIN) == {"dadao"}
+    with pytest.raises(ValueError, match=r'"dadao" is for strongly convex problems .* to train a model use another'):
+        assemble(resolve("dadao", {}, 4), seed=0, num_islands=4)
 
 
 def test_the_recipes_that_are_promised_are_there() -> None:
@@ -64,6 +73,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("diloco", {"reduce": "neighbours"}, 'sync.reduce = "neighbours" does not fit sync.algorithm = "diloco"'),
         ("choco", {"reduce": "gather"}, 'sync.reduce = "gather" does not fit sync.algorithm = "choco"'),
         ("diloco", {"topology": "ring"}, 'sync.topology = "ring" has no effect with sync.reduce = "all_to_all"'),
+        ("a2cid2", {"topology": "ring"}, 'the rounds of a2cid2 are meetings of two; sync.topology = "ring" has'),
         ("choco", {"topology": "random_pairs"}, "choco keeps sums of its neighbours' public copies"),
         ("diloco", {"landing": "eager"}, 'sync.landing = "eager" is for algorithm = "diloco" with a delay'),
         ("allreduce", {"every": 2}, "allreduce averages gradients each step"),
