@@ -3,11 +3,11 @@
 A wire of b bytes, posted at time t, leaves behind those that its island posted before (all its peers share the uplink):
     left    = max(t, when the uplink is free) + 8 (b + resent) / rate;   the uplink is free again at ``left``;
     arrives = left + rtt / 2 + jitter + generations rtt,                 jitter exponential, of the mean that was given.
-Loss: the wire is k = ceil(b / 1448) packets of b / k bytes (TCP carries 1448 in an Ethernet frame). Each transmission of a packet
-is lost with probability p, on its own. Those that were lost are sent again together, an rtt later, and so on until none is: of
-L_0 = k packets L_g ~ Binomial(L_{g-1}, p) are lost in the g-th generation, resent = (b / k) sum_{g >= 1} L_g, and generations is
-how many of these L_g are not 0. In the mean b + resent is b / (1 - p), and generations sum_{g >= 1} (1 - (1 - p^g)^k). A wire is not
-given up, and congestion control is not modelled: the uplink sends at its rate whatever was lost."""
+Loss: the wire is k = ceil(b / 1448) packets of b / k bytes (TCP carries 1448 in an Ethernet frame). Each transmission of a
+packet is lost with probability p, on its own. Those that were lost are sent again together, an rtt later, and so on until none
+is: of L_0 = k packets L_g ~ Binomial(L_{g-1}, p) are lost in the g-th generation, resent = (b / k) sum_{g >= 1} L_g, and
+generations is how many of these L_g are not 0. In the mean b + resent is b / (1 - p), and generations sum_{g >= 1} (1 - (1 -
+p^g)^k). A wire is not given up, and congestion control is not modelled: the uplink sends at its rate whatever was lost."""
 
 from __future__ import annotations
 
