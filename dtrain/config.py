@@ -196,8 +196,8 @@ class Sim(Section):
 
     problem: Literal["gpt", "quadratic", "consensus"] = Field(
         "gpt",
-        description="gpt: [model] is trained, as dtrain run does; quadratic: each island a quadratic loss of its own, by plain SGD "
-        "of train.lr; consensus: no gradients, islands begin apart",
+        description="gpt: [model] is trained, as dtrain run does; quadratic: each island a quadratic loss of its own, by plain "
+        "SGD of train.lr; consensus: no gradients, islands begin apart",
     )
     numel: int = Field(10_000, ge=1, description="parameters of problem quadratic and consensus")
     step_s: float = Field(
@@ -235,7 +235,7 @@ class Sim(Section):
             ("step_noise", "sim.step_s", self.step_s > 0),
             ("stragglers", "sim.step_s", self.step_s > 0),
             ("straggler_factor", "sim.stragglers", self.stragglers > 0),
-            *((key, "sim.step_s, which sets a virtual clock beside the GPT", self.has_clock) for key in ("jitter", "loss", "links")),
+            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in ("jitter", "loss", "links")),
         ):
             value = getattr(self, key)
             if value != type(self).model_fields[key].default and not met:
@@ -262,7 +262,7 @@ class Job(Section):
         sim, count = self.sim, self.islands.count
         if sim.stragglers > count or (sim.stragglers >= 1 and sim.stragglers % 1):
             raise ValueError(
-                f"sim.stragglers = {sim.stragglers:g} of {count} islands; use a whole number of them up to {count}, or a share below 1"
+                f"sim.stragglers = {sim.stragglers:g} of {count} islands; use a whole number up to {count}, or a share below 1"
             )
         beyond = max((high for _, high in units.links(sim.links)), default=0)
         if beyond >= count:

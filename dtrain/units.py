@@ -28,7 +28,7 @@ def seconds(text: str) -> float:
 
 
 def links(text: str) -> dict[tuple[int, int], tuple[float | None, float]]:
-    """``"0-1:10mbit/80ms, 0-2:none/5ms"`` -> {(0, 1): (1e7, 0.08), ...}: two islands, the rate and the round trip between them."""
+    """``"0-1:10mbit/80ms, 0-2:none/5ms"`` -> {(0, 1): (1e7, 0.08), ...}: the rate and the round trip between two islands."""
     found: dict[tuple[int, int], tuple[float | None, float]] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d+)-(\d+):([^/]+)/([^/]+)", part)

@@ -73,7 +73,7 @@ class _Island:
 
 
 class Simulation:
-    """N islands over flat fp32 parameters, from step ``first_step`` on; ``run`` once, then read ``accounts`` and ``parameters``."""
+    """N islands over flat fp32 parameters, after step ``first_step``; ``run`` once, then read ``accounts`` and ``parameters``."""
 
     def __init__(
         self,
@@ -250,7 +250,8 @@ class Simulation:
         for island in self._islands:
             if island.awaited:
                 peers = sorted({peer for peer, *_ in island.awaited})
-                raise PeerLost(peers, f"island {island.node} expects a wire from it in step {island.core.step}, and none was posted")
+                said = f"island {island.node} expects a wire from it in step {island.core.step}, and none was posted"
+                raise PeerLost(peers, said)
 
 
 @contextmanager

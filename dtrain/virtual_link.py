@@ -1,13 +1,13 @@
 """When does a wire arrive? A model of slow links, in numbers: an uplink an island, latency, jitter, loss.
 
-A wire of b bytes that is posted at time t leaves behind those that its island posted before (all its peers share the uplink):
-    left    = max(t, when the uplink is free) + 8 (b + resent) / rate;     the uplink is free again at ``left``;
-    arrives = left + rtt / 2 + jitter + generations rtt,                   jitter exponential with the mean that was given.
-Loss: the wire is k = ceil(b / 1448) packets of b / k bytes (1448 is what TCP carries in an Ethernet frame). Each transmission of a
-packet is lost with probability p, on its own. Those that were lost are sent again together, one rtt after, and so on until none
-is: of L_0 = k packets L_g ~ Binomial(L_{g-1}, p) are lost in the g-th generation, resent = (b / k) sum_g L_g over g >= 1, and
-generations is how many L_g are not 0. In the mean b + resent is b / (1 - p), and generations sum_{g >= 1} (1 - (1 - p^g)^k). A wire
-is not given up, and congestion control is not modelled: the uplink sends at its rate whatever was lost."""
+A wire of b bytes, posted at time t, leaves behind those that its island posted before (all its peers share the uplink):
+    left    = max(t, when the uplink is free) + 8 (b + resent) / rate;   the uplink is free again at ``left``;
+    arrives = left + rtt / 2 + jitter + generations rtt,                 jitter exponential, of the mean that was given.
+Loss: the wire is k = ceil(b / 1448) packets of b / k bytes (TCP carries 1448 in an Ethernet frame). Each transmission of a
+packet is lost with probability p, on its own. Those that were lost are sent again together, an rtt later, and so on until none
+is: of L_0 = k packets L_g ~ Binomial(L_{g-1}, p) are lost in the g-th generation, resent = (b / k) sum_{g >= 1} L_g, and
+generations is how many of these L_g are not 0. In the mean b + resent is b / (1 - p), and generations sum_{g >= 1} (1 - (1 -
+p^g)^k). A wire is not given up, and congestion control is not modelled: the uplink sends at its rate whatever was lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Way(NamedTuple):
 class LinkModel:
     """All links of a simulation."""
 
-    way: Way = Way(None, 0.0)
+    way: Way = Way(bits_per_s=None, rtt_s=0.0)  # noqa: RUF009  (it cannot be changed)
     jitter_s: float = 0.0
     loss: float = 0.0
     """The share of packets that do not come."""

@@ -85,8 +85,8 @@ def _check_sim(job: Job) -> None:
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     if recipe.moments_every is not None:
         raise ValueError(
-            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with dtrain\'s AdamW; '
-            'use sync.recipe = "dpsgd"'
+            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with AdamW; use '
+            'sync.recipe = "dpsgd"'
         )
 
 

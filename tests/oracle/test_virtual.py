@@ -151,7 +151,7 @@ def job(*changes: str) -> Virtual:
 
 @pytest.mark.parametrize("recipe", ["allreduce", "fedavg", "dpsgd"])
 def test_one_straggler_of_factor_two_halves_the_speed_of_all(recipe: str) -> None:
-    """Where all wait for all in each step. The link takes no time, and twice 0.1 s, eight times, is exact twice eight times 0.1."""
+    """Where all wait for all in each step. The link takes no time, and eight times 0.2, added, is exactly twice 0.1's."""
     axes = {
         "allreduce": (),
         "fedavg": ("sync.every=1",),
@@ -199,8 +199,8 @@ def test_lost_packets_cost_the_bytes_and_the_round_trips_of_the_formula(loss: fl
     late = np.array([link.arrival_s(0.0, 0, 1, wire_bytes) for _ in range(wires)]) - rtt_s / 2
     k = math.ceil(wire_bytes / PACKET_BYTES)
     generations = sum(1 - (1 - loss**g) ** k for g in range(1, 200))
-    # Five standard deviations of the mean. A packet that is sent until it comes is sent 1 + G times, G geometric with the variance
-    # p / (1 - p)^2; that of the generations is taken from the sample.
+    # Five standard deviations of the mean. A packet is sent 1 + G times, G geometric with the variance p / (1 - p)^2; that of the
+    # generations is taken from the sample.
     assert abs(late.mean() / rtt_s - generations) < 5 * late.std() / rtt_s / math.sqrt(wires)
     deviation = wire_bytes / k * math.sqrt(k * loss / (1 - loss) ** 2 / wires)
     assert abs(link.resent_bytes[0] / wires - wire_bytes * loss / (1 - loss)) < 5 * deviation

@@ -57,6 +57,16 @@ timeout_s = 12
 port = 0
 interface = "lo"
 advertise = "localhost"
+[sim]
+problem = "quadratic"
+numel = 50
+step_s = 1
+step_noise = 0.1
+stragglers = 1
+straggler_factor = 3
+jitter = "1ms"
+loss = 0.01
+links = "0-1:10mbit/80ms, 2-0:none/5ms"
 """
 
 
