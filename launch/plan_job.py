@@ -122,8 +122,8 @@ def _computes(
     carrying = probe_carrying()
     phase_ms, wire_ms, megabyte_ms = carrying.phase_s * 1e3, carrying.wire_s * 1e3, carrying.wire_s_per_byte * 1e9
     notes.append(
-        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a megabyte, "
-        "measured between islands of one process"
+        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a "
+        "megabyte, measured between islands of one process"
     )
     return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), *carrying, crowd)
 

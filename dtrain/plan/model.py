@@ -102,7 +102,6 @@ def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTi
 class _Flight:
     def __init__(self, flown: Flown, ready_s: float) -> None:
         self.flown = flown
-        self.posted_s = ready_s
         self.done_s: float | None = None if flown.phases else ready_s
 
     def background_bytes(self) -> int:
@@ -225,12 +224,13 @@ class _Run:
     def _land(self, step: int, *, late: bool) -> None:
         flights = self._flying.pop(step, [])
         if flights:
+            if self._when.delay_steps:
+                self._steal(flights)
             self._wait(flights, late=late)
             self._work(sum(f.flown.landing_bytes for f in flights))
 
     def _wait(self, flights: Sequence[_Flight], *, late: bool) -> None:
         done_s = self._uplinks.finish(flights)
-        self._clock_s += self._stolen_s(flights, done_s)
         excess_s = done_s - self._clock_s
         jitter_s = self._island.jitter_s * math.sqrt(self._apart) if late else 0.0
         waited_s = expected_wait_s(excess_s, jitter_s, self._sent.group)
@@ -239,18 +239,13 @@ class _Run:
         self._late_s += max(0.0, waited_s - max(0.0, excess_s))
         self._clock_s += waited_s
 
-    def _stolen_s(self, flights: Sequence[_Flight], done_s: float) -> float:
-        """What carrying took from the compute that it hid behind: of a flight that was waited for, only its hidden part."""
-        if not self._island.crowd:
-            return 0.0
-        stolen_s = 0.0
-        for f in flights:
-            flew_s = done_s - f.posted_s
-            hidden = min(1.0, (self._clock_s - f.posted_s) / flew_s) if flew_s > 0 else 0.0
-            carried_s = sum(carry_s(p, self._island) for p in f.flown.phases)
-            stolen_s += hidden * (carried_s + self._uplinks.work_s(f.background_bytes()))
-        self._work_s += stolen_s
-        return stolen_s
+    def _steal(self, flights: Sequence[_Flight]) -> None:
+        """Add what the flights' threads took from the compute that they hid behind."""
+        if self._island.crowd:
+            carried_s = sum(carry_s(p, self._island) for f in flights for p in f.flown.phases)
+            background_s = sum(self._uplinks.work_s(f.background_bytes()) for f in flights)
+            self._work_s += carried_s + background_s
+            self._clock_s += carried_s + background_s
 
     def _work(self, moved_bytes: int) -> None:
         seconds = self._uplinks.work_s(moved_bytes)

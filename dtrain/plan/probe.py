@@ -36,6 +36,8 @@ _BULK_S = 0.3
 """How long the wire takes that the rate is found with: long against the jitter of threads, some 0.1 ms."""
 _MOST_BULK_BYTES = 2**25
 _WARM_ROUNDS, _ROUNDS = 5, 60
+_SEVERAL = 5
+_PASSES = 20
 _LARGE = 2**17
 """Elements: a bucket of a small model, of half a megabyte."""
 
@@ -95,9 +97,10 @@ def _linked(settings: LinkSettings, num_islands: int) -> Iterator[list[Transport
 
 def probe_carrying() -> Carrying:
     """CPU time of everything that a round of a bucket does but encoding and mixing, which ``memory_bytes_per_s`` measures: of two
-    islands, of three, whose rounds are as many with a wire more, and of two with longer wires."""
-    one, two, long = _round_cpu_s(64, 2), _round_cpu_s(64, 3), _round_cpu_s(_LARGE, 2)
-    wire_s = min(one, max(0.0, two - one))
+    islands, of more, whose rounds are as many with more wires, and of two with longer wires."""
+    with _one_thread():
+        one, several, long = _round_cpu_s(64, 2), _round_cpu_s(64, _SEVERAL), _round_cpu_s(_LARGE, 2)
+    wire_s = min(one, max(0.0, several - one) / (_SEVERAL - 2))
     # dpsgd reads x and writes a wire; then it reads x and two wires, and writes x.
     mixing_s = 6 * 4 * _LARGE / memory_bytes_per_s("identity")
     return Carrying(one - wire_s, wire_s, max(0.0, long - one - mixing_s) / (4 * _LARGE))
@@ -146,9 +149,10 @@ def memory_bytes_per_s(codec: str) -> float:
         bound.encode(x, wire, {})
         bound.mix(x, [wire, wire], [-0.5, 0.5])
 
-    both()
     moved = (4 * _LARGE + bound.wire_bytes) + (8 * _LARGE + 2 * bound.wire_bytes)
-    return moved * 10 / _cpu_s(lambda: [both() for _ in range(10)])
+    with _one_thread():
+        both()
+        return moved * _PASSES / _cpu_s(lambda: [both() for _ in range(_PASSES)])
 
 
 def _cpu_s(work: Callable[[], object]) -> float:
@@ -156,3 +160,14 @@ def _cpu_s(work: Callable[[], object]) -> float:
     begun = time.process_time()
     work()
     return time.process_time() - begun
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's threads wait for each other at work, and on a busy machine that is most of their CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -94,7 +94,9 @@ def test_encoding_is_never_hidden_and_carrying_is_not_where_cores_are_shared() -
     assert found.step_s == pytest.approx(T + 2 * 0.002 + 2 * 0.0011)
     assert found.work_s == pytest.approx(2 * 0.002 + 2 * 0.0011)
     # Waited for, carrying is a part of the flight, and counted once.
-    assert step_time(one, When(1, 0), crowded, LINK).step_s == pytest.approx(T + 2 * 0.002 + 0.03 + 2 * 0.0011)
+    waited = step_time(one, When(1, 0), crowded, LINK)
+    assert waited.step_s == pytest.approx(T + 2 * 0.002 + 0.03 + 2 * 0.0011)
+    assert waited.link_s == pytest.approx(0.03 + 2 * 0.0011)
 
 
 def test_a_barrier_waits_for_the_slowest_and_gossip_only_for_its_peers() -> None:
