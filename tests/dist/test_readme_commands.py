@@ -62,13 +62,13 @@ def test_every_command_of_the_readme_runs(
     for words in listed:
         if words[1] == "profile":
             said[words[1]] = dtrain(tmp_path, [*words[1:], "--steps", "8", *(key for key in SMALLER if "steps" not in key)])
-        elif words[1] in ("run", "sim"):
+        elif words[1] == "run":
             said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
         elif words[1:3] == ["bench", "recipes"]:
             (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
             said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
         else:  # in this process, which has imported torch already
-            assert run_command(words[1:]) == 0, capsys.readouterr().err
+            assert run_command([*words[1:], *(SMALLER if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
     assert said["check"].count("kept ") == 6
