@@ -19,7 +19,7 @@ BUCKET_BYTES = 8
 """So small that every parameter is a bucket, and each rank carries some."""
 
 
-def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, rho: float = 0.0) -> dict[str, Any]:
+def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, rho: float = 0.0, corrects: bool = False) -> dict[str, Any]:
     """The island's batch is split over its ranks; the model is wrapped before or after the join."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -51,7 +51,10 @@ def ddp_loop(*, wrap: Literal["before", "after"], recipe: str, codec: str, delay
                 before = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
             inside = inside and least_squares.within_bounds(model)
         own = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
-        sync.merge()
+        if corrects:
+            sync.merge_corrected()
+        else:
+            sync.merge()
         stats = sync.stats()
     return {
         "sent": stats.wire_bytes_sent,
