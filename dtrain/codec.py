@@ -5,7 +5,7 @@ checked whole (``check``) before any of it is used; the other methods take wires
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
-from dtrain.kernels import Adam, Format, Noise, Piece, Public
+from dtrain.kernels import Adam, Format, Noise, Piece, Public, operations, prepare
 from dtrain.spans import span
 from dtrain.wire import WireFormat
 
@@ -252,6 +252,11 @@ class _BoundErrorFeedback:
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         self._inner.encode_feedback(x, state["residual"], wire, state)
+
+
+def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) -> None:
+    """So that no round waits for them: ``dtrain.kernels.prepare`` for a codec, and for the exact merge."""
+    prepare(device, [plain(name).fmt.kind, "identity"], say)
 
 
 def by_name(name: str, *, error_feedback: bool) -> Codec:

@@ -37,6 +37,9 @@ class Islands(Section):
     shard: Literal["iid", "by_file"] = Field(
         "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"
     )
+    start: Literal["same", "own"] = Field(
+        "same", description="same: from one model; own: every island from weights of its own seed, never in sync"
+    )
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
     max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
 
@@ -82,6 +85,9 @@ class Train(Section):
         None, ge=0, description="SAM: the gradient is taken so far up its own direction, in a second pass; 0: where the model is"
     )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
+    merge: Literal["mean", "variance_corrected"] = Field(
+        "mean", description="the last exchange; variance_corrected is for islands.start = \"own\": a mean loses their variance"
+    )
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
     )

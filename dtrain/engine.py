@@ -11,7 +11,7 @@ accumulation, mixed precision and global clipping keep their meaning."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -22,19 +22,19 @@ from torch.optim import Optimizer
 
 from dtrain.assemble import assemble
 from dtrain.bucket import flatten, make_buckets
-from dtrain.codec import plain
+from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
+from dtrain.corrected import moments
 from dtrain.exact import Exact
 from dtrain.fused import fused_steps
 from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
-from dtrain.kernels import prepare
 from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.membership import Notice
 from dtrain.optim.sam import SAM
-from dtrain.recipes import Recipe, resolve, with_steps
+from dtrain.recipes import Recipe, resolve, with_start, with_steps
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
@@ -75,9 +75,8 @@ class Sync:
         self._model = model
         plan = assemble(recipe, seed, connection.num_nodes)
         self._flat = flatten(model.named_parameters())
-        prepare_kernels(
-            recipe, self._flat.storages[0].device, lambda: log.warning("compiling the CPU kernels, once: about half a minute")
-        )
+        device = self._flat.storages[0].device
+        prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = make_buckets(
             self._flat,
             num_fragments=recipe.fragments,
@@ -176,6 +175,14 @@ class Sync:
         Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
         self.drain()
         distance = self._average()
+        self.core.merged()
+        return distance
+
+    def merge_corrected(self) -> float:
+        """``merge`` for islands that were never in sync: it gives back the variance that a mean takes out (``corrected.py``)."""
+        self.drain()
+        before, distance = moments(self._flat.parameters), self._average()
+        self._exact.correct(self.step, before)
         self.core.merged()
         return distance
 
@@ -318,11 +325,6 @@ class Sync:
             )
 
 
-def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None]) -> None:
-    """So that no round waits for them: ``dtrain.kernels.prepare`` for the recipe's codec, and for the exact merge."""
-    prepare(device, [plain(recipe.codec).fmt.kind, "identity"], say)
-
-
 def join(
     model: nn.Module,
     optimizers: Optimizer | Sequence[Optimizer] | SAM,
@@ -346,6 +348,7 @@ def join(
     fragments: int | None = None,
     bucket_bytes: int | None = None,
     total_steps: int | None = None,
+    start: Literal["same", "own"] = "same",
     clip: float | None = None,
     seed: int = 0,
     scaler: torch.amp.GradScaler | None = None,
@@ -353,8 +356,8 @@ def join(
 ) -> Sync:
     """Make this process one island (or one rank of one) of a job.
 
-    The islands' weights are compared by hash and island 0's are sent where they differ. Axes left out are the
-    recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
+    The islands' weights are compared by hash and island 0's are sent where they differ; with start = "own" they may. Axes left
+    out are the recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
     ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the
     whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is one,
     so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's
@@ -384,5 +387,6 @@ def join(
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = with_steps(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
+    row = with_start(row, start)
     check_loop(row, optimizers, clip=clip, scaler=scaler)
     return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import checkpoint
+from dtrain.build import build_model
 from dtrain.config import load_job, runs_a_script
 from dtrain.data.corpus import load_corpus
 from dtrain.data.sampler import heldout_sequences
 from dtrain.evaluate import evaluate
-from dtrain.train import build_model
 from dtrain.uncertainty import Predicted, covariance_diagonal, predict
 from dtrain.units import bits_per_byte
 

@@ -16,6 +16,7 @@ from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
 from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
 from dtrain.connect import Connection
 from dtrain.core import Flight
+from dtrain.corrected import correct, moments
 from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
 from dtrain.membership import Notice
@@ -58,11 +59,12 @@ class Exact:
     @torch.no_grad()
     def align(self, recipe: Recipe, seed: int, edges: int) -> None:
         """Refuse islands that cannot work together (``edges``: a number of the graph); then give all of them island 0's model
-        where they differ."""
+        where they differ (without its trained parameters where each starts from its own)."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:
             self._compare(recipe, seed, edges)
-            flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in self._mine]
+            same = self._mine if recipe.start == "same" else []
+            flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
             if self._ranks.rank == 0:  # apart, so that a statistic that differs does not send a frozen model along
                 for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
                     if rest:
@@ -112,18 +114,34 @@ class Exact:
         self.merges += 1
         return averaged
 
+    def correct(self, step: int, before: Tensor) -> None:
+        """Give the average that was just taken back the variance of what it is of; ``before``: this island's ``moments`` then."""
+        if not len(before):  # biases and gains alone
+            return
+        parameters = self._flat.parameters
+        rows = self._tell(step, torch.cat((before[:, 0], moments(parameters).flatten())).tolist())
+        told = torch.tensor(rows, dtype=torch.float64)
+        tensors = len(before)
+        # Island 0's moments of the mean, so that no island's arithmetic sets it apart.
+        correct(parameters, told[:, :tensors].mean(dim=0), told[0, tensors:].view(tensors, 2))
+        self.merges += 1
+
     def _compare_notes(self, step: int, apart: float) -> Averaged:
-        """Rank 0 of each island tells its distance and step; every rank learns them."""
+        told = self._tell(step, [apart, float(step)])
+        return Averaged((sum(d for d, _ in told) / self._connection.num_nodes) ** 0.5, tuple(int(s) for _, s in told))
+
+    def _tell(self, step: int, values: Sequence[float]) -> list[list[float]]:
+        """Rank 0 of each island tells a few numbers, as many as the others; every rank learns them, a list an island."""
         everyone: list[Tensor] = []
         if self._ranks.rank == 0:
-            own = torch.tensor([apart, float(step)], dtype=torch.float64).view(torch.uint8).to(self._device)
+            own = torch.tensor(values, dtype=torch.float64).view(torch.uint8).to(self._device)
             self._run(step, [self._flight(MERGE, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
         else:
             self._run(step, [])
-        notes = torch.stack([note.cpu().clone().view(torch.float64) for note in everyone]) if everyone else None
-        known = notes.flatten().tolist() if notes is not None else [0.0] * (2 * self._connection.num_nodes)
-        told = self._ranks.total(known)
-        return Averaged((sum(told[::2]) / self._connection.num_nodes) ** 0.5, tuple(int(s) for s in told[1::2]))
+        size = len(values)
+        notes = [x for note in everyone for x in note.cpu().clone().view(torch.float64).tolist()]
+        told = self._ranks.total(notes or [0.0] * (size * self._connection.num_nodes))
+        return [told[k : k + size] for k in range(0, len(told), size)]
 
     def _compare(self, recipe: Recipe, seed: int, edges: int) -> None:
         """Raises ValueError where an island brought another recipe, model, number of ranks or seed than island 0."""

@@ -26,6 +26,8 @@ class Rules:
     """Whether its rounds are meetings of two, so that its topology must be matchings."""
     simulated: str | None = None
     """Why it is only simulated, by ``dtrain.events``; None where it trains models."""
+    needs_same_start: str | None = None
+    """Why all islands must start from the same parameters; None where each may start from its own."""
     fuses: bool = False
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
@@ -37,23 +39,28 @@ _PLAIN = _GOSSIP - {"error_feedback"}
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
 _ALL = ("gather", "all_to_all")
 _COPIES = "keeps sums of its neighbours' public copies"
+_ANCHOR = "keeps an anchor that all islands share"
+_REPLICAS = "changes replicas by one mean gradient"
+_UNKNOWN = "may keep what all islands share"
 
 RULES: Mapping[AlgorithmName, Rules] = {
     "local": Rules(frozenset({"bucket_bytes"}), ("none",)),
-    "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True),
+    "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True, needs_same_start=_REPLICAS),
     "dpsgd": Rules(_GOSSIP | _SERVER, ("neighbours", *_ALL), fuses=True),
     "push_sum": Rules(_GOSSIP),
     "multi_gossip": Rules(_GOSSIP | _SERVER | {"gossip_steps"}),
     "chebyshev": Rules(_GOSSIP | {"gossip_steps"}, static="has the polynomial of one matrix"),
     "deepsqueeze": Rules(_GOSSIP | _SERVER | {"gamma"}),
     "gradient_tracking": Rules(_PLAIN | _SERVER, rewrites_gradients=True),
-    "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True),
-    "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, fuses=True),
+    "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True, needs_same_start=_COPIES),
+    "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, needs_same_start=_COPIES, fuses=True),
     "a2cid2": Rules(_PLAIN, pairs=True),
     "dadao": Rules(
         frozenset({"topology", "graph"}),
         simulated="is for strongly convex problems whose curvature is known, and is only simulated",
     ),
-    "own": Rules(_GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL)),
-    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL),
+    "own": Rules(
+        _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN
+    ),
+    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL, needs_same_start=_ANCHOR),
 }

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule
+from dtrain.methods import RULES
 from dtrain.recipe import Recipe
 from dtrain.recipe_fits import check_together, check_used, check_values
 from dtrain.recipe_rows import ROWS
@@ -18,7 +19,7 @@ DEFAULT_RECIPE = "delayed_diloco"
 
 RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
-_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "total_steps")
+_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "start", "total_steps")
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
 
@@ -59,6 +60,20 @@ def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:
         )
     schedule.check_budget(recipe.schedule, budget, total_steps, recipe.delay_steps)
     return replace(recipe, total_steps=total_steps)
+
+
+def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
+    """The recipe for islands that start from the same parameters, or each from its own; raises ValueError where the method needs
+    the same."""
+    needs = RULES[recipe.algorithm].needs_same_start
+    if start not in _WORDS["start"]:
+        raise ValueError(f'start = {start!r} is not known; use "same" or "own"')
+    if start == "own" and needs is not None:
+        raise ValueError(
+            f'{recipe.algorithm} {needs}, so all islands start from the same parameters; leave start = "own" out, or use '
+            'sync.recipe = "local" or "dpsgd"'
+        )
+    return replace(recipe, start=start)
 
 
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:

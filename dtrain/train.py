@@ -19,24 +19,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
+from dtrain.build import build_model, build_optimizer, build_recipe
 from dtrain.clock import Clock
+from dtrain.codec import prepare_kernels
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
 from dtrain.data.corpus import Corpus, load_corpus
 from dtrain.data.sampler import heldout_sequences, sample_batch
-from dtrain.engine import Sync, prepare_kernels
+from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
 from dtrain.evaluate import evaluate
 from dtrain.island.device import own_device
 from dtrain.membership import Notice, Place
-from dtrain.methods import RULES
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
-from dtrain.models.gpt import GPT, GPTConfig, num_parameters
-from dtrain.optim import SAM, AccumAdamW, adamw, cosine_lr, decay_groups, set_lr
+from dtrain.models.gpt import GPT, num_parameters
+from dtrain.optim import SAM, AccumAdamW, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipe_fits import rho_of
-from dtrain.recipes import Recipe, of_section
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
@@ -61,8 +61,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
-    prepare_kernels(recipe, device, lambda: status.update("compiling", 0))
+    prepare_kernels(build_recipe(job).codec, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
@@ -148,9 +147,9 @@ def _begin(
 ) -> _Island:
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
-    model = build_model(job, corpus).to(device)
-    recipe = of_section(job.sync.model_dump(exclude_none=True), connection.num_nodes, job.train.steps)
-    optimizer = _optimizer(job, recipe, model)
+    model = build_model(job, corpus, connection.node).to(device)
+    recipe = build_recipe(job)
+    optimizer = build_optimizer(job, recipe, model)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
@@ -172,23 +171,6 @@ def _begin(
     rho = rho_of(recipe, job.train.sam_rho)
     sam = SAM(optimizer, rho=rho) if rho else None
     return _Island(job, corpus, run, status, connection, model, trained, optimizer, sam, sync, moved, device, clock, first_step)
-
-
-def build_model(job: Job, corpus: Corpus) -> GPT:
-    """The job's model with its seeded initial weights, the same on every island."""
-    m = job.model
-    model = GPT(GPTConfig(vocab=corpus.vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
-    model.init_weights(job.job.seed)
-    return model
-
-
-def _optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
-    t = job.train
-    every = t.moments_every or recipe.moments_every or 1
-    if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
-        return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)
-    return adamw(model, lr=t.lr, weight_decay=t.weight_decay)
 
 
 def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) -> tuple[dict[str, Tensor], int]:
@@ -360,7 +342,7 @@ def _finish(island: _Island) -> None:
             island.run / "islands" / f"island{node}.safetensors", island.model.state_dict(), step=steps
         )
         status.update("merging", steps)
-    distance = sync.merge()
+    distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     if not island.speaks:
         return

@@ -11,7 +11,7 @@ from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.recipe_fits import check_trains, rho_of
-from dtrain.recipes import AXES, of_section
+from dtrain.recipes import AXES, of_section, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -44,6 +44,7 @@ def resolved(job: Job) -> Job:
 
     Raises ValueError for answers that do not fit together."""
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
+    with_start(recipe, job.islands.start)
     rho_of(recipe, job.train.sam_rho)
     answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})

@@ -21,8 +21,8 @@ LAYERS = (
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "own"),
     ("membership", "island"),
     (
-        *("engine", "assemble", "buffers", "connect", "core", "exact", "exchange", "fused", "gradients", "hooks", "loop_fits"),
-        *("traffic", "wait"),
+        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
+        *("loop_fits", "traffic", "wait"),
     ),
     (),
     ("launch",),

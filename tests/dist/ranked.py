@@ -20,7 +20,15 @@ BUCKET_BYTES = 8
 
 
 def ddp_loop(
-    *, wrap: Literal["before", "after"], recipe: str, codec: str, delay: int, every: int = EVERY, rho: float = 0.0, **axes: Any
+    *,
+    wrap: Literal["before", "after"],
+    recipe: str,
+    codec: str,
+    delay: int,
+    every: int = EVERY,
+    rho: float = 0.0,
+    corrects: bool = False,
+    **axes: Any,
 ) -> dict[str, Any]:
     """The island's batch is split over its ranks; the model is wrapped before or after the join."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -53,7 +61,10 @@ def ddp_loop(
                 before = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
             inside = inside and least_squares.within_bounds(model)
         own = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
-        sync.merge()
+        if corrects:
+            sync.merge_corrected()
+        else:
+            sync.merge()
         stats = sync.stats()
     return {
         "sent": stats.wire_bytes_sent,

@@ -18,6 +18,7 @@ SCENARIOS = {
     "wrapped before": functools.partial(_plain, wrap="before"),
     "wrapped after": functools.partial(_plain, wrap="after"),
     "sharpness-aware": functools.partial(_plain, wrap="after", rho=0.1),
+    "corrected": functools.partial(_plain, wrap="after", corrects=True),
     "default recipe": functools.partial(ranked.ddp_loop, wrap="after", recipe="delayed_diloco", codec="int4:64", delay=2),
 }
 

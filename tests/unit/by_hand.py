@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtrain import metrics
+from dtrain.build import build_model
 from dtrain.config import Job, parse_job
 from dtrain.data.corpus import Corpus
 from dtrain.data.sampler import heldout_sequences, sample_batch
@@ -23,7 +24,6 @@ from dtrain.metrics import Part, read_part
 from dtrain.models.gpt import GPT
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
 from dtrain.sim import simulate
-from dtrain.train import build_model
 
 DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8  # sha256; recipe, model, ranks, seed; distance and step
 
@@ -88,7 +88,7 @@ class ByHand:
 
 def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -> ByHand:
     """The run of one island on its own: gradients of each micro-batch apart, their mean, clipped, an update."""
-    model = build_model(job, corpus)
+    model = build_model(job, corpus, island)
     parameters = list(model.parameters())
     optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
     heldout = heldout_sequences(corpus, job.model.context)

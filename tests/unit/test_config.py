@@ -14,6 +14,7 @@ name = "all-keys"
 seed = 7
 dir = "elsewhere"
 [islands]
+start = "same"
 count = 3
 ranks = 2
 engine = "ddp"
@@ -34,6 +35,7 @@ batch = 8
 accumulate = 2
 moments_every = 4
 sam_rho = 0.05
+merge = "mean"
 precision = "bf16"
 lr = 1
 warmup = 2

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.build import build_model
 from dtrain.config import load_job
 from dtrain.data.corpus import load_corpus
 from dtrain.models.gpt import GPT, ROTARY_BASE, Block, GPTConfig, flops_per_token, num_parameters, rotary_tables, rotate
 from dtrain.recipes import DEFAULT_RECIPE, of_section
-from dtrain.train import build_model
 
 SMALL = GPTConfig(vocab=50, layers=2, width=24, heads=3, context=16)
 QUICKSTART = Path(__file__).parents[2] / "launch" / "jobs" / "quickstart.toml"

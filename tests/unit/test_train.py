@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain import checkpoint, metrics
+from dtrain.build import build_model
 from dtrain.config import dump_job
 from dtrain.data.corpus import load_corpus
 from dtrain.data.sampler import heldout_sequences
@@ -25,7 +26,6 @@ from dtrain.evaluate import evaluate
 from dtrain.launch.cli import run_command
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.topology.one_peer import random_pairs
-from dtrain.train import build_model
 from dtrain.wire import HEADER_BYTES
 from tests.unit.by_hand import (
     DIGEST_BYTES,
@@ -78,6 +78,7 @@ def texts(tmp_path: Path) -> Path:
         "train.steps=7",
         "job.seed=5",
         'islands.shard="by_file"',
+        'islands.start="own"',
         "model.layers=2",
         "model.heads=4",
         "model.context=12",
