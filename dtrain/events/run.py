@@ -56,6 +56,8 @@ def simulate_events(
     line for what does not fit."""
     _check(method, num_islands, problem, numel, horizon, seeds, meetings_per_node, rates, looks)
     topologies.check(topology, graph, num_islands, seeds[0])
+    if topology in topologies.DIRECTED:
+        raise ValueError(f'the meetings of events go both ways; topology = "{topology}" does not: use "ring", or "graph"')
     edges = edge_list(topologies.mixing(topology, graph, seeds[0]), num_islands)
     posed = PROBLEMS[problem](num_islands, numel, seeds[0])
     found = fewest_meetings(edges, num_islands) if rates == "sdp" else np.ones(len(edges))

