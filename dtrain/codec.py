@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
-from dtrain.kernels import Adam, Format, Noise, Piece, Public, operations, prepare
+from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
 from dtrain.spans import span
 from dtrain.wire import WireFormat
 
