@@ -19,7 +19,7 @@ from dtrain.recipes import RECIPES
 from tests.islands import Quadratic, run_islands
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, problem
 
-ISLANDS, STEPS, CLIP, ADAM_LR = 3, 7, 0.5, 0.01
+ISLANDS, STEPS, CLIP, ADAM_LR = 3, 5, 0.5, 0.01
 ADAM = {"decent_adam": 1, "accum_adam": 2, "choco, fused": 2}
 """In one pass, with the optimizer that it needs, and its s."""
 METHODS: dict[str, dict[str, Any]] = {
