@@ -16,6 +16,7 @@ HEADER_BYTES = 32
 VERSION = 1
 _MAGIC = b"dtw"
 CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7}
+_OWN = 255
 
 _STRUCT = struct.Struct("<3sBBBHHBBIQ")
 _FIELDS = ("magic", "version", "codec", "non-finite flag", "block", "k", "bits", "reserved byte", "cut", "number of elements")
@@ -99,6 +100,11 @@ class WireFormat:
         if self.num_scales:
             return wire[HEADER_BYTES : HEADER_BYTES + 2 * self.num_scales].view(torch.bfloat16)
         return wire[HEADER_BYTES:].view(torch.float32 if self.fmt.kind == "identity" else torch.bfloat16)
+
+
+def own_header(cut: int, numel: int) -> bytes:
+    """Of a wire by a codec of somebody's own; ``cut``: 32 bits of which one."""
+    return _STRUCT.pack(_MAGIC, VERSION, _OWN, 0, 0, 0, 0, 0, cut, numel)
 
 
 def same_header(one: Tensor, other: Tensor) -> bool:
