@@ -22,11 +22,13 @@ from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.methods import RULES
 from dtrain.outer import Outer
+from dtrain.own_codec import codec_of
+from dtrain.own_topology import mixing_of
 from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
-from dtrain.topology import Mixing, Topology, fingerprint, mixing
+from dtrain.topology import Mixing, Topology, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Plan:
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     """Raises ValueError for a recipe that is only simulated."""
     check_trains(recipe)
-    mixed = mixing(recipe.topology, recipe.graph, seed, recipe.server)
+    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server)
     return Plan(
         recipe=recipe,
         method=_method(recipe, mixed),
@@ -82,19 +84,19 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "allreduce":
             return allreduce(_reduce(r))
         case "dpsgd" if r.reduce == "neighbours":
-            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
+            return gossip(codec_of(r.codec, error_feedback=r.error_feedback), mixed)
         case "dpsgd":
             return dpsgd(_reduce(r))
         case "deepsqueeze":
-            return gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
+            return gossip(codec_of(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
         case "multi_gossip":
-            return multi_gossip(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
+            return multi_gossip(codec_of(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
         case "chebyshev":
-            return chebyshev(codecs.by_name(r.codec, error_feedback=r.error_feedback), r.gossip_steps, mixed)
+            return chebyshev(codec_of(r.codec, error_feedback=r.error_feedback), r.gossip_steps, mixed)
         case "push_sum":
-            return push_sum(codecs.by_name(r.codec, error_feedback=r.error_feedback), mixed)
+            return push_sum(codec_of(r.codec, error_feedback=r.error_feedback), mixed)
         case "gradient_tracking":
-            return gradient_tracking(codecs.plain(r.codec), mixed)
+            return gradient_tracking(codec_of(r.codec, error_feedback=False), mixed)
         case "beer":
             return beer(codecs.plain(r.codec), r.gamma, mixed)
         case "choco":
@@ -109,7 +111,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
 
 
 def _reduce(r: Recipe) -> Reduce:
-    codec = codecs.by_name(r.codec, error_feedback=r.error_feedback)
+    codec = codec_of(r.codec, error_feedback=r.error_feedback)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrain import codec_name
 from dtrain.bucket import Layout
 from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
+from dtrain.own_name import is_own
 from dtrain.spans import span
 from dtrain.wire import WireFormat
 
@@ -68,6 +69,21 @@ class Codec(Protocol):
     def bind(self, layout: Layout, node: int = 0) -> BoundCodec:
         """``node`` seeds random rounding."""
         ...
+
+
+class BoundPlain(BoundCodec, Protocol):
+    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
+        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+        ...
+
+
+class Plain(Protocol):
+    """A codec without error feedback, which can be had with it."""
+
+    @property
+    def grain(self) -> int: ...
+
+    def bind(self, layout: Layout, node: int = 0) -> BoundPlain: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +246,7 @@ class ErrorFeedback:
     e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv
     1901.09847)"""
 
-    inner: Blocks
+    inner: Plain
 
     @property
     def grain(self) -> int:
@@ -241,7 +257,7 @@ class ErrorFeedback:
 
 
 class _BoundErrorFeedback:
-    def __init__(self, inner: BoundBlocks, numel: int) -> None:
+    def __init__(self, inner: BoundPlain, numel: int) -> None:
         self._inner, self._numel = inner, numel
         self.wire_bytes = inner.wire_bytes
         self.new_wire, self.check = inner.new_wire, inner.check
@@ -256,7 +272,7 @@ class _BoundErrorFeedback:
 
 def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) -> None:
     """So that no round waits for them: ``dtrain.kernels.prepare`` for a codec, and for the exact merge."""
-    prepare(device, [plain(name).fmt.kind, "identity"], say)
+    prepare(device, [*([] if is_own(name) else [plain(name).fmt.kind]), "identity"], say)
 
 
 def by_name(name: str, *, error_feedback: bool) -> Codec:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dtrain import schedule, topology, units
 from dtrain.methods import AlgorithmName
+from dtrain.own_name import is_own
 
 Precision = Literal["fp32", "bf16"]
 
@@ -106,7 +107,9 @@ class Sync(Section):
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )
     topology: str | None = Field(
-        None, description="who talks to whom (gossip methods): a name that `dtrain topology` lists, as \"ring\""
+        None,
+        description='who talks to whom (gossip methods): a name that `dtrain topology` lists, as "ring", or FILE.py:FUNCTION of '
+        "your own",
     )
     graph: str | None = Field(
         None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
@@ -127,7 +130,7 @@ class Sync(Section):
         None,
         description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
         '"int4:64:stochastic" rounds at random; "topk:64/4096:2" (or "topk") keeps 64 of 4096 in 2 bits each; a block is 64 when '
-        "left out",
+        "left out; or FILE.py:NAME of your own",
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
@@ -147,7 +150,7 @@ class Sync(Section):
     @field_validator("topology")
     @classmethod
     def _topology_has_a_name(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value is not None and not is_own(value):
             topology.parameter(value)
         return value
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from dtrain.corrected import correct, moments
 from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
 from dtrain.membership import Notice
+from dtrain.own_name import is_own
 from dtrain.recipes import Recipe
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
@@ -30,6 +31,10 @@ _PROMISES = ("recipe", "model", "ranks", "seed")
 """What all islands must have brought to join, each compared by 8 bytes of its hash."""
 _PROMISE_BYTES = 8
 _BUFFERS, _NOTES, _FROZEN = range(EXTRA_NAMES)
+
+
+def _names_own(axis: str, answer: object) -> TypeGuard[str]:
+    return axis in ("topology", "codec") and isinstance(answer, str) and is_own(answer)
 
 
 class Averaged(NamedTuple):
@@ -161,7 +166,8 @@ class Exact:
         # Files may lie elsewhere on every host, and differ: a graph's edges count, and what a method of one's own says.
         beside_names = [f.name for f in fields(recipe) if f.name not in ("name", "summary", "paper", "graph", "method")]
         answers = {name: getattr(recipe, name) for name in beside_names}
-        answers |= {"edges": edges, "file": own.digest(recipe.name) if own.is_own(recipe.name) else ""}
+        answers |= {axis: f"{own.digest(n)}:{n.rpartition(':')[2]}" for axis, n in answers.items() if _names_own(axis, n)}
+        answers |= {"edges": edges, "file": own.digest(recipe.name) if is_own(recipe.name) else ""}
         model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
         facts = (answers, [model, beside], self._ranks.num_ranks, seed)

@@ -1,7 +1,8 @@
 """How does a researcher's own method get in? As a row in a file of theirs: ``sync.recipe = "mine.py:row"``.
 
 The row is a ``dtrain.recipes.Recipe``. With ``algorithm = "own"`` its ``method`` makes the algorithm, (recipe, mixing) ->
-``dtrain.algorithm.Method``; with another one it only gives that algorithm's answers a name."""
+``dtrain.algorithm.Method``; with another one it only gives that algorithm's answers a name. A topology and a codec of one's own
+come as ``own_topology.py`` and ``own_codec.py`` say."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.own_name import is_own
+
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
 
@@ -22,32 +25,35 @@ _one_at_a_time = threading.Lock()
 _digests: dict[str, str] = {}
 
 
-def is_own(name: str) -> bool:
-    """Whether a recipe's name is a row of somebody's file."""
-    return ".py:" in name
-
-
-def absolute(name: str) -> str:
-    """The same row from any working directory."""
+def absolute(name: str, folder: Path | None = None) -> str:
+    """The same row from any working directory; a relative name is one of ``folder``, or of the working directory."""
     file, _, row = name.rpartition(":")
-    return f"{Path(file).absolute()}:{row}"
+    return f"{((folder or Path()) / file).absolute()}:{row}"
 
 
 def load(name: str) -> Recipe:
-    """The row of ``FILE.py:ROW``, under that name; raises ValueError where there is none."""
+    """The row of ``FILE.py:ROW``, under that name; raises ValueError where there is none. The file of an own topology
+    or codec that it names lies beside it, or where an absolute path says."""
     from dtrain.recipes import Recipe
 
+    path, row, found = load_named(name, "recipe")
+    if not isinstance(found, Recipe):
+        raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
+    beside = {axis: absolute(value, path.parent) for axis in ("topology", "codec") if is_own(value := getattr(found, axis))}
+    return replace(found, name=f"{path}:{row}", **beside)
+
+
+def load_named(name: str, axis: str) -> tuple[Path, str, object]:
+    """The file of ``sync.AXIS = "FILE.py:NAME"``, the name, and what it is there, None where nothing is."""
     file, _, row = name.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
-        raise ValueError(f"sync.recipe = {name!r}: there is no file {path}; write FILE.py:ROW")
-    found = getattr(_module(path), row, None)
-    if not isinstance(found, Recipe):
-        raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
-    return replace(found, name=f"{path}:{row}")
+        word = "ROW" if axis == "recipe" else "NAME"
+        raise ValueError(f"sync.{axis} = {name!r}: there is no file {path}; write FILE.py:{word}")
+    return path, row, getattr(_module(path, axis), row, None)
 
 
-def _module(path: Path) -> object:
+def _module(path: Path, axis: str) -> object:
     """The file's module, run once a process. What goes wrong in it is said as it was, as for any import."""
     name = f"dtrain_own_{path.stem}_{abs(hash(str(path))):x}"
     with _one_at_a_time:
@@ -63,11 +69,11 @@ def _module(path: Path) -> object:
                 try:
                     spec.loader.exec_module(module)
                 except SyntaxError as e:
-                    raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.recipe") from e
+                    raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.{axis}") from e
                 undo.pop_all()
         return sys.modules[name]
 
 
 def digest(name: str) -> str:
-    """Of the file of a row that was loaded, as it was then: islands must run the same."""
-    return _digests[name.rpartition(":")[0]]
+    """Of the file of a row, or anything else, that was loaded, as it was then: islands must run the same."""
+    return _digests[str(Path(name.rpartition(":")[0]).absolute())]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeGuard
 from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.methods import RULES
+from dtrain.own_name import is_own
+from dtrain.own_topology import check_topology
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
@@ -28,7 +30,14 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         value = getattr(r, axis)
         if value not in allowed_words:
             raise ValueError(f"{axis} = {value!r} is not known; use one of {', '.join(map(str, allowed_words))}")
-    codec_name.parse(r.codec)
+    if not isinstance(r.codec, str):
+        raise ValueError(f'codec = {r.codec!r} is not allowed; use a name, as "int8:64"')
+    if is_own(r.codec):
+        from dtrain.own_codec import check_codec  # torch
+
+        check_codec(r.codec)
+    else:
+        codec_name.parse(r.codec)
     if not isinstance(r.schedule, str):
         raise ValueError(f'schedule = {r.schedule!r} is not allowed; use a name, as "every"')
     schedule.parse(r.schedule)
@@ -126,7 +135,7 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'sync.algorithm = "{r.algorithm}" needs a topology whose rows and columns sum to one, and those of "{r.topology}" '
             'need not: use sync.recipe = "push_sum"'
         )
-    topologies.check(r.topology, r.graph, num_islands, server=r.server)
+    check_topology(r.topology, r.graph, num_islands, server=r.server)
     rules = RULES[r.algorithm]
     if r.server is not None:
         _check_server(r, r.server)
@@ -160,6 +169,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
     if rules.rewrites_gradients and not regular:
         raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
+    if r.algorithm in ("choco", "beer") and is_own(r.codec):
+        raise ValueError(
+            f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
+            'another codec, or sync.recipe = "deepsqueeze"'
+        )
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
     if regular and r.fragments > r.every:

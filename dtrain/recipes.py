@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule
 from dtrain.methods import RULES
+from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
 from dtrain.recipe_fits import check_together, check_used, check_values
 from dtrain.recipe_rows import ROWS
@@ -30,9 +31,9 @@ _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() 
 def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int) -> Recipe:
     """The named row with its overrides, checked as a whole; raises ValueError with one line."""
     wanted = name or DEFAULT_RECIPE
-    if not own.is_own(wanted) and wanted not in RECIPES:
+    if not is_own(wanted) and wanted not in RECIPES:
         raise ValueError(f"recipe {wanted!r} is not known; use one of {', '.join(sorted(RECIPES))}, or FILE.py:ROW")
-    row = own.load(wanted) if own.is_own(wanted) else RECIPES[wanted]
+    row = own.load(wanted) if is_own(wanted) else RECIPES[wanted]
     changes = {key: value for key, value in overrides.items() if value is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown

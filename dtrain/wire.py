@@ -20,6 +20,7 @@ HEADER_BYTES = 32
 VERSION = 1
 _MAGIC = b"dtw"
 CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7}
+_OWN = 255
 
 _STRUCT = struct.Struct("<3sBBBHHBBIQ")
 _FIELDS = ("magic", "version", "codec", "non-finite flag", "block", "k", "bits", "reserved byte", "cut", "number of elements")
@@ -165,6 +166,11 @@ class WireFormat:
             finite = body.view(torch.float32 if self.fmt.kind == "identity" else torch.bfloat16)
         checksum = wire[_CHECKED:HEADER_BYTES].view(torch.int64)
         return _Views(body, zones(body, self.fmt, self.numels), finite, wire[_FLAG : _FLAG + 1], checksum)
+
+
+def own_header(cut: int, numel: int) -> bytes:
+    """Of a wire by a codec of somebody's own; ``cut``: 32 bits of which one."""
+    return _STRUCT.pack(_MAGIC, VERSION, _OWN, 0, 0, 0, 0, 0, cut, numel)
 
 
 def same_header(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
+from dtrain.own_name import is_own
 from dtrain.recipe_fits import check_trains, rho_of
 from dtrain.recipes import AXES, of_section, with_start
 
@@ -54,8 +55,10 @@ def with_absolute_paths(job: Job) -> Job:
     """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
-    if job.sync.recipe is not None and own.is_own(job.sync.recipe):
-        job = job.model_copy(update={"sync": job.sync.model_copy(update={"recipe": own.absolute(job.sync.recipe)})})
+    named = {"recipe": job.sync.recipe, "topology": job.sync.topology, "codec": job.sync.codec}
+    owned = {axis: own.absolute(name) for axis, name in named.items() if name is not None and is_own(name)}
+    if owned:
+        job = job.model_copy(update={"sync": job.sync.model_copy(update=owned)})
     if job.sync.graph is not None and topology.is_file(job.sync.graph):
         job = job.model_copy(update={"sync": job.sync.model_copy(update={"graph": os.path.abspath(job.sync.graph)})})
     return job

@@ -36,12 +36,12 @@ def topology(
         Console().print(table(["topology", "what it is"], listed()))
         return
     from dtrain.codec import plain
-    from dtrain.topology import check, mixing
+    from dtrain.own_topology import check_topology, mixing_of
 
     if num_islands > MOST_ISLANDS:
         raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {MOST_ISLANDS}")
-    check(name, graph, num_islands, seed, server)
-    mixed = mixing(name, graph, seed, server)
+    check_topology(name, graph, num_islands, seed, server)
+    mixed = mixing_of(name, graph, seed, server)
     fmt = plain(codec).fmt
     wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)
     wire = f"{numel:,} parameters as {codec}"

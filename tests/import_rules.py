@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-PURE = ("topology", "events", "schedule", "methods", "config", "codec_name", "units", "errors")
+PURE = ("topology", "events", "schedule", "methods", "config", "codec_name", "own_name", "units", "errors")
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
@@ -18,7 +18,7 @@ LAYERS = (
     PURE,
     ("kernels", "transport", "spans", "staging"),
     ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
-    ("recipe", "recipe_rows", "recipes", "recipe_fits", "own"),
+    ("recipe", "recipe_rows", "recipes", "recipe_fits", "own", "own_codec", "own_topology"),
     ("membership", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),

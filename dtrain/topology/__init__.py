@@ -13,6 +13,7 @@ from dtrain.topology.names import (
     is_file,
     mixing,
     parameter,
+    served,
 )
 from dtrain.topology.row import Round, Topology
 from dtrain.topology.server import parse as parse_server
@@ -33,4 +34,5 @@ __all__ = [
     "mixing",
     "parameter",
     "parse_server",
+    "served",
 ]

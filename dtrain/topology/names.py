@@ -66,11 +66,12 @@ class Mixing:
 def mixing(topology: str, graph: str | None, seed: int, server: str | None = None) -> Mixing:
     """The topology of a name that ``check`` has let pass."""
     base = _mixing(topology, graph, seed)
-    return base if server is None else served(base, servers.parse(server), seed)
+    return base if server is None else served(base, server, seed)
 
 
-def served(base: Mixing, server: servers.Server, seed: int) -> Mixing:
+def served(base: Mixing, name: str, seed: int) -> Mixing:
     """``base`` with the rounds of a server in between."""
+    server = servers.parse(name)
 
     def heard(node: int, num_nodes: int) -> int:
         most = server.sample - (server.to == "sampled")

@@ -1,0 +1,278 @@
+"""Does somebody's own topology or codec run like the project's, and is one that breaks its contract refused, with the reason?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dtrain
+from dtrain.bucket import whole
+from dtrain.config import load_job
+from dtrain.connect import Connection, connect_local
+from dtrain.errors import NonFinite, WireError
+from dtrain.launch.cli import run_command
+from dtrain.own_codec import check_codec, codec_of
+from dtrain.own_topology import LOOK, check_topology, mixing_of
+from dtrain.recipes import resolve
+from dtrain.topology import mixing
+from dtrain.topology.consensus import matrix
+from tests.islands import run_islands, sgd_step
+from tests.oracle.test_gossip import LR, problem
+from tests.unit.small_run import opened, write_job_file
+
+MINE = '''
+import random
+import torch
+from dtrain.recipes import Recipe
+from dtrain.topology import Round
+
+
+def rows(index, node, num_nodes):
+    """The ring's pairs in a random order of the islands, drawn anew every third round."""
+    order = list(range(num_nodes))
+    random.Random(f"mine/{index // 3}").shuffle(order)
+    place = (order.index(node) - index) % num_nodes
+    if num_nodes % 2 and place == num_nodes - 1:
+        return Round(1.0, (), ())
+    peer = order[((place ^ 1) + index) % num_nodes]
+    return Round(0.5, (peer,), ((peer, 0.5),))
+
+
+class Half:
+    """fp16 bytes."""
+
+    def wire_bytes(self, numel):
+        return 2 * numel
+
+    def encode(self, x, out):
+        out.copy_(x.half().view(torch.uint8))
+
+    def decode(self, wire, out):
+        out.copy_(wire.clone().view(torch.float16))
+
+
+half = Half()
+NUMBER = 3
+row = Recipe("mine", "half of a neighbour's", "my own", "dpsgd", "parameters", 1, "neighbours", "mine.py:rows",
+             codec="mine.py:half", combine="gossip", delay=1)
+fed = Recipe("fed", "averaged as halves", "my own", "diloco", "pseudo_gradients", 4, codec="mine.py:half", error_feedback=True)
+'''
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+
+
+def with_mine(old: str, new: str, name: str = "bad.py") -> str:
+    assert old in MINE
+    Path(name).write_text(MINE.replace(old, new))
+    return name
+
+
+@pytest.mark.parametrize("name", ["row", pytest.param("fed", marks=pytest.mark.slow)])
+def test_rows_that_use_them_keep_their_promises(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """From another folder: what a row names lies beside it."""
+    file = Path("mine.py").absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run_command(["check", f"{file}:{name}"]) == 0, capsys.readouterr().err
+    assert all(line.startswith("kept ") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7])
+def test_an_own_topology_is_its_matrices(n: int) -> None:
+    check_topology("mine.py:rows", None, n)
+    mixed = mixing_of("mine.py:rows", None, 0, None)
+    for index in (0, 1, 5, 3 * LOOK):
+        w = matrix(mixed, index, n)
+        np.testing.assert_array_equal(w, w.T)
+        assert sorted(np.diag(w)) == [0.5] * (n - n % 2) + [1.0] * (n % 2)
+    assert mixed.in_degree(0, n) == 1
+    served = mixing_of("mine.py:rows", None, 0, "all:2:2")
+    np.testing.assert_array_equal(matrix(served, 3, n), matrix(mixed, 2, n))
+    assert served.in_degree(0, n) == min(2, n - 1)
+
+
+def test_the_projects_names_are_what_they_were() -> None:
+    check_topology("ring", None, 4)
+    np.testing.assert_array_equal(matrix(mixing_of("ring", None, 0, None), 0, 4), matrix(mixing("ring", None, 0), 0, 4))
+
+
+def test_it_is_shown_and_a_run_keeps_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["topology", "mine.py:rows", "--islands", "4"]) == 0
+    assert "round 15: " in capsys.readouterr().out
+    write_job_file()
+    run = opened("sync.recipe=dpsgd", "sync.every=1", "sync.topology=mine.py:rows", "sync.codec=mine.py:half").run
+    sync = load_job(run / "job.toml").sync
+    assert (sync.topology, sync.codec) == (f"{Path('mine.py').absolute()}:rows", f"{Path('mine.py').absolute()}:half")
+
+
+BAD_ROWS = {
+    "weights": ("((peer, 0.5),)", "((peer, 0.4),)", "round 0: the row of island 0 sums to 0.9, and rows and columns"),
+    "columns": (
+        "return Round(0.5, (peer,), ((peer, 0.5),))",
+        "return Round(*((0.5, (peer,), ((peer, 0.5),)) if node < peer else (0.25, (peer,), ((peer, 0.75),))))",
+        "round 0: the column of island 0 sums to 1.25",
+    ),
+    "late": ("((peer, 0.5),)", "((peer, 0.5 - 0.1 * (index == 9)),)", "round 9: the row of island 0 sums to 0.9"),
+    "deaf": ("    peer = ", "    if node == 0:\n        return Round(1.0, (), ())\n    peer = ", "which does not hear it"),
+    "silent": ("Round(0.5, (peer,),", "Round(0.5, (peer,) if node else (),", "which sends nothing; add it to sends there"),
+    "nobody": ("Round(0.5, (peer,),", "Round(0.5, (peer + 1,),", "; name others, from 0 to 3, once each"),
+    "negative": ("Round(0.5, (peer,), ((peer, 0.5),))", "Round(1.5, (peer,), ((peer, -0.5),))", "use numbers of 0 or more"),
+    "chance": ('f"mine/{index // 3}"', "None", "is another when it is asked again; draw by random.Random(index)"),
+    "apart": ("    order = ", "    return Round(0.5, (node ^ 1,), ((node ^ 1, 0.5),))\n    order = ", "islands 2, 3 never hear"),
+    "nothing": ("    order = ", "    return 3\n    order = ", "round 0 gives island 0 3; return a dtrain.topology.Round"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_rows_that_are_no_matrix_are_refused_before_anything_starts(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    old, new, message = BAD_ROWS[what]
+    name = with_mine(old, new, f"{what}.py")
+    assert run_command(["topology", f"{name}:rows", "--islands", "4"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve("dpsgd", {"topology": f"{name}:rows"}, 4)
+
+
+def test_rounds_after_the_first_are_looked_at_where_they_begin() -> None:
+    """Weights go wrong, or more is heard than there is room for, in a round that no check before the start has seen."""
+    late = with_mine("((peer, 0.5),)", "((peer, 0.5 - 0.1 * (index == 70)),)", "late.py")
+    check_topology(f"{late}:rows", None, 4)
+    with pytest.raises(ValueError, match=r"round 70: the row of island 1 sums to 0\.9"):
+        mixing_of(f"{late}:rows", None, 0, None).rows(70, 1, 4)
+    all_of_a_sudden = (
+        "    if index == 90:\n        others = [n for n in range(num_nodes) if n != node]\n"
+        "        return Round(1 / num_nodes, tuple(others), tuple((n, 1 / num_nodes) for n in others))\n    order = "
+    )
+    many = with_mine("    order = ", all_of_a_sudden, "many.py")
+    check_topology(f"{many}:rows", None, 4)
+    with pytest.raises(ValueError, match="round 90 lets island 2 hear 3 others, and none of the first 64 rounds more than 1"):
+        mixing_of(f"{many}:rows", None, 0, None).rows(90, 2, 4)
+
+
+def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
+    apart = with_mine("    order = ", "    peer = node ^ 1\n    return Round(0.5, (peer,), ((peer, 0.5),))\n    order = ")
+    with pytest.raises(ValueError, match="islands 2, 3 never hear of island 0; add edges, or rounds with a server"):
+        resolve("dpsgd", {"topology": f"{apart}:rows"}, 4)
+    assert resolve("dpsgd", {"topology": f"{apart}:rows", "server": "all:1:2"}, 4).server == "all:1:2"
+
+
+BAD_CODECS = {
+    "size": ("return 2 * numel", "return 2.0 * numel", "with 1 elements wire_bytes is 2.0; return a whole number from 1"),
+    "changes x": ("out.copy_(x.half()", "out.copy_(x.mul_(0.5).half()", "encode changes x; work on a copy"),
+    "chance": ("x.half()", "(x + torch.rand(1)).half()", "writes others the second time; fill all, without chance"),
+    "leaves": ("out.copy_(x.half().view(torch.uint8))", "out[:-1].copy_(x.half().view(torch.uint8)[:-1])", "leaves bytes of out"),
+    "changes wire": ("wire.clone()", "wire.zero_()", "decode changes the wire"),
+    "half done": ("out.copy_(wire.clone().view(torch.float16))", "out[1:].copy_(wire.view(torch.float16)[1:])", "fill all of it"),
+    "infinite": ("x.half()", "(x * 1e9).half()", "or not finite"),
+    "a class": ("half = Half()", "half = Half", "has no codec half; define half there, an object with wire_bytes"),
+    "not there": ("half = Half()", "whole = Half()", "has no codec half"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CODECS)
+def test_a_codec_that_breaks_its_contract_is_refused(what: str) -> None:
+    old, new, message = BAD_CODECS[what]
+    name = with_mine(old, new, f"bad_{what.replace(' ', '_')}.py")
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        check_codec(f"{name}:half")
+    assert message in str(caught.value)
+
+
+def test_an_own_codec_codes_mixes_and_knows_a_wire_that_is_not_its_own() -> None:
+    """fp16 keeps 11 bits: half an ulp is 2^-11 of a value."""
+    x = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    bound = codec_of("mine.py:half", error_feedback=False).bind(whole("x", x))
+    wire, state = bound.new_wire(x.device), bound.init(x.device)
+    bound.encode(x, wire, state)
+    bound.check(wire)
+    assert wire.numel() == bound.wire_bytes == 32 + 600
+    y = torch.ones(300)
+    bound.decode_add(wire, y, weight=0.5)
+    torch.testing.assert_close(y, 1 + 0.5 * x.half().float(), rtol=0, atol=0)
+    z = x.clone()
+    bound.mix(z, [wire, wire], [-0.25, 0.75])
+    torch.testing.assert_close(z, x + 0.5 * x, rtol=2.0**-10, atol=1e-6)
+    other = with_mine("fp16 bytes", "the same in another file", "other.py")
+    for change, message in ((40, "checksum does not fit"), (16, "header is of another codec")):
+        bad = wire.clone()
+        bad[change] ^= 1
+        with pytest.raises(WireError, match=message):
+            bound.check(bad)
+    with pytest.raises(WireError, match="header is of another codec"):
+        codec_of(f"{other}:half", error_feedback=False).bind(whole("x", x)).check(wire)
+    with pytest.raises(WireError, match="a wire of 631 bytes"):
+        bound.check(wire[:-1])
+    with pytest.raises(NonFinite):
+        bound.encode(torch.full((300,), float("inf")), wire, state)
+
+
+def test_error_feedback_keeps_what_it_lost() -> None:
+    """Sum of what was sent + residual = sum of inputs, to fp32's rounding of 20 sums of values up to 4."""
+    bound = codec_of("mine.py:half", error_feedback=True).bind(whole("x", torch.zeros(100)))
+    cpu = torch.device("cpu")
+    wire, state, sent, put = bound.new_wire(cpu), bound.init(cpu), torch.zeros(100), torch.zeros(100)
+    for k in range(20):
+        x = 0.2 * torch.randn(100, generator=torch.Generator().manual_seed(k))
+        bound.encode(x, wire, state)
+        bound.decode_add(wire, sent, weight=1.0)
+        put += x
+    assert float(state["residual"].abs().max()) > 0
+    torch.testing.assert_close(sent + state["residual"], put, rtol=0, atol=60 * 4 * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("choco", {"codec": "mine.py:half"}, "choco codes differences by the project's own kernels"),
+        ("choco", {"topology": "mine.py:rows"}, "its topology must not change by round"),
+        ("dpsgd", {"topology": "mine.py:rows", "graph": "ring"}, 'has no effect with sync.topology = "mine.py:rows" of your own'),
+        ("dpsgd", {"topology": "mine.py:half"}, "mine.py has no function half; define def half(index, node, num_nodes) there"),
+        ("dpsgd", {"topology": "nowhere.py:rows"}, "sync.topology = 'nowhere.py:rows': there is no file"),
+        ("dpsgd", {"codec": "mine.py:NUMBER"}, "sync.codec = 'mine.py:NUMBER': mine.py has no codec NUMBER"),
+        ("dpsgd", {"codec": 8}, "codec = 8 is not allowed"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(recipe: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        resolve(recipe, changes, 4)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("axis", ["topology", "codec"])
+def test_islands_with_another_file_are_refused_and_with_the_same_elsewhere_not(axis: str) -> None:
+    Path("copy").mkdir()
+    Path("copy/mine.py").write_text(MINE)
+    Path("copy/theirs.py").write_text(MINE + "\n")
+    word = {"topology": "rows", "codec": "half"}[axis]
+
+    def island(connection: Connection, files: tuple[str, str]) -> None:
+        model = problem(2).model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        own = f"{files[connection.node]}:{word}"
+        topology, codec = (own, None) if axis == "topology" else (None, own)
+        with dtrain.join(model, optimizer, recipe="dpsgd", topology=topology, codec=codec, link=connection):
+            sgd_step(model, optimizer)
+
+    run_islands(2, lambda connection: island(connection, ("mine.py", "copy/mine.py")))
+    with pytest.raises(ValueError, match="has another recipe than island 0"):
+        run_islands(2, lambda connection: island(connection, ("mine.py", "copy/theirs.py")))
+
+
+def test_one_island_alone_may_use_them() -> None:
+    model = problem(2).model(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with dtrain.join(model, optimizer, recipe="diloco", every=1, codec="mine.py:half", link=connect_local(1)[0]):
+        sgd_step(model, optimizer)
