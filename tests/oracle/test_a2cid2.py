@@ -51,8 +51,9 @@ def steps(axes: dict[str, Any], n: int, every: int, delay: int, *, with_momentum
     landed = np.kron([[1, 0, 0.5], [0, 1, alpha], [0, 0, 0]], eye)
 
     def flow(elapsed: int) -> Matrix:
-        e = float(np.exp(-2 * eta * elapsed))
-        return np.kron([[(1 + e) / 2, (1 - e) / 2, 0], [(1 - e) / 2, (1 + e) / 2, 0], [0, 0, 1]], eye)
+        e = np.exp(-2 * eta * elapsed)
+        of_one = np.array([[(1 + e) / 2, (1 - e) / 2, 0], [(1 - e) / 2, (1 + e) / 2, 0], [0, 0, 1]])
+        return np.asarray(np.kron(of_one, eye), dtype=np.float64)
 
     made, flowed, flying = [], 0, 0
     for t in range(1, STEPS + 2):

@@ -168,6 +168,20 @@ def test_a_meeting_keeps_the_sum_of_both_and_brings_them_together(name: str) -> 
         np.testing.assert_allclose(a[:, 0], b[:, 0], rtol=0, atol=8 * U)
 
 
+def test_dadaos_jumps_have_the_constants_of_the_paper() -> None:
+    """mu = 2 and L = 16, so that nu = 1 and sqrt(nu / L) = 1/4; chi1 = 3."""
+    algorithm = dadao.dadao(Chi(3.0, 0.1), 2.0, 16.0)
+    a, b = np.arange(6.0).reshape(1, 6, 1), np.array([[[0.0], [0], [10], [0], [1], [0]]])
+    algorithm.step(a, np.array([[100.0]]))
+    G = 100 - 1 * 0 - 3
+    np.testing.assert_allclose(a[0, :, 0], [-G / 64, 1 - G / 16, 2, 3 + (1 / 16 + 1) * G, 4, 5], rtol=1e-15)
+    before = a.copy()
+    algorithm.meet(a, b)
+    m = 2 + 4 - 10 - 1
+    np.testing.assert_allclose((a - before)[0, :, 0], [0, 0, 0, 0, -m / 2, -2 * 3 * 4 * m], rtol=1e-15)
+    np.testing.assert_allclose(b[0, 4:, 0], [1 + m / 2, 2 * 3 * 4 * m], rtol=1e-15)
+
+
 def test_any_displacement_moves_x_and_x_tilde_alike() -> None:
     """Adam's form is that of SGD with another displacement."""
     states = np.random.default_rng(0).standard_normal((3, 2, 4))
