@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from dtrain.methods import RULES
+from dtrain.recipe_fits import check_trains
 from dtrain.recipes import RECIPES, Recipe, resolve
 
 CODECS = ("identity", "bf16", "int8:64", "int4:64")
@@ -21,8 +23,11 @@ _FEW_BITS = ("int4:64",)
 
 def candidates(asked: Recipe, num_islands: int, *, per_host: int = 1) -> list[Recipe]:
     """The recipe that the job asks for, first; then all others, each once."""
+    check_plannable(asked)
     found = {_key(asked): asked}
     for row in RECIPES.values():
+        if RULES[row.algorithm].simulated is not None or row.schedule != "every":
+            continue
         for overrides in _variants(row, num_islands, per_host):
             try:
                 recipe = resolve(row.name, overrides, num_islands)
@@ -30,6 +35,16 @@ def candidates(asked: Recipe, num_islands: int, *, per_host: int = 1) -> list[Re
                 continue
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
+
+
+def check_plannable(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe whose rounds do not come at even distances: a step's mean would mean nothing."""
+    check_trains(recipe)
+    if recipe.schedule != "every":
+        raise ValueError(
+            f'sync.schedule = "{recipe.schedule}": its rounds come ever faster, and dtrain plan looks at a step like any other; '
+            'plan with sync.schedule=every'
+        )
 
 
 def _variants(row: Recipe, num_islands: int, per_host: int) -> Iterator[Mapping[str, object]]:
@@ -69,4 +84,4 @@ def _times(row: Recipe) -> list[tuple[int, int | str]]:
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
     more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
-    return (recipe.name, recipe.topology, recipe.graph, recipe.codec, recipe.every, recipe.delay_steps, *own, *more)
+    return (recipe.name, recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps, *own, *more)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.recipes import Recipe
-from dtrain.topology import mixing
 from dtrain.topology.consensus import consensus
 
 NEAR_BEST = 0.05
@@ -70,13 +70,16 @@ class Planner:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._sent: dict[tuple[Recipe, int], Sent] = {}
-        self._lambda2: dict[tuple[str, str | None, int], float] = {}
+        self._lambda2: dict[tuple[str, str | None, str | None, int], float] = {}
 
     def row(self, recipe: Recipe, num_islands: int) -> Row:
         s = self.setting
         counted = self._count(recipe, num_islands)
         when = When(recipe.every, recipe.delay_steps, recipe.fragments)
-        time = step_time(counted, when, s.island(recipe.codec), s.link)
+        island = s.island(recipe.codec)
+        if recipe.sam_rho is not None:  # forward and backward twice
+            island = replace(island, step_s=2 * island.step_s)
+        time = step_time(counted, when, island, s.link)
         accumulates = (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, num_ranks=s.num_ranks,
@@ -101,9 +104,9 @@ class Planner:
             return 0.0
         if num_islands > MOST_LAMBDA2:
             return None
-        key = (recipe.topology, recipe.graph, num_islands)
+        key = (recipe.topology, recipe.graph, recipe.server, num_islands)
         if key not in self._lambda2:
-            self._lambda2[key] = consensus(mixing(recipe.topology, recipe.graph, self.setting.seed), num_islands).lambda2
+            self._lambda2[key] = consensus(mixing_of(recipe.topology, recipe.graph, self.setting.seed, recipe.server), num_islands).lambda2
         return self._lambda2[key]
 
 

@@ -19,8 +19,9 @@ from dtrain.assemble import Plan, assemble
 from dtrain.bucket import Flat, flatten, make_buckets
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
+from dtrain.own_topology import mixing_of
 from dtrain.recipes import Recipe
-from dtrain.topology import Mixing, Round, mixing
+from dtrain.topology import Mixing, Round
 
 MOST_EXACT = 4
 """Islands up to which each is counted; of more, one of each kind."""
@@ -106,8 +107,9 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         num_ranks=1,
         with_grad=plan.rewrites_gradients,
     )
-    mixed = mixing(recipe.topology, recipe.graph, seed)
-    rounds, kinds = _rounds(mixed, num_islands), _kinds(recipe.topology, recipe.graph, seed, num_islands, per_host)
+    talks = recipe.topology, recipe.graph, seed, recipe.server
+    mixed = mixing_of(*talks)
+    rounds, kinds = _rounds(mixed, num_islands), _kinds(talks, num_islands, per_host)
     whole = 0.0
     busiest: tuple[Exchange, ...] = ()
     state_bytes = 0
@@ -223,9 +225,9 @@ def _degrees(row: Round, node: int, per_host: int) -> tuple[int, ...]:
 
 
 @cache
-def _kinds(topology: str, graph: str | None, seed: int, num_islands: int, per_host: int) -> Mapping[int, int]:
+def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per_host: int) -> Mapping[int, int]:
     """One node of each kind -> how many there are of it."""
-    mixed = mixing(topology, graph, seed)
+    mixed = mixing_of(*talks)
     rounds = _rounds(mixed, num_islands)
     if num_islands <= MOST_EXACT:
         return dict.fromkeys(range(num_islands), 1)
