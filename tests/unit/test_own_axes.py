@@ -26,6 +26,7 @@ from tests.unit.small_run import opened, write_job_file
 
 MINE = '''
 import random
+from itertools import count
 import torch
 from dtrain.recipes import Recipe
 from dtrain.topology import Round
@@ -56,7 +57,7 @@ class Half:
 
 
 half = Half()
-NUMBER = 3
+NUMBER, CALLS = 3, count()
 row = Recipe("mine", "half of a neighbour's", "my own", "dpsgd", "parameters", 1, "neighbours", "mine.py:rows",
              codec="mine.py:half", combine="gossip", delay=1)
 fed = Recipe("fed", "averaged as halves", "my own", "diloco", "pseudo_gradients", 4, codec="mine.py:half", error_feedback=True)
@@ -127,7 +128,7 @@ BAD_ROWS = {
     "silent": ("Round(0.5, (peer,),", "Round(0.5, (peer,) if node else (),", "which sends nothing; add it to sends there"),
     "nobody": ("Round(0.5, (peer,),", "Round(0.5, (peer + 1,),", "; name others, from 0 to 3, once each"),
     "negative": ("Round(0.5, (peer,), ((peer, 0.5),))", "Round(1.5, (peer,), ((peer, -0.5),))", "use numbers of 0 or more"),
-    "chance": ('f"mine/{index // 3}"', "None", "is another when it is asked again; draw by random.Random(index)"),
+    "another each time": ('f"mine/{index // 3}"', 'f"{next(CALLS)}"', "is another when it is asked again; draw"),
     "apart": ("    order = ", "    return Round(0.5, (node ^ 1,), ((node ^ 1, 0.5),))\n    order = ", "islands 2, 3 never hear"),
     "nothing": ("    order = ", "    return 3\n    order = ", "round 0 gives island 0 3; return a dtrain.topology.Round"),
 }
@@ -136,7 +137,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("what", BAD_ROWS)
 def test_rows_that_are_no_matrix_are_refused_before_anything_starts(capsys: pytest.CaptureFixture[str], what: str) -> None:
     old, new, message = BAD_ROWS[what]
-    name = with_mine(old, new, f"{what}.py")
+    name = with_mine(old, new)
     assert run_command(["topology", f"{name}:rows", "--islands", "4"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -172,7 +173,7 @@ def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
 BAD_CODECS = {
     "size": ("return 2 * numel", "return 2.0 * numel", "with 1 elements wire_bytes is 2.0; return a whole number from 1"),
     "changes x": ("out.copy_(x.half()", "out.copy_(x.mul_(0.5).half()", "encode changes x; work on a copy"),
-    "chance": ("x.half()", "(x + torch.rand(1)).half()", "writes others the second time; fill all, without chance"),
+    "another each time": ("x.half()", "(x + next(CALLS)).half()", "writes others the second time; fill all, without chance"),
     "leaves": ("out.copy_(x.half().view(torch.uint8))", "out[:-1].copy_(x.half().view(torch.uint8)[:-1])", "leaves bytes of out"),
     "changes wire": ("wire.clone()", "wire.zero_()", "decode changes the wire"),
     "half done": ("out.copy_(wire.clone().view(torch.float16))", "out[1:].copy_(wire.view(torch.float16)[1:])", "fill all of it"),
@@ -185,7 +186,7 @@ BAD_CODECS = {
 @pytest.mark.parametrize("what", BAD_CODECS)
 def test_a_codec_that_breaks_its_contract_is_refused(what: str) -> None:
     old, new, message = BAD_CODECS[what]
-    name = with_mine(old, new, f"bad_{what.replace(' ', '_')}.py")
+    name = with_mine(old, new)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         check_codec(f"{name}:half")
     assert message in str(caught.value)
