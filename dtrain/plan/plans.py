@@ -11,6 +11,7 @@ from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.recipes import Recipe
+from dtrain.topology import parse_server
 from dtrain.topology.consensus import consensus
 
 NEAR_BEST = 0.05
@@ -106,7 +107,8 @@ class Planner:
             return None
         key = (recipe.topology, recipe.graph, recipe.server, num_islands)
         if key not in self._lambda2:
-            self._lambda2[key] = consensus(mixing_of(recipe.topology, recipe.graph, self.setting.seed, recipe.server), num_islands).lambda2
+            mixed = mixing_of(recipe.topology, recipe.graph, self.setting.seed, recipe.server)
+            self._lambda2[key] = consensus(mixed, num_islands).lambda2
         return self._lambda2[key]
 
 
@@ -123,7 +125,9 @@ def loss_order(row: Row) -> tuple[float, ...]:
     r = row.recipe
     place, fewest = _KINDS[r.payload]
     bits = _BITS[r.codec.partition(":")[0]]
-    return place if bits >= fewest else _COARSE, r.every, -bits, not r.error_feedback, row.lambda2 or 0.0, r.delay_steps
+    # Rounds of neighbours that fall apart reach some islands only; those with the server join them.
+    apart = r.every if r.server is None else r.every * (1 + parse_server(r.server).every)
+    return place if bits >= fewest else _COARSE, apart, -bits, not r.error_feedback, row.lambda2 or 0.0, r.delay_steps
 
 
 def recommend(rows: Sequence[Row]) -> Row:
