@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.connect import Connection
 from dtrain.engine import join
-from dtrain.optim import AccumAdamW
+from dtrain.optim import SAM, AccumAdamW
 from dtrain.plan.sent import Sent, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
 from tests.islands import run_islands
@@ -21,7 +21,11 @@ BUCKET_BYTES = 8192
 """Three buckets, none of which ends with a tensor."""
 
 OVERRIDES: list[tuple[str, dict[str, object]]] = [
-    *((name, {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}) for name, row in RECIPES.items()),
+    *(
+        (name, {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {})
+        for name, row in RECIPES.items()
+        if name not in ("dadao", "single_merge")  # which cannot be planned
+    ),
     ("allreduce", {"reduce": "gather"}),
     ("choco", {"codec": "topk:64/4096:2"}),
     ("dpsgd", {"codec": "int4:64:stochastic"}),
@@ -49,14 +53,20 @@ def trained_bytes(recipe: str, overrides: dict[str, object], steps: int) -> list
 
     def island(connection: Connection) -> int:
         model = _Model()
-        every = resolve(recipe, {}, ISLANDS).moments_every or 1
-        optimizer = AccumAdamW(model.parameters(), lr=1e-3, every=every)
+        row = resolve(recipe, {}, ISLANDS)
+        inner = AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)
+        optimizer = SAM(inner, rho=row.sam_rho) if row.sam_rho is not None else inner
+
+        def loss() -> float:
+            inner.zero_grad()
+            total = model()
+            total.backward()
+            return total.item()
+
         axes: dict[str, object] = {**overrides, "bucket_bytes": BUCKET_BYTES}
         with join(model, optimizer, recipe=recipe, link=connection, **axes) as sync:  # pyright: ignore[reportArgumentType]
             for _ in range(steps):
-                optimizer.zero_grad()
-                model().backward()
-                optimizer.step()
+                optimizer.step(loss)
             sync.settle()
             return sync.stats().wire_bytes_sent
 
@@ -68,16 +78,17 @@ def counted(recipe: str, overrides: dict[str, object]) -> tuple[Recipe, Sent]:
     return row, sent(row, SHAPES, ISLANDS)
 
 
-ROUNDS = 4
-"""As many as hold every round of any period here equally often."""
+LEAST_ROUNDS = 4
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), OVERRIDES)
 def test_bytes_are_those_that_islands_count(recipe: str, overrides: dict[str, object]) -> None:
     row, found = counted(recipe, overrides)
-    each = trained_bytes(recipe, overrides, row.every * ROUNDS)
-    assert sum(each) == found.mean_round_bytes * ROUNDS * ISLANDS
-    assert max(each) == sum(e.sent_bytes for e in found.period) / len(found.period) * ROUNDS, "the busiest island"
+    period = len(found.period)
+    rounds = period * -(-LEAST_ROUNDS // period)
+    each = trained_bytes(recipe, overrides, row.every * rounds)
+    assert sum(each) == found.mean_round_bytes * rounds * ISLANDS
+    assert max(each) == sum(e.sent_bytes for e in found.period) / period * rounds, "the busiest island"
 
 
 def test_a_row_of_ones_own_needs_no_rule(tmp_path: Path) -> None:
