@@ -24,7 +24,7 @@ def _encode(
     if b is not None:
         second = values(b, n, "b") if mode == rows.DIFFERENCE else (state(b, n, "residual or xhat"), 0)
     third = 0 if s is None else state(s, n, "s")
-    args = (*first, *second, third, float_bits(alpha), *coded(out, fmt, n, "the wire's codes or scales"), *noise_numbers(noise))
+    args = (*first, *second, third, float_bits(alpha), *coded(out, fmt, n, "the wire"), *noise_numbers(noise))
     run(kernels.encode, (mode, *format_numbers(fmt), n, *args), n)
 
 

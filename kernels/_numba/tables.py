@@ -53,8 +53,8 @@ def format_numbers(fmt: Format) -> tuple[int, ...]:
 def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:
     """The addresses of codes and scales."""
     code_bytes, num_scales = _sizes(fmt, numel)
-    codes = place(wire.codes, code_bytes, torch.uint8, what)
-    return codes, place(wire.scales, num_scales, torch.bfloat16, what) if num_scales else 0
+    codes = place(wire.codes, code_bytes, torch.uint8, f"{what}'s codes")
+    return codes, place(wire.scales, num_scales, torch.bfloat16, f"{what}'s scales") if num_scales else 0
 
 
 @lru_cache
