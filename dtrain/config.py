@@ -20,6 +20,9 @@ from dtrain.own_name import is_own
 
 Precision = Literal["fp32", "bf16"]
 
+NETWORK = ("jitter", "loss", "links")
+"""Keys of [sim] that say what a link is like."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -203,12 +206,25 @@ class LinkSection(Section):
 class Sim(Section):
     """``dtrain sim`` on a virtual clock; rate and rtt are [link]'s."""
 
-    problem: Literal["gpt", "quadratic", "consensus"] = Field(
+    problem: Literal["gpt", "quadratic", "consensus", "scattered", "ridge", "logistic"] = Field(
         "gpt",
         description="gpt: [model] is trained, as dtrain run does; quadratic: each island a quadratic loss of its own, by plain "
-        "SGD of train.lr; consensus: no gradients, islands begin apart",
+        "SGD of train.lr; consensus: no gradients, islands begin apart; scattered, ridge, logistic: strongly convex, for clock "
+        '"poisson"',
     )
-    numel: int = Field(10_000, ge=1, description="parameters of problem quadratic and consensus")
+    numel: int = Field(10_000, ge=1, description="parameters of every problem but gpt")
+    clock: Literal["steps", "poisson"] = Field(
+        "steps",
+        description="poisson: gradients, and meetings of two, come at random times, one gradient an island and unit of time, and "
+        "train.steps units; for dpsgd (pairs that average), a2cid2 and dadao",
+    )
+    meetings: float | None = Field(
+        None, gt=0, allow_inf_nan=False,
+        description="of an island a unit of time, of clock poisson; left out: 1, for dadao the fewest that it may have",
+    )
+    rates: Literal["uniform", "sdp"] = Field(
+        "uniform", description="which edges meet more often, of clock poisson; sdp: as dadao's theory likes it best, by cvxpy"
+    )
     step_s: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="virtual seconds that an island computes a step; 0: no clock with problem gpt"
     )
@@ -240,15 +256,21 @@ class Sim(Section):
     @model_validator(mode="after")
     def _nothing_is_without_effect(self) -> Sim:
         for key, needs, met in (
-            ("numel", 'sim.problem = "quadratic" or "consensus"', self.problem != "gpt"),
+            ("numel", 'sim.problem, "quadratic" say', self.problem != "gpt"),
+            ("clock", 'sim.problem, "quadratic" say', self.problem != "gpt"),
+            ("meetings", 'sim.clock = "poisson"', self.clock == "poisson"),
+            ("rates", 'sim.clock = "poisson"', self.clock == "poisson"),
+            *((key, 'sim.clock = "steps"', self.clock == "steps") for key in ("step_s", *NETWORK)),
             ("step_noise", "sim.step_s", self.step_s > 0),
             ("stragglers", "sim.step_s", self.step_s > 0),
             ("straggler_factor", "sim.stragglers", self.stragglers > 0),
-            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in ("jitter", "loss", "links")),
+            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in NETWORK),
         ):
             value = getattr(self, key)
             if value != type(self).model_fields[key].default and not met:
                 raise ValueError(f"sim.{key} = {value!r} has no effect without {needs}; set that, or leave it out")
+        if self.problem in ("scattered", "ridge", "logistic") and self.clock != "poisson":
+            raise ValueError(f'sim.problem = "{self.problem}" is for sim.clock = "poisson"; set that, or use "quadratic"')
         return self
 
     @property

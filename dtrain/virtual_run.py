@@ -16,8 +16,8 @@ from torch import nn
 from dtrain import metrics, units
 from dtrain.assemble import assemble
 from dtrain.bucket import flatten
+from dtrain.build import build_recipe
 from dtrain.config import Job
-from dtrain.recipes import of_section
 from dtrain.train import cpu_threads
 from dtrain.virtual import Account, Shapes, Simulation
 from dtrain.virtual_link import LinkModel, VirtualLink, Way
@@ -114,10 +114,9 @@ def rows(virtual: Virtual) -> list[Row]:
 
 def _simulation(job: Job, shapes: Shapes, problem: Problem, first_step: int) -> tuple[Simulation, VirtualLink]:
     count, seed = job.islands.count, job.job.seed
-    recipe = of_section(job.sync.model_dump(exclude_none=True), count)
     link = VirtualLink(_link_model(job), count, seed)
     simulation = Simulation(
-        assemble(recipe, seed, count), count, shapes, problem,
+        assemble(build_recipe(job), seed, count), count, shapes, problem,
         lr=job.train.lr, link=link, compute_s=_pace(job), first_step=first_step,
     )  # fmt: skip
     return simulation, link

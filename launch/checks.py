@@ -9,6 +9,7 @@ from typing import Literal
 
 from dtrain import own, topology
 from dtrain.config import Job, load_job
+from dtrain.event_run import check_events
 from dtrain.launch import meeting
 from dtrain.own_name import is_own
 from dtrain.recipe_fits import check_trains, rho_of
@@ -66,7 +67,8 @@ def with_absolute_paths(job: Job) -> Job:
 
 def check_input(job: Job, how: How) -> None:
     """Raises ValueError for what would make every island fail; writes nothing."""
-    check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
+    if not (how == "sim" and job.sim.clock == "poisson"):
+        check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
     if how == "sim":
         _check_sim(job)
         if job.islands.ranks != 1:
@@ -87,11 +89,21 @@ def _check_sim(job: Job) -> None:
     if job.sim.problem == "gpt":
         return
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
-    if recipe.moments_every is not None:
+    if job.sim.clock == "poisson":
+        check_events(recipe)
+        return
+    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
+    if defined_with is not None:
         raise ValueError(
-            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with AdamW; use '
-            'sync.recipe = "dpsgd"'
+            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with '
+            f'{defined_with}; use sync.recipe = "{recipe.algorithm}"'
         )
+    for key in ("moments_every", "sam_rho"):
+        if getattr(job.train, key):
+            raise ValueError(
+                f"train.{key} = {getattr(job.train, key)} has no effect with sim.problem = \"{job.sim.problem}\", which steps by "
+                "plain SGD; leave it out"
+            )
 
 
 def _refuse_sim(job: Job) -> None:

@@ -20,7 +20,13 @@ _DRAW_EVERY_S = 0.5
 
 
 def run_virtual(job: Job, run: Path) -> list[list[str]]:
-    """The problem of ``[sim]``, on the virtual clock; returns the rows of the last screen."""
+    """The problem of ``[sim]``, on its clock; returns the rows of the last screen."""
+    if job.sim.clock == "poisson":
+        from dtrain.event_run import event_rows, run_events, write_events
+
+        timed = run_events(job)
+        write_events(run, timed)
+        return event_rows(timed)
     from dtrain.virtual_run import rows, simulate_job, write
 
     virtual = simulate_job(job)

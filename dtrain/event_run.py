@@ -1,0 +1,87 @@
+"""How far do pairs get that meet at random times? ``sim.clock = "poisson"`` of a job file, simulated, in numbers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain import metrics, units
+from dtrain.build import build_recipe
+from dtrain.config import Job
+from dtrain.events.run import EventRun, MethodName, simulate_events
+from dtrain.recipe import Recipe
+
+METHODS: dict[str, MethodName] = {"dpsgd": "gossip", "a2cid2": "a2cid2", "dadao": "dadao"}
+"""Algorithm -> its form under Poisson clocks."""
+_LOOKS = 50
+_SHOWN = 5
+"""Looks that are printed, evenly spaced; all are in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    run: EventRun
+    real_s: float
+
+
+def check_events(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that has no form under Poisson clocks, and for answers that would have no effect there."""
+    if recipe.algorithm not in METHODS or recipe.reduce != "neighbours":
+        raise ValueError(
+            f'sim.clock = "poisson" is for pairs that meet: recipes dpsgd, a2cid2 and dadao, and not "{recipe.name}" with '
+            f'sync.reduce = "{recipe.reduce}"; use one of those, or sim.clock=steps'
+        )
+    if recipe.codec != "identity" or recipe.server is not None:
+        said = f'codec = "{recipe.codec}"' if recipe.server is None else f'server = "{recipe.server}"'
+        raise ValueError(f'sync.{said} has no effect with sim.clock = "poisson", whose pairs exchange numbers as they are')
+
+
+def run_events(job: Job) -> Timed:
+    """Raises ValueError where the job's graph, problem and method do not fit, and where the run diverges."""
+    recipe, sim, begun = build_recipe(job), job.sim, time.monotonic()
+    run = simulate_events(
+        METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=sim.problem,
+        numel=sim.numel, horizon=float(job.train.steps), seeds=(job.job.seed,), meetings_per_node=sim.meetings, rates=sim.rates,
+        looks=_LOOKS,
+    )  # fmt: skip
+    return Timed(run, time.monotonic() - begun)
+
+
+def write_events(folder: Path, timed: Timed) -> None:
+    """``virtual.json``."""
+    run = timed.run
+    content = {
+        "times": run.trace.times.tolist(),
+        "squared_error": run.trace.error[:, 0].tolist(),
+        "squared_disagreement": run.trace.consensus[:, 0].tolist(),
+        "gradients": run.trace.gradients,
+        "meetings": run.trace.meetings,
+        "meetings_per_island": run.meetings_per_node,
+        "chi1": run.chi.chi1,
+        "chi2": run.chi.chi2,
+        "bound_per_time": run.bound,
+        "real_s": timed.real_s,
+    }
+    metrics.write_json(folder / "virtual.json", content)
+
+
+def event_rows(timed: Timed) -> list[list[str]]:
+    """The thing, its value, what it means."""
+    run, trace = timed.run, timed.run.trace
+    rows = [
+        ["Gradients", f"{trace.gradients:,}", "of all islands, one each a unit of time in the mean"],
+        ["Meetings", f"{trace.meetings:,}", f"of two, {run.meetings_per_node:.3g} of an island a unit of time"],
+        [
+            "chi1, chi2",
+            f"{run.chi.chi1:.4g}, {run.chi.chi2:.4g}",
+            "of the graph at those rates; the larger chi1 / chi2, the more momentum gains",
+        ],
+    ]
+    for look in range(_LOOKS // _SHOWN - 1, _LOOKS, _LOOKS // _SHOWN):
+        at = f"At time {trace.times[look]:g}"
+        apart = f"mean squared distance from the optimum; from their own mean {trace.consensus[look, 0]:.3g}"
+        rows.append([at, f"{trace.error[look, 0]:.4g}", apart])
+    if run.bound is not None:
+        rows.append(["Promised", f"exp(-{run.bound:.3g} t)", "how the squared distance falls at least, by the theory"])
+    return [*rows, ["Took", units.show_seconds(timed.real_s), "of this machine's time"]]
