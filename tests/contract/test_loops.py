@@ -31,10 +31,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "push_sum": {"graph": "random_out:2"},
     "gradient_tracking": {},
     "beer": {},
+    "a2cid2": {},
+    "semi_s2s": {"server": "sampled:2:2"},
     "decent_adam": {},
     "accum_adam": {},
     "choco, fused": {},
 }
+BY_OTHERS = {"single_merge", "dfedsam", "dfedsam_mgs"}
+"""dpsgd and multi_gossip again, with a schedule that must know the run's length, and with gradients that SAM takes."""
 Backward = Callable[[Quadratic, int], None]
 
 
@@ -119,7 +123,7 @@ def test_it_is_the_plain_loop_to_the_bit(method: str, loop: str) -> None:
 
 
 def test_every_method_that_gossips_is_here() -> None:
-    assert {name for name, row in RECIPES.items() if row.combine in ("gossip", "push")} <= set(METHODS)
+    assert {name for name, row in RECIPES.items() if row.combine in ("gossip", "push")} <= {*METHODS, *BY_OTHERS}
     assert all((plain(method)[-1, 0] != plain(method)[-1, 1]).any() for method in METHODS), "islands differ"
 
 
