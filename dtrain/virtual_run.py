@@ -18,6 +18,7 @@ from dtrain.assemble import assemble
 from dtrain.bucket import flatten
 from dtrain.build import build_recipe
 from dtrain.config import Job
+from dtrain.errors import NonFinite
 from dtrain.train import cpu_threads
 from dtrain.virtual import Account, Shapes, Simulation
 from dtrain.virtual_link import LinkModel, VirtualLink, Way
@@ -58,7 +59,7 @@ class Virtual:
 
 
 def simulate_job(job: Job) -> Virtual:
-    """The problem that ``[sim]`` names. Raises what a method raises: NonFinite, PeerLost."""
+    """The problem that ``[sim]`` names. Raises what a method raises: NonFinite, PeerLost; and NonFinite where it diverged."""
     sim, seed, count = job.sim, job.job.seed, job.islands.count
     # With two, a copy of 40,000 bytes is shared by OpenMP threads that spin for each other: 10 times slower on a busy machine.
     torch.set_num_threads(cpu_threads(job))
@@ -67,6 +68,7 @@ def simulate_job(job: Job) -> Virtual:
     simulation, link = _simulation(job, [("x", (sim.numel,))], problem, 0)
     start = _stand(simulation, quadratic)
     virtual_s, real_s = _run(simulation, job.train.steps)
+    _refuse_diverged(simulation, job)
     return _result(job, simulation, link, virtual_s, real_s, start, _stand(simulation, quadratic))
 
 
@@ -145,6 +147,14 @@ def _run(simulation: Simulation, steps: int) -> tuple[float, float]:
     begun = time.monotonic()
     virtual_s = simulation.run(steps)
     return virtual_s, time.monotonic() - begun
+
+
+def _refuse_diverged(simulation: Simulation, job: Job) -> None:
+    """Islands that never talk put nothing on a wire, where it would have been seen."""
+    for node, x in enumerate(simulation.parameters):
+        if not bool(torch.isfinite(x).all()):
+            said = f"the parameters of island {node} hold inf or NaN after {job.train.steps} steps of train.lr = {job.train.lr:g}"
+            raise NonFinite(f"{said}; use a smaller train.lr")
 
 
 def _stand(simulation: Simulation, problem: Quadratic | None) -> Stand:

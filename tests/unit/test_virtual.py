@@ -92,6 +92,10 @@ def test_a_loss_that_diverges_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "holds inf or NaN" in said
+    assert run_command([*words, "sync.recipe=local", "--fresh"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "the parameters of island 0 hold inf or NaN after 20 steps of train.lr = 1e+09; use a smaller train.lr" in said
 
 
 def lonely(other_bytes: int) -> Simulation:
