@@ -75,6 +75,8 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.links=0-1:1mbit/1ms,1-0:none/1ms"], "job.toml: sim.links = '0-1:1mbit/1ms,1-0:none/1"),
         (["sim", "sim.step_s=1", "sim.links=0-2:1mbit/1ms"], "job.toml: sim.links = '0-2:1mbit/1ms' names island 2; the"),
         (["sim", "sim.problem=quadratic", "sync.recipe=accum_adam"], 'sim.problem = "quadratic" steps by plain SGD, and'),
+        (["sim", "sim.problem=consensus", "sync.recipe=allreduce", "sync.every=1"], 'sim.problem = "consensus" has no gradients, and sync.recipe ='),
+        (["sim", "sim.problem=consensus", "sync.recipe=local", "sync.every=1"], 'sim.problem = "consensus" has no gradients, and sync.recipe ='),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
     ],
