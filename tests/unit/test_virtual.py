@@ -63,6 +63,7 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.straggler_factor=3"], "job.toml: sim.straggler_factor = 3.0 has no effect without"),
         (["sim", "sim.step_s=1", "sim.stragglers=3"], "job.toml: sim.stragglers = 3 of 2 islands; use a whole number"),
         (["sim", "sim.step_s=1", "sim.stragglers=1.5"], "job.toml: sim.stragglers = 1.5 of 2 islands; use a whole number"),
+        (["sim", "sim.step_s=1", "sim.stragglers=0.25"], "job.toml: sim.stragglers = 0.25 of 2 islands; use a whole number"),
         (["sim", "sim.step_s=-1"], "job.toml: sim.step_s = -1.0 is not allowed"),
         (["sim", "sim.step_s=nan"], "job.toml: sim.step_s = nan is not allowed"),
         (["sim", "sim.problem=cubic"], "job.toml: sim.problem = 'cubic' is not allowed: Input should be 'gpt', 'quadratic' or"),
