@@ -45,6 +45,7 @@ class Virtual:
     islands: int
     parameters: int
     steps: int
+    """That were done on this clock."""
     virtual_s: float
     """Until the last island has done its steps and has the wires of its last rounds."""
     real_s: float
@@ -74,11 +75,11 @@ def simulate_job(job: Job) -> Virtual:
 
 def account_of_model(job: Job, model: nn.Module, *, first_step: int) -> Virtual:
     """Time and bytes of the job's rounds over the buckets of a model, whose parameters do not move; no more than these depend on
-    what is sent."""
+    what is sent. Of the steps after ``first_step``."""
     flat = flatten((name, nn.Parameter(p.detach().clone())) for name, p in model.named_parameters() if p.requires_grad)
     shapes = [(name, tuple(p.shape)) for name, p in zip(flat.names, flat.parameters, strict=True)]
     simulation, link = _simulation(job, shapes, Still(flat.numel), first_step)
-    return _result(job, simulation, link, *_run(simulation, job.train.steps), None, None)
+    return _result(job, simulation, link, *_run(simulation, job.train.steps), None, None, first_step)
 
 
 def write(run: Path, virtual: Virtual) -> None:
@@ -163,14 +164,21 @@ def _stand(simulation: Simulation, problem: Quadratic | None) -> Stand:
 
 
 def _result(
-    job: Job, simulation: Simulation, link: VirtualLink, virtual_s: float, real_s: float, start: Stand | None, end: Stand | None
+    job: Job,
+    simulation: Simulation,
+    link: VirtualLink,
+    virtual_s: float,
+    real_s: float,
+    start: Stand | None,
+    end: Stand | None,
+    first_step: int = 0,
 ) -> Virtual:
     return Virtual(
         problem=job.sim.problem,
         recipe=job.sync.recipe or "",
         islands=job.islands.count,
         parameters=simulation.parameters[0].numel(),
-        steps=job.train.steps,
+        steps=job.train.steps - first_step,
         virtual_s=virtual_s,
         real_s=real_s,
         start=start,

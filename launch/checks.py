@@ -94,8 +94,8 @@ def _check_sim(job: Job) -> None:
         return
     if job.sim.problem == "consensus" and recipe.payload in ("none", "gradients"):
         raise ValueError(
-            f'sim.problem = "consensus" has no gradients, and sync.recipe = "{recipe.name}" moves parameters by nothing else; use '
-            'another recipe, "dpsgd" say, or sim.problem = "quadratic"'
+            f'sim.problem = "consensus" has no gradients, and sync.recipe = "{recipe.name}" moves parameters by nothing else; '
+            'use another recipe, "dpsgd" say, or sim.problem = "quadratic"'
         )
     defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
     if defined_with is not None:
