@@ -17,11 +17,12 @@ from statistics import mean, stdev
 
 BASELINE = "allreduce"
 
-# Student's 0.975 quantile for 1 to 30 degrees of freedom; above, 1.96 + 2.4 / n is within 0.001.
+# Student's 0.975 quantile for 1 to 30 degrees of freedom, and the normal one.
 _T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+_Z975 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,12 @@ def behind(rows: Sequence[Row], baseline: Sequence[Row]) -> Behind | None:
 
 
 def t975(freedom: int) -> float:
-    """Student's 0.975 quantile."""
-    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
+    """Student's 0.975 quantile; above 30 degrees of freedom by Cornish and Fisher's expansion in 1 / n, whose next term, (3 z^7 +
+    19 z^5 + 17 z^3 - 15 z) / (384 n^3), is below 1e-4 there."""
+    if freedom <= len(_T975):
+        return _T975[freedom - 1]
+    z, n = _Z975, freedom
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
 def table(rows: Sequence[Row], entries: Iterable[str]) -> list[list[str]]:

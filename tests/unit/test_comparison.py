@@ -33,7 +33,7 @@ checkpoint_every = 0
 """
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 60])
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 31, 60])
 def test_t975_leaves_a_fortieth_above(freedom: int) -> None:
     # The density over [0, t] by Simpson's rule, whose error with 20,000 intervals is below 1e-8. The table has three decimals,
     # and the density at the quantile is at most 0.06: 5e-4 in t is 3e-5 of probability; what the formula adds as much again.
@@ -42,6 +42,11 @@ def test_t975_leaves_a_fortieth_above(freedom: int) -> None:
     y = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     area = (x[1] / 3) * (y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum())
     assert 0.5 + area == pytest.approx(0.975, abs=6e-5)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(31, 2.039513), (40, 2.021075), (100, 1.983972)])
+def test_t975_above_its_table_is_what_others_print(freedom: int, t: float) -> None:
+    assert t975(freedom) == pytest.approx(t, abs=1e-4)  # its next term, at 31: 980 / 384 / 31^3 = 9e-5
 
 
 def test_a_pair_is_two_runs_of_one_seed() -> None:
