@@ -27,7 +27,8 @@ _Z975 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A recipe with overrides, as ``choco+codec=int4:64``; a key without a section is one of sync's."""
+    """A recipe with overrides, as ``choco+codec=int4:64``; a key without a section is one of sync's. Keys of sync and train only:
+    entries differ in how they train, and share islands, model, data and steps."""
 
     name: str
     recipe: str
@@ -79,7 +80,13 @@ def parse_entry(text: str) -> Entry:
         key, equals, value = change.partition("=")
         if not (equals and key and value):
             raise ValueError(f"{change!r} in {text!r} is no override; write RECIPE+key=value, as in choco+codec=int4:64")
-        overrides.append(f"{key if '.' in key else f'sync.{key}'}={value}")
+        where = key if "." in key else f"sync.{key}"
+        if where.partition(".")[0] not in ("sync", "train") or where in ("sync.recipe", "train.steps"):
+            raise ValueError(
+                f"{change!r} in {text!r} is not for an entry to say: it may change keys of sync, but not recipe, and of train, but "
+                "not steps; put it into the job file, or use --islands, --seeds, --budgets"
+            )
+        overrides.append(f"{where}={value}")
     return Entry(text, recipe, tuple(overrides))
 
 

@@ -99,6 +99,18 @@ def test_an_entry_is_a_recipe_with_keys() -> None:
         parse_entry("choco+gamma")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("islands.count=4", "job.seed=3", "model.width=8", "data.source=a", "sim.step_s=1", "link.rate=1mbit"),
+        *("train.steps=9", "recipe=dpsgd", "sync.recipe=dpsgd"),
+    ],
+)
+def test_entries_share_what_they_are_compared_on(change: str) -> None:
+    with pytest.raises(ValueError, match=f"^'{change}' in 'choco\\+{change}' is not for an entry to say: .*--budgets$"):
+        parse_entry(f"choco+{change}")
+
+
 def test_comments_do_not_make_another_job() -> None:
     assert digest("[a]\nb = 1 # one") == digest("[a]\nb=1") != digest("[a]\nb = 2")
 
