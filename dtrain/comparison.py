@@ -6,9 +6,11 @@ difference of a pair is the recipe's, and the interval is Student's for the mean
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -68,9 +70,10 @@ class Behind:
     """An entry beside the baseline, in percent of its bits a byte; positive is worse."""
 
     seeds: int
-    percent: float
+    percent: float | None
+    """None where a run of these seeds did not end finite: what is left would be a mean of those that went well."""
     half_width: float | None
-    """Of the 95 % interval of the mean; None with a single seed."""
+    """Of the 95 % interval of the mean; None with a single seed, and without a mean."""
 
 
 def parse_entry(text: str) -> Entry:
@@ -96,10 +99,11 @@ def digest(job_text: str) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file, none where it is not there; ValueError names the line that is none."""
+    """The rows of a file, the first of each key, as two commands may have done the same run; none where it is not there.
+    ValueError names the line that is none."""
     if not path.exists():
         return []
-    rows = []
+    rows = dict[object, Row]()
     names = {field.name for field in fields(Row)}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -108,23 +112,32 @@ def read_rows(path: Path) -> list[Row]:
             raise ValueError(f"{path}, line {number} is no row ({e}); take it out, or name another file") from None
         if not isinstance(content, dict) or set(content) != names:
             raise ValueError(f"{path}, line {number} is no row of this command; take it out, or name another file")
-        rows.append(Row(**content))
-    return rows
+        row = Row(**content)
+        rows.setdefault(row.key, row)
+    return list(rows.values())
 
 
 def append_row(path: Path, row: Row) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    """In a single write at the file's end, so that rows of two commands do not mix. Raises OSError where it did not fit."""
+    line = (json.dumps(asdict(row)) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def behind(rows: Sequence[Row], baseline: Sequence[Row]) -> Behind | None:
     """Over the seeds that both have finished, at one budget; None where there are none."""
     theirs = {row.seed: row.bits_per_byte for row in baseline}
-    pairs = [(row.bits_per_byte, theirs.get(row.seed)) for row in rows]
+    pairs = [(row.bits_per_byte, theirs[row.seed]) for row in rows if row.seed in theirs]
     percents = [100 * (ours / base - 1) for ours, base in pairs if ours is not None and base is not None]
-    if not percents:
+    n = len(pairs)
+    if not pairs:
         return None
-    n = len(percents)
+    if len(percents) < n:
+        return Behind(n, None, None)
     half = t975(n - 1) * stdev(percents) / math.sqrt(n) if n > 1 else None
     return Behind(n, mean(percents), half)
 
@@ -144,21 +157,37 @@ def table(rows: Sequence[Row], entries: Iterable[str]) -> list[list[str]]:
     for entry in entries:
         for budget in sorted({row.budget for row in rows if row.entry == entry}):
             ours = [row for row in rows if row.entry == entry and row.budget == budget]
-            finite = [row.bits_per_byte for row in ours if row.bits_per_byte is not None]
-            alone = [row.bits_per_byte_islands for row in ours if row.bits_per_byte_islands is not None]
             shown.append(
                 [
                     *(entry, f"{budget:g}x", str(len(ours))),
-                    f"{mean(finite):.4f}" if len(finite) == len(ours) else "not finite",
+                    _mean([row.bits_per_byte for row in ours]),
                     _percent(behind(ours, [row for row in rows if row.entry == BASELINE and row.budget == budget])),
-                    f"{mean(alone):.4f}" if alone else "-",
+                    _mean([row.bits_per_byte_islands for row in ours]),
                     f"{mean(row.sent_bytes for row in ours) / 1e6:,.1f}",
                 ]
             )
     return shown
 
 
+def points(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(bytes an island sent, bits a byte) of an entry, in the mean of its seeds, at each budget where all ended finite."""
+    found = []
+    for budget in sorted({row.budget for row in rows}):
+        ours = [row for row in rows if row.budget == budget]
+        bits = [row.bits_per_byte for row in ours if row.bits_per_byte is not None]
+        if len(bits) == len(ours):
+            found.append((mean(row.sent_bytes for row in ours), mean(bits)))
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    finite = [value for value in values if value is not None]
+    return f"{mean(finite):.4f}" if len(finite) == len(values) else "not finite"
+
+
 def _percent(found: Behind | None) -> str:
     if found is None:
         return "-"
+    if found.percent is None:
+        return "not finite"
     return f"{found.percent:+.2f} %" + ("" if found.half_width is None else f" +- {found.half_width:.2f}")

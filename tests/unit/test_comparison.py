@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, read_rows, t975, table
+from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, points, read_rows, t975, table
 from dtrain.launch.bench_recipes import JOB, Failed, family, job_digest, run_all, wanted
 from dtrain.recipes import RECIPES
 from tests.unit.small_run import refused
@@ -60,7 +61,9 @@ def test_a_pair_is_two_runs_of_one_seed() -> None:
     assert found.half_width == pytest.approx(12.706)
     assert behind(ours[:1], base) == Behind(1, pytest.approx(1.0), None)  # pyright: ignore[reportArgumentType]
     assert behind([replace(ROW, seed=5)], base) is None
-    assert behind([replace(ROW, bits_per_byte=None)], base) is None
+    lost = replace(ROW, seed=2, bits_per_byte=None)
+    assert behind([*ours, lost], base) == Behind(3, None, None), "a seed that went wrong does not leave a mean of the others"
+    assert behind(ours, [replace(base[0], bits_per_byte=None), *base[1:]]) == Behind(2, None, None)
 
 
 def test_a_table_compares_within_a_budget() -> None:
@@ -69,11 +72,13 @@ def test_a_table_compares_within_a_budget() -> None:
         replace(ROW, bits_per_byte=1.1),
         replace(ROW, entry="allreduce", budget=4.0, bits_per_byte=2.0),
         replace(ROW, budget=4.0, bits_per_byte=2.02),
-        replace(ROW, budget=4.0, seed=1, bits_per_byte=None),
+        replace(ROW, entry="allreduce", budget=4.0, seed=1, bits_per_byte=2.0),
+        replace(ROW, budget=4.0, seed=1, bits_per_byte=None, bits_per_byte_islands=None),
     ]
+    assert points([row for row in rows if row.entry == "choco"]) == [(3e6, 1.1)]
     assert table(rows, ["choco"]) == [
         ["choco", "1x", "1", "1.1000", "+10.00 %", "2.5000", "3.0"],
-        ["choco", "4x", "2", "not finite", "+1.00 %", "2.5000", "3.0"],
+        ["choco", "4x", "2", "not finite", "not finite", "not finite", "3.0"],
     ]
 
 
@@ -84,12 +89,30 @@ def test_rows_come_back_and_other_lines_are_refused(tmp_path: Path) -> None:
     for row in rows:
         append_row(path, row)
     assert read_rows(path) == rows
+    append_row(path, replace(ROW, bits_per_byte=9.0))
+    assert read_rows(path) == rows, "the first of a key counts, once"
     path.write_text('{"entry": "choco"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is no row of this command"):
         read_rows(path)
     path.write_text("half a l")
     with pytest.raises(ValueError, match=r"line 1 is no row \("):
         read_rows(path)
+
+
+def test_a_row_is_one_write_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another process has appended meanwhile."""
+    path, write, lines = tmp_path / "rows.jsonl", os.write, list[bytes]()
+
+    def written(descriptor: int, line: bytes) -> int:
+        if not lines:
+            lines.append(line)
+            append_row(path, replace(ROW, seed=1))
+        return write(descriptor, line)
+
+    monkeypatch.setattr(os, "write", written)
+    append_row(path, ROW)
+    assert len(lines) == 1
+    assert read_rows(path) == [replace(ROW, seed=1), ROW]
 
 
 def test_an_entry_is_a_recipe_with_keys() -> None:
