@@ -48,7 +48,7 @@ class Row:
     islands: int
     steps: int
     job: str
-    """Digest of the job file."""
+    """Digest of the job file, and of the files that the run's job names, where there are any."""
     parameters: int
     bits_per_byte: float | None
     """Of the exact mean of the islands' models, on text held out; None where it is not finite."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, points, read_rows, t975, table
-from dtrain.launch.bench_recipes import JOB, Failed, family, job_digest, run_all, wanted
+from dtrain.launch.bench_recipes import JOB, Failed, digests, family, run_all, wanted
+from dtrain.methods import RULES
 from dtrain.recipes import RECIPES
 from tests.unit.small_run import refused
 
@@ -140,7 +141,9 @@ def test_comments_do_not_make_another_job() -> None:
 
 def test_families_share_what_they_are_compared_with() -> None:
     gossip, diloco = family("gossip"), family("diloco")
-    assert set(gossip) | set(diloco) == set(RECIPES)
+    trained = {row.name for row in RECIPES.values() if RULES[row.algorithm].simulated is None}
+    assert set(gossip) | set(diloco) == trained
+    assert "dadao" not in trained
     assert set(gossip) & set(diloco) == {"allreduce", "local"}
     assert "choco" in gossip
     assert "delayed_diloco" in diloco
@@ -156,10 +159,53 @@ def test_a_run_in_the_file_is_not_wanted_again() -> None:
     assert runs[4].job.train.steps == 2 * runs[0].job.train.steps
     assert runs[1].job.sync.delay == 0
     assert runs[1].job.islands.count == 4
-    done = [replace(ROW, entry="allreduce", budget=1.0, islands=4, job=job_digest(JOB))]
+    done = [replace(ROW, entry="allreduce", budget=1.0, islands=4, job=digest(JOB.read_text()))]
     left = wanted(JOB, entries, [2.0, 1.0], [0, 1], 4, done)
     assert len(left) == 7
     assert len(wanted(JOB, entries, [2.0, 1.0], [0, 1], 8, done)) == 8, "of another number of islands"
+
+
+def test_a_run_is_another_where_a_file_that_it_names_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = 'from dtrain.recipes import Recipe\nrow = Recipe("r", "s", "p", "dpsgd", "parameters", 1, "neighbours", "ring")\n'
+    texts = {"text.txt": "to be or not to be. " * 400, "mine.py": row, "edges.txt": "0 1\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    stdlib, own_text = Path("stdlib.toml"), Path("job.toml")
+    own_text.write_text(TINY)
+    stdlib.write_text(TINY.replace("text.txt", "stdlib"))
+    names = ("dpsgd", "mine.py:row", "dpsgd+topology=graph+graph=./edges.txt")
+    entries = [parse_entry(name) for name in names]
+
+    def found(job: Path) -> list[str]:
+        return [digests(job, entries, None)[name] for name in names]
+
+    first, texts_first = found(stdlib), found(own_text)
+    assert first[0] == digest(stdlib.read_text()), "of the job file alone, where the run names no other"
+    assert len({*first, *texts_first}) == 6
+    Path("mine.py").write_text(row + "# other\n")
+    Path("edges.txt").write_text("1 0\n")
+    assert [now == then for now, then in zip(found(stdlib), first, strict=True)] == [True, False, False]
+    Path("text.txt").write_text("another " * 1000)
+    assert not set(found(own_text)) & set(texts_first)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('[data]\nsource = "gone"', 'data.source = "gone" does not exist'),
+        ("[islands]\nranks = 2", "islands.ranks = 2: dtrain sim gives every virtual island one rank"),
+        ('[sim]\nproblem = "consensus"', 'sim.problem = "consensus" has no text to compare recipes on'),
+        ("[model]\ncontext = 100000", "too few for model.context = 100000"),
+    ],
+)
+def test_a_job_that_cannot_run_is_one_line_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be. " * 400)
+    Path("job.toml").write_text(change + ("" if "[data]" in change else '\n[data]\nsource = "text.txt"'))
+    assert said in refused(capsys, "bench", "recipes", "job.toml", "--recipes", "dpsgd")
 
 
 def test_runs_leave_rows_and_failures_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +215,7 @@ def test_runs_leave_rows_and_failures_none(tmp_path: Path, monkeypatch: pytest.M
     job.write_text(TINY)
     runs = wanted(job, [parse_entry("allreduce"), parse_entry("dpsgd+topology=ring")], [1.0], [0], None, [])
     gone = replace(runs[1], job=runs[1].job.model_copy(update={"data": runs[1].job.data.model_copy(update={"source": "gone"})}))
-    found = list(run_all(job, [runs[0], gone], rows_file, 2, lambda text: None))
+    found = list(run_all([runs[0], gone], rows_file, 2, lambda text: None))
     (failed,) = [one for one in found if isinstance(one, Failed)]
     assert failed.wanted is gone
     assert "gone" in failed.said
