@@ -86,8 +86,8 @@ def parse_entry(text: str) -> Entry:
         where = key if "." in key else f"sync.{key}"
         if where.partition(".")[0] not in ("sync", "train") or where in ("sync.recipe", "train.steps"):
             raise ValueError(
-                f"{change!r} in {text!r} is not for an entry to say: it may change keys of sync, but not recipe, and of train, but "
-                "not steps; put it into the job file, or use --islands, --seeds, --budgets"
+                f"{change!r} in {text!r} is not for an entry to say: it may change keys of sync, but not recipe, and of "
+                "train, but not steps; put it into the job file, or use --islands, --seeds, --budgets"
             )
         overrides.append(f"{where}={value}")
     return Entry(text, recipe, tuple(overrides))

@@ -28,7 +28,8 @@ def plot_rows(rows: Sequence[Row], entries: Sequence[str], out: Path) -> None:
         if not ours:
             continue
         colour, shape = _COLOURS[index % len(_COLOURS)], _SHAPES[index // len(_COLOURS) % len(_SHAPES)]
-        axes.scatter([_drawn_at(r.sent_bytes) for r in finite], [r.bits_per_byte or 0.0 for r in finite], s=12, color=colour, alpha=0.4)
+        x, y = [_drawn_at(row.sent_bytes) for row in finite], [row.bits_per_byte or 0.0 for row in finite]
+        axes.scatter(x, y, s=12, color=colour, alpha=0.4)
         means = points(ours)
         x, y = [_drawn_at(sent_bytes) for sent_bytes, _ in means], [bits for _, bits in means]
         label = entry if len(finite) == len(ours) else f"{entry}: {len(ours) - len(finite)} of {len(ours)} not finite"

@@ -1,4 +1,4 @@
-"""How is the training of ``dtrain sim`` shown? The islands train in threads of this process; another thread draws what they write."""
+"""How is the training of ``dtrain sim`` shown? Islands are threads of this process; another thread draws what they write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What did a virtual clock find? ``[sim]`` of a job file is run or reckoned, kept as ``virtual.json``, and becomes rows of a screen.
+"""What did a virtual clock find? ``[sim]`` is run or reckoned, kept as ``virtual.json``, and becomes rows of the last screen.
 
 What needs torch is imported inside: the command line is read without it."""
 
