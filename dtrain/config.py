@@ -291,10 +291,9 @@ class Job(Section):
     @model_validator(mode="after")
     def _islands_of_sim_exist(self) -> Job:
         sim, count = self.sim, self.islands.count
-        if sim.stragglers > count or (sim.stragglers >= 1 and sim.stragglers % 1):
-            raise ValueError(
-                f"sim.stragglers = {sim.stragglers:g} of {count} islands; use a whole number up to {count}, or a share below 1"
-            )
+        if sim.stragglers > count or (sim.stragglers >= 1 and sim.stragglers % 1) or 0 < sim.stragglers * count <= 0.5:
+            said = f"use a whole number up to {count}, or a share below 1 that is more than half an island"
+            raise ValueError(f"sim.stragglers = {sim.stragglers:g} of {count} islands; {said}")
         beyond = max((high for _, high in units.links(sim.links)), default=0)
         if beyond >= count:
             raise ValueError(f"sim.links = {sim.links!r} names island {beyond}; the last of {count} is island {count - 1}")

@@ -92,8 +92,8 @@ class Simulation:
         self._plan, self._problem, self._lr = plan, problem, lr
         self._link, self._compute_s = link, compute_s
         self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
-        for island in self._islands:
-            island.core.step = first_step
+        if first_step:
+            self._start_after(first_step)
 
     @property
     def accounts(self) -> list[Account]:
@@ -134,6 +134,20 @@ class Simulation:
         if (apart := self._problem.apart(node)) is not None:
             x.copy_(apart)
         return _Island(node, core, x, g, Account())
+
+    def _start_after(self, first_step: int) -> None:
+        """Rounds have the numbers that they have in a run from step 0, as a round's peers follow from its number. What flew then
+        is not there: it lands, and is waited for, in nobody's account."""
+        core = self._islands[0].core
+        exchanged = first_step if self._plan.rewrites_gradients and core.peers.num_nodes > 1 else 0
+        begun = [
+            sum(core.starts(lane, step) for step in range(1, first_step + 1)) + (exchanged if lane.algorithm.grad else 0)
+            for lane in core.lanes
+        ]
+        for island in self._islands:
+            island.core.step = first_step
+            for lane, number in zip(island.core.lanes, begun, strict=True):
+                lane.round = number
 
     # ---- an island's own order of things
 

@@ -18,6 +18,7 @@ from dtrain.assemble import assemble
 from dtrain.bucket import flatten
 from dtrain.build import build_recipe
 from dtrain.config import Job
+from dtrain.errors import NonFinite
 from dtrain.train import cpu_threads
 from dtrain.virtual import Account, Shapes, Simulation
 from dtrain.virtual_link import LinkModel, VirtualLink, Way
@@ -44,6 +45,7 @@ class Virtual:
     islands: int
     parameters: int
     steps: int
+    """That were done on this clock."""
     virtual_s: float
     """Until the last island has done its steps and has the wires of its last rounds."""
     real_s: float
@@ -58,7 +60,7 @@ class Virtual:
 
 
 def simulate_job(job: Job) -> Virtual:
-    """The problem that ``[sim]`` names. Raises what a method raises: NonFinite, PeerLost."""
+    """The problem that ``[sim]`` names. Raises what a method raises: NonFinite, PeerLost; and NonFinite where it diverged."""
     sim, seed, count = job.sim, job.job.seed, job.islands.count
     # With two, a copy of 40,000 bytes is shared by OpenMP threads that spin for each other: 10 times slower on a busy machine.
     torch.set_num_threads(cpu_threads(job))
@@ -67,16 +69,17 @@ def simulate_job(job: Job) -> Virtual:
     simulation, link = _simulation(job, [("x", (sim.numel,))], problem, 0)
     start = _stand(simulation, quadratic)
     virtual_s, real_s = _run(simulation, job.train.steps)
+    _refuse_diverged(simulation, job)
     return _result(job, simulation, link, virtual_s, real_s, start, _stand(simulation, quadratic))
 
 
 def account_of_model(job: Job, model: nn.Module, *, first_step: int) -> Virtual:
     """Time and bytes of the job's rounds over the buckets of a model, whose parameters do not move; no more than these depend on
-    what is sent."""
+    what is sent. Of the steps after ``first_step``."""
     flat = flatten((name, nn.Parameter(p.detach().clone())) for name, p in model.named_parameters() if p.requires_grad)
     shapes = [(name, tuple(p.shape)) for name, p in zip(flat.names, flat.parameters, strict=True)]
     simulation, link = _simulation(job, shapes, Still(flat.numel), first_step)
-    return _result(job, simulation, link, *_run(simulation, job.train.steps), None, None)
+    return _result(job, simulation, link, *_run(simulation, job.train.steps), None, None, first_step)
 
 
 def write(run: Path, virtual: Virtual) -> None:
@@ -147,20 +150,35 @@ def _run(simulation: Simulation, steps: int) -> tuple[float, float]:
     return virtual_s, time.monotonic() - begun
 
 
+def _refuse_diverged(simulation: Simulation, job: Job) -> None:
+    """Islands that never talk put nothing on a wire, where it would have been seen."""
+    for node, x in enumerate(simulation.parameters):
+        if not bool(torch.isfinite(x).all()):
+            said = f"the parameters of island {node} hold inf or NaN after {job.train.steps} steps of train.lr = {job.train.lr:g}"
+            raise NonFinite(f"{said}; use a smaller train.lr")
+
+
 def _stand(simulation: Simulation, problem: Quadratic | None) -> Stand:
     each = simulation.parameters
     return Stand(consensus_distance(each), None if problem is None else problem.gap(mean_of(each)))
 
 
 def _result(
-    job: Job, simulation: Simulation, link: VirtualLink, virtual_s: float, real_s: float, start: Stand | None, end: Stand | None
+    job: Job,
+    simulation: Simulation,
+    link: VirtualLink,
+    virtual_s: float,
+    real_s: float,
+    start: Stand | None,
+    end: Stand | None,
+    first_step: int = 0,
 ) -> Virtual:
     return Virtual(
         problem=job.sim.problem,
         recipe=job.sync.recipe or "",
         islands=job.islands.count,
         parameters=simulation.parameters[0].numel(),
-        steps=job.train.steps,
+        steps=job.train.steps - first_step,
         virtual_s=virtual_s,
         real_s=real_s,
         start=start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -17,10 +18,14 @@ from statistics import mean
 from dtrain import comparison
 from dtrain.comparison import BASELINE, Entry, Row
 from dtrain.config import Job, dump_job
-from dtrain.launch.checks import read_job, resolved
+from dtrain.data.corpus import load_corpus
+from dtrain.launch.checks import check_answers, check_text, read_job, resolved
 from dtrain.launch.hardware import cpu_name
 from dtrain.launch.processes import PARENT_VARIABLE
+from dtrain.methods import RULES
+from dtrain.own_name import is_own
 from dtrain.recipes import RECIPES
+from dtrain.topology import is_file
 
 JOB = Path(__file__).resolve().parent / "jobs" / "bench.toml"
 FAMILIES = ("gossip", "diloco")
@@ -34,6 +39,8 @@ class Wanted:
     budget: float
     seed: int
     job: Job
+    digest: str
+    """Of the job file, and of all files that the job names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,8 @@ def family(name: str) -> list[str]:
         raise ValueError(f"--family {name} is not known; use one of {', '.join(FAMILIES)}")
     outer = {row.name for row in RECIPES.values() if row.algorithm == "diloco"}
     both = (BASELINE, "local")
-    return [*both, *(row for row in RECIPES if row not in both and (row in outer) == (name == "diloco"))]
+    trains = [row.name for row in RECIPES.values() if row.name not in both and RULES[row.algorithm].simulated is None]
+    return [*both, *(row for row in trains if (row in outer) == (name == "diloco"))]
 
 
 def wanted(
@@ -60,21 +68,52 @@ def wanted(
     islands: int | None,
     done: Sequence[Row],
 ) -> list[Wanted]:
-    """The runs that ``done`` has not, the cheapest budgets first, then seed by seed, so that pairs are soon complete."""
-    have = {row.key for row in done}
+    """The runs that ``done`` has not, the cheapest budgets first, then seed by seed, so that pairs are soon complete.
+
+    Raises ValueError where one of them cannot run."""
+    have, digest_of = {row.key for row in done}, digests(job_file, entries, islands)
     runs = []
     for budget in sorted(budgets):
         for seed in seeds:
             for entry in entries:
                 job = _job(job_file, entry, budget, seed, islands)
-                if (entry.name, budget, seed, job.islands.count, job_digest(job_file)) not in have:
-                    runs.append(Wanted(entry, budget, seed, job))
+                _check(job)
+                if (entry.name, budget, seed, job.islands.count, digest_of[entry.name]) not in have:
+                    runs.append(Wanted(entry, budget, seed, job, digest_of[entry.name]))
+    for run in runs[:1]:  # all share islands, model and text
+        check_text(run.job)
     return runs
 
 
-def job_digest(job_file: Path) -> str:
-    """Of what the job file says; its comments may change."""
-    return comparison.digest(job_file.read_text(encoding="utf-8"))
+def _check(job: Job) -> None:
+    if job.sim.problem != "gpt":
+        raise ValueError(f'sim.problem = "{job.sim.problem}" has no text to compare recipes on; leave it out, or use "gpt"')
+    check_answers(job, "sim")
+
+
+def digests(job_file: Path, entries: Sequence[Entry], islands: int | None) -> dict[str, str]:
+    """Entry's name -> digest of its runs."""
+    said = comparison.digest(job_file.read_text(encoding="utf-8"))
+    return {entry.name: _with_files(said, _job(job_file, entry, 1.0, 0, islands)) for entry in entries}
+
+
+def _with_files(said: str, job: Job) -> str:
+    """The digest ``said`` of the job file, and of the files that the job names, where there are any. What an own recipe's file
+    imports is not seen, nor is the library of another Python, where data.source = "stdlib"."""
+    content = dict[str, str]()
+    sync = job.sync
+    for axis, name in (("recipe", sync.recipe), ("topology", sync.topology), ("codec", sync.codec)):
+        if name is not None and is_own(name):
+            content[axis] = _sha256(Path(name.rpartition(":")[0]))
+    if sync.graph is not None and is_file(sync.graph):
+        content["graph"] = _sha256(Path(sync.graph))
+    if job.data.source != "stdlib":
+        content["text"] = load_corpus(job.data.source).hash
+    return hashlib.sha256(json.dumps([said, content]).encode()).hexdigest()[:12] if content else said
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _job(job_file: Path, entry: Entry, budget: float, seed: int, islands: int | None) -> Job:
@@ -83,11 +122,9 @@ def _job(job_file: Path, entry: Entry, budget: float, seed: int, islands: int | 
     return resolved(read_job(job_file, [f"sync.recipe={entry.recipe}", *entry.overrides, *more]))
 
 
-def run_all(
-    job_file: Path, runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable[[str], None]
-) -> Iterator[Row | Failed]:
+def run_all(runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable[[str], None]) -> Iterator[Row | Failed]:
     """Each run's row, when it is finished and in the file; what failed leaves none."""
-    digest, alive = job_digest(job_file), list[subprocess.Popen[bytes]]()
+    alive = list[subprocess.Popen[bytes]]()
 
     def finish(run: Wanted, home: Path) -> Row | Failed:
         say(f"{run.entry.name}, {run.budget:g}x, seed {run.seed}: {run.job.train.steps} steps")
@@ -95,7 +132,7 @@ def run_all(
         alive.append(process)
         if process.wait():
             return Failed(run, _last_line(home / "stderr"))
-        return _row(run, digest, json.loads((home / "run" / "summary.json").read_text(encoding="utf-8")))
+        return _row(run, json.loads((home / "run" / "summary.json").read_text(encoding="utf-8")))
 
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder, ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(finish, run, Path(tempfile.mkdtemp(dir=folder))) for run in runs]
@@ -120,7 +157,7 @@ def _start(run: Wanted, home: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
 
 
-def _row(run: Wanted, digest: str, summary: dict[str, object]) -> Row:
+def _row(run: Wanted, summary: dict[str, object]) -> Row:
     alone = summary["eval_bits_per_byte_islands"]
     assert isinstance(alone, list)
     return Row(
@@ -129,7 +166,7 @@ def _row(run: Wanted, digest: str, summary: dict[str, object]) -> Row:
         seed=run.seed,
         islands=run.job.islands.count,
         steps=run.job.train.steps,
-        job=digest,
+        job=run.digest,
         parameters=int(_number(summary["parameters"])),
         bits_per_byte=_finite(summary["eval_bits_per_byte"]),
         bits_per_byte_islands=None if None in alone else mean(alone),

@@ -67,6 +67,13 @@ def with_absolute_paths(job: Job) -> Job:
 
 def check_input(job: Job, how: How) -> None:
     """Raises ValueError for what would make every island fail; writes nothing."""
+    check_answers(job, how)
+    if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
+        check_text(job)
+
+
+def check_answers(job: Job, how: How) -> None:
+    """``check_input`` but for what is trained on, which takes longest to look at."""
     if not (how == "sim" and job.sim.clock == "poisson"):
         check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
     if how == "sim":
@@ -78,11 +85,13 @@ def check_input(job: Job, how: How) -> None:
     else:
         _refuse_sim(job)
         _check_link(job)
-    if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
-        from dtrain.data.corpus import check_fits, load_corpus
 
-        corpus = load_corpus(job.data.source)
-        check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
+
+def check_text(job: Job) -> None:
+    from dtrain.data.corpus import check_fits, load_corpus
+
+    corpus = load_corpus(job.data.source)
+    check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
 
 
 def _check_sim(job: Job) -> None:
@@ -92,6 +101,11 @@ def _check_sim(job: Job) -> None:
     if job.sim.clock == "poisson":
         check_events(recipe)
         return
+    if job.sim.problem == "consensus" and recipe.payload in ("none", "gradients"):
+        raise ValueError(
+            f'sim.problem = "consensus" has no gradients, and sync.recipe = "{recipe.name}" moves parameters by nothing else; '
+            'use another recipe, "dpsgd" say, or sim.problem = "quadratic"'
+        )
     defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
     if defined_with is not None:
         raise ValueError(

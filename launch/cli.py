@@ -119,7 +119,8 @@ def sim(
 
     Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
     """
-    from dtrain.launch.simulated import account, run_simulated, run_virtual
+    from dtrain.launch.simulated import run_simulated
+    from dtrain.launch.virtual_shown import account, run_virtual
 
     changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
     console = Console()

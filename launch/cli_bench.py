@@ -118,16 +118,17 @@ def recipes(
     job = job_file or bench.JOB
     done = comparison.read_rows(rows_file)
     each = _numbers("--budgets", budgets, float, 0.0), _numbers("--seeds", seeds, int, -1)
+    digest_of = bench.digests(job, entries, num_islands)
     runs = bench.wanted(job, entries, *each, num_islands, done)
     rows_file.parent.mkdir(parents=True, exist_ok=True)
     console, failed = Console(width=140, highlight=False), 0
-    for found in bench.run_all(job, runs, rows_file, at_once or os.cpu_count() or 1, print):
+    for found in bench.run_all(runs, rows_file, at_once or os.cpu_count() or 1, print):
         if isinstance(found, bench.Failed):
             failed += 1
             console.print(Text(f"FAILED {found.wanted.entry.name}, seed {found.wanted.seed}: {found.said}"), soft_wrap=True)
-    digest = bench.job_digest(job)
     count = num_islands or bench.read_job(job, ()).islands.count
-    rows = [row for row in comparison.read_rows(rows_file) if row.job == digest and row.islands == count]
+    read = comparison.read_rows(rows_file)
+    rows = [row for row in read if row.job == digest_of.get(row.entry) and row.islands == count]
     header = ["recipe", "budget", "seeds", "bits a byte", "against all-reduce", "islands alone", "MB an island"]
     console.print(table(header, comparison.table(rows, [entry.name for entry in entries])))
     if out is not None:

@@ -14,7 +14,7 @@ import dtrain
 from dtrain.assemble import assemble
 from dtrain.config import parse_job
 from dtrain.connect import Connection
-from dtrain.recipes import resolve
+from dtrain.recipes import resolve, with_steps
 from dtrain.virtual import Account, Simulation
 from dtrain.virtual_link import PACKET_BYTES, LinkModel, VirtualLink, Way
 from dtrain.virtual_problem import Quadratic, Still
@@ -41,6 +41,11 @@ CASES: Mapping[str, tuple[str, dict[str, object]]] = {
     "four phases": ("chebyshev", {"every": 4, "delay": 2}),
     "one way": ("push_sum", {"graph": "cycle"}),
     "error feedback": ("deepsqueeze", {"delay": 0}),
+    "a budget of rounds": ("single_merge", {"schedule": "budget:5"}),
+    "continuous momentum": ("a2cid2", {}),
+    "random edges": ("dpsgd", {"topology": "random_edges", "graph": "ring"}),
+    "a server's mean for two": ("semi_s2s", {}),
+    "a server's mean for all": ("semi_s2a", {}),
 }
 
 
@@ -60,7 +65,7 @@ def live(recipe: str, axes: Mapping[str, object]) -> list[tuple[Tensor, int, int
         model = Model(start, a[connection.node], c[connection.node], CUT)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         changes: dict[str, object] = {"bucket_bytes": 256, **axes}
-        with dtrain.join(model, optimizer, recipe=recipe, link=connection, seed=5, **changes) as sync:  # pyright: ignore[reportArgumentType]
+        with dtrain.join(model, optimizer, recipe=recipe, link=connection, seed=5, total_steps=STEPS, **changes) as sync:  # pyright: ignore[reportArgumentType]
             for _ in range(STEPS):
                 sgd_step(model, optimizer)
         return model.flat(), sync.stats().wire_bytes_sent, sync.stats().wire_bytes_received
@@ -70,7 +75,7 @@ def live(recipe: str, axes: Mapping[str, object]) -> list[tuple[Tensor, int, int
 
 def virtual(recipe: str, axes: Mapping[str, object], link: LinkModel, compute_s: Mapping[int, float]) -> Simulation:
     start, a, c = problem()
-    plan = assemble(resolve(recipe, {"bucket_bytes": 256, **axes}, ISLANDS), 5, ISLANDS)
+    plan = assemble(with_steps(resolve(recipe, {"bucket_bytes": 256, **axes}, ISLANDS), STEPS), 5, ISLANDS)
     simulation = Simulation(
         plan, ISLANDS, [("left", (CUT,)), ("right", (WIDTH - CUT,))], Quadratic(a, c, start),
         lr=LR, link=VirtualLink(link, ISLANDS, 1), compute_s=compute_s.__getitem__,
@@ -147,6 +152,10 @@ def test_two_phases_wait_twice_and_peers_share_an_uplink() -> None:
 
 def job(*changes: str) -> Virtual:
     return simulate_job(parse_job({}, ["sim.problem=quadratic", "sim.numel=40", "train.steps=8", "islands.count=6", *changes]))
+
+
+def test_a_job_tells_its_schedule_how_long_it_is() -> None:
+    assert {account.rounds for account in job("sync.recipe=single_merge", "train.steps=20").accounts} == {4}, "20 % of 20"
 
 
 @pytest.mark.parametrize("recipe", ["allreduce", "fedavg", "dpsgd"])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, read_rows, t975, table
-from dtrain.launch.bench_recipes import JOB, Failed, family, job_digest, run_all, wanted
+from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, points, read_rows, t975, table
+from dtrain.launch.bench_recipes import JOB, Failed, digests, family, run_all, wanted
+from dtrain.methods import RULES
 from dtrain.recipes import RECIPES
 from tests.unit.small_run import refused
 
@@ -33,7 +35,7 @@ checkpoint_every = 0
 """
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 60])
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 31, 60])
 def test_t975_leaves_a_fortieth_above(freedom: int) -> None:
     # The density over [0, t] by Simpson's rule, whose error with 20,000 intervals is below 1e-8. The table has three decimals,
     # and the density at the quantile is at most 0.06: 5e-4 in t is 3e-5 of probability; what the formula adds as much again.
@@ -42,6 +44,11 @@ def test_t975_leaves_a_fortieth_above(freedom: int) -> None:
     y = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     area = (x[1] / 3) * (y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum())
     assert 0.5 + area == pytest.approx(0.975, abs=6e-5)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(31, 2.039513), (40, 2.021075), (100, 1.983972)])
+def test_t975_above_its_table_is_what_others_print(freedom: int, t: float) -> None:
+    assert t975(freedom) == pytest.approx(t, abs=1e-4)  # its next term, at 31: 980 / 384 / 31^3 = 9e-5
 
 
 def test_a_pair_is_two_runs_of_one_seed() -> None:
@@ -55,7 +62,9 @@ def test_a_pair_is_two_runs_of_one_seed() -> None:
     assert found.half_width == pytest.approx(12.706)
     assert behind(ours[:1], base) == Behind(1, pytest.approx(1.0), None)  # pyright: ignore[reportArgumentType]
     assert behind([replace(ROW, seed=5)], base) is None
-    assert behind([replace(ROW, bits_per_byte=None)], base) is None
+    lost = replace(ROW, seed=2, bits_per_byte=None)
+    assert behind([*ours, lost], base) == Behind(3, None, None), "a seed that went wrong does not leave a mean of the others"
+    assert behind(ours, [replace(base[0], bits_per_byte=None), *base[1:]]) == Behind(2, None, None)
 
 
 def test_a_table_compares_within_a_budget() -> None:
@@ -64,11 +73,13 @@ def test_a_table_compares_within_a_budget() -> None:
         replace(ROW, bits_per_byte=1.1),
         replace(ROW, entry="allreduce", budget=4.0, bits_per_byte=2.0),
         replace(ROW, budget=4.0, bits_per_byte=2.02),
-        replace(ROW, budget=4.0, seed=1, bits_per_byte=None),
+        replace(ROW, entry="allreduce", budget=4.0, seed=1, bits_per_byte=2.0),
+        replace(ROW, budget=4.0, seed=1, bits_per_byte=None, bits_per_byte_islands=None),
     ]
+    assert points([row for row in rows if row.entry == "choco"]) == [(3e6, 1.1)]
     assert table(rows, ["choco"]) == [
         ["choco", "1x", "1", "1.1000", "+10.00 %", "2.5000", "3.0"],
-        ["choco", "4x", "2", "not finite", "+1.00 %", "2.5000", "3.0"],
+        ["choco", "4x", "2", "not finite", "not finite", "not finite", "3.0"],
     ]
 
 
@@ -79,12 +90,30 @@ def test_rows_come_back_and_other_lines_are_refused(tmp_path: Path) -> None:
     for row in rows:
         append_row(path, row)
     assert read_rows(path) == rows
+    append_row(path, replace(ROW, bits_per_byte=9.0))
+    assert read_rows(path) == rows, "the first of a key counts, once"
     path.write_text('{"entry": "choco"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is no row of this command"):
         read_rows(path)
     path.write_text("half a l")
     with pytest.raises(ValueError, match=r"line 1 is no row \("):
         read_rows(path)
+
+
+def test_a_row_is_one_write_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another process has appended meanwhile."""
+    path, write, lines = tmp_path / "rows.jsonl", os.write, list[bytes]()
+
+    def written(descriptor: int, line: bytes) -> int:
+        if not lines:
+            lines.append(line)
+            append_row(path, replace(ROW, seed=1))
+        return write(descriptor, line)
+
+    monkeypatch.setattr(os, "write", written)
+    append_row(path, ROW)
+    assert len(lines) == 1
+    assert read_rows(path) == [replace(ROW, seed=1), ROW]
 
 
 def test_an_entry_is_a_recipe_with_keys() -> None:
@@ -94,13 +123,27 @@ def test_an_entry_is_a_recipe_with_keys() -> None:
         parse_entry("choco+gamma")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("islands.count=4", "job.seed=3", "model.width=8", "data.source=a", "sim.step_s=1", "link.rate=1mbit"),
+        *("train.steps=9", "recipe=dpsgd", "sync.recipe=dpsgd"),
+    ],
+)
+def test_entries_share_what_they_are_compared_on(change: str) -> None:
+    with pytest.raises(ValueError, match=f"^'{change}' in 'choco\\+{change}' is not for an entry to say: .*--budgets$"):
+        parse_entry(f"choco+{change}")
+
+
 def test_comments_do_not_make_another_job() -> None:
     assert digest("[a]\nb = 1 # one") == digest("[a]\nb=1") != digest("[a]\nb = 2")
 
 
 def test_families_share_what_they_are_compared_with() -> None:
     gossip, diloco = family("gossip"), family("diloco")
-    assert set(gossip) | set(diloco) == set(RECIPES)
+    trained = {row.name for row in RECIPES.values() if RULES[row.algorithm].simulated is None}
+    assert set(gossip) | set(diloco) == trained
+    assert "dadao" not in trained
     assert set(gossip) & set(diloco) == {"allreduce", "local"}
     assert "choco" in gossip
     assert "delayed_diloco" in diloco
@@ -116,10 +159,53 @@ def test_a_run_in_the_file_is_not_wanted_again() -> None:
     assert runs[4].job.train.steps == 2 * runs[0].job.train.steps
     assert runs[1].job.sync.delay == 0
     assert runs[1].job.islands.count == 4
-    done = [replace(ROW, entry="allreduce", budget=1.0, islands=4, job=job_digest(JOB))]
+    done = [replace(ROW, entry="allreduce", budget=1.0, islands=4, job=digest(JOB.read_text()))]
     left = wanted(JOB, entries, [2.0, 1.0], [0, 1], 4, done)
     assert len(left) == 7
     assert len(wanted(JOB, entries, [2.0, 1.0], [0, 1], 8, done)) == 8, "of another number of islands"
+
+
+def test_a_run_is_another_where_a_file_that_it_names_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = 'from dtrain.recipes import Recipe\nrow = Recipe("r", "s", "p", "dpsgd", "parameters", 1, "neighbours", "ring")\n'
+    texts = {"text.txt": "to be or not to be. " * 400, "mine.py": row, "edges.txt": "0 1\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    stdlib, own_text = Path("stdlib.toml"), Path("job.toml")
+    own_text.write_text(TINY)
+    stdlib.write_text(TINY.replace("text.txt", "stdlib"))
+    names = ("dpsgd", "mine.py:row", "dpsgd+topology=graph+graph=./edges.txt")
+    entries = [parse_entry(name) for name in names]
+
+    def found(job: Path) -> list[str]:
+        return [digests(job, entries, None)[name] for name in names]
+
+    first, texts_first = found(stdlib), found(own_text)
+    assert first[0] == digest(stdlib.read_text()), "of the job file alone, where the run names no other"
+    assert len({*first, *texts_first}) == 6
+    Path("mine.py").write_text(row + "# other\n")
+    Path("edges.txt").write_text("1 0\n")
+    assert [now == then for now, then in zip(found(stdlib), first, strict=True)] == [True, False, False]
+    Path("text.txt").write_text("another " * 1000)
+    assert not set(found(own_text)) & set(texts_first)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('[data]\nsource = "gone"', 'data.source = "gone" does not exist'),
+        ("[islands]\nranks = 2", "islands.ranks = 2: dtrain sim gives every virtual island one rank"),
+        ('[sim]\nproblem = "consensus"', 'sim.problem = "consensus" has no text to compare recipes on'),
+        ("[model]\ncontext = 100000", "too few for model.context = 100000"),
+    ],
+)
+def test_a_job_that_cannot_run_is_one_line_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be. " * 400)
+    Path("job.toml").write_text(change + ("" if "[data]" in change else '\n[data]\nsource = "text.txt"'))
+    assert said in refused(capsys, "bench", "recipes", "job.toml", "--recipes", "dpsgd")
 
 
 def test_runs_leave_rows_and_failures_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +215,7 @@ def test_runs_leave_rows_and_failures_none(tmp_path: Path, monkeypatch: pytest.M
     job.write_text(TINY)
     runs = wanted(job, [parse_entry("allreduce"), parse_entry("dpsgd+topology=ring")], [1.0], [0], None, [])
     gone = replace(runs[1], job=runs[1].job.model_copy(update={"data": runs[1].job.data.model_copy(update={"source": "gone"})}))
-    found = list(run_all(job, [runs[0], gone], rows_file, 2, lambda text: None))
+    found = list(run_all([runs[0], gone], rows_file, 2, lambda text: None))
     (failed,) = [one for one in found if isinstance(one, Failed)]
     assert failed.wanted is gone
     assert "gone" in failed.said

@@ -13,6 +13,7 @@ import torch
 
 from dtrain.algorithm import Algorithm
 from dtrain.assemble import assemble
+from dtrain.config import parse_job
 from dtrain.errors import PeerLost, WireError
 from dtrain.launch.cli import run_command
 from dtrain.recipes import resolve
@@ -20,6 +21,7 @@ from dtrain.virtual import Simulation
 from dtrain.virtual_clock import VirtualClock
 from dtrain.virtual_link import LinkModel, VirtualLink
 from dtrain.virtual_problem import Still
+from dtrain.virtual_run import account_of_model
 from tests.unit.small_run import refused, write_job_file
 
 WIRE_BYTES = 32 + 4 * 50
@@ -56,16 +58,17 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sim", "sim.numel=5"], "job.toml: sim.numel = 5 has no effect without sim.problem = "),
+        (["sim", "sim.numel=5"], "job.toml: sim.numel = 5 has no effect without sim.problem, "),
         (["sim", "sim.jitter=5ms"], "job.toml: sim.jitter = '5ms' has no effect without sim.step_s"),
         (["sim", "sim.step_noise=0.1"], "job.toml: sim.step_noise = 0.1 has no effect without sim.step_s"),
         (["sim", "sim.problem=consensus", "sim.stragglers=1"], "job.toml: sim.stragglers = 1.0 has no effect without sim.step_s"),
         (["sim", "sim.step_s=1", "sim.straggler_factor=3"], "job.toml: sim.straggler_factor = 3.0 has no effect without"),
         (["sim", "sim.step_s=1", "sim.stragglers=3"], "job.toml: sim.stragglers = 3 of 2 islands; use a whole number"),
         (["sim", "sim.step_s=1", "sim.stragglers=1.5"], "job.toml: sim.stragglers = 1.5 of 2 islands; use a whole number"),
+        (["sim", "sim.step_s=1", "sim.stragglers=0.25"], "job.toml: sim.stragglers = 0.25 of 2 islands; use a whole number"),
         (["sim", "sim.step_s=-1"], "job.toml: sim.step_s = -1.0 is not allowed"),
         (["sim", "sim.step_s=nan"], "job.toml: sim.step_s = nan is not allowed"),
-        (["sim", "sim.problem=cubic"], "job.toml: sim.problem = 'cubic' is not allowed: Input should be 'gpt', 'quadratic' or"),
+        (["sim", "sim.problem=cubic"], "job.toml: sim.problem = 'cubic' is not allowed: Input should be 'gpt', 'quadratic', "),
         (["sim", "sim.loss=1"], "job.toml: sim.loss = 1.0 is not allowed: Input should be less than 1"),
         (["sim", "sim.jitter=5"], "job.toml: sim.jitter = 5 is not allowed"),
         (["sim", "sim.jitter=fast"], "job.toml: sim.jitter = 'fast' is not allowed: 'fast' is not a time"),
@@ -75,6 +78,8 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.links=0-1:1mbit/1ms,1-0:none/1ms"], "job.toml: sim.links = '0-1:1mbit/1ms,1-0:none/1"),
         (["sim", "sim.step_s=1", "sim.links=0-2:1mbit/1ms"], "job.toml: sim.links = '0-2:1mbit/1ms' names island 2; the"),
         (["sim", "sim.problem=quadratic", "sync.recipe=accum_adam"], 'sim.problem = "quadratic" steps by plain SGD, and'),
+        (["sim", "sim.problem=consensus", "sync.recipe=allreduce", "sync.every=1"], 'sim.problem = "consensus" has no gradients'),
+        (["sim", "sim.problem=consensus", "sync.recipe=local", "sync.every=1"], 'sim.problem = "consensus" has no gradients'),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
     ],
@@ -92,6 +97,10 @@ def test_a_loss_that_diverges_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "holds inf or NaN" in said
+    assert run_command([*words, "sync.recipe=local", "--fresh"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "the parameters of island 0 hold inf or NaN after 20 steps of train.lr = 1e+09; use a smaller train.lr" in said
 
 
 def lonely(other_bytes: int) -> Simulation:
@@ -118,6 +127,31 @@ def test_a_method_that_waits_for_nothing_or_for_other_bytes_is_told() -> None:
         lonely(0).run(3)
     with pytest.raises(WireError, match="island 0 sent, for bucket 0, 9 bytes, not 8"):
         lonely(9).run(3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "axes", "numbers"),
+    [("dpsgd", {"every": 2, "delay": 1}, [2, 3]), ("gradient_tracking", {}, [5, 6, 7]), ("allreduce", {}, [5, 6, 7])],
+)
+def test_a_simulation_that_begins_later_has_the_rounds_of_then(recipe: str, axes: dict[str, Any], numbers: list[int]) -> None:
+    """Steps 6, 7 and 8: with every = 2, rounds 0 and 1 began after steps 2 and 4; otherwise one round a step."""
+    plan, seen = assemble(resolve(recipe, axes, 4), 0, 4), set[int]()
+
+    def topology(number: int, node: int, num_nodes: int) -> Any:
+        seen.add(number)
+        return plan.topology(number, node, num_nodes)
+
+    told = replace(plan, topology=topology)
+    link = VirtualLink(LinkModel(), 4, 0)
+    Simulation(told, 4, [("x", (64,))], Still(64), lr=0.0, link=link, compute_s=lambda node: 1.0, first_step=5).run(8)
+    assert sorted(seen) == numbers
+
+
+def test_an_account_that_begins_later_is_of_its_own_steps() -> None:
+    job = parse_job({}, ["train.steps=8", "islands.count=2", "sim.step_s=0.5", "sync.recipe=dpsgd", "sync.delay=0"])
+    virtual = account_of_model(job, torch.nn.Linear(3, 2), first_step=5)
+    assert (virtual.steps, virtual.virtual_s) == (3, 1.5)
+    assert [account.rounds for account in virtual.accounts] == [3, 3]
 
 
 def test_events_come_in_order_of_time_and_then_of_asking() -> None:
