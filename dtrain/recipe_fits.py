@@ -69,17 +69,6 @@ def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or isinstance(value, float)
 
 
-def rho_of(recipe: Recipe, said: float | None) -> float:
-    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
-    take SAM from a recipe that is defined with it."""
-    if recipe.sam_rho is not None and said == 0:
-        raise ValueError(
-            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
-            f'sync.recipe = "{recipe.algorithm}"'
-        )
-    return (recipe.sam_rho or 0.0) if said is None else said
-
-
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
     used = RULES[r.algorithm].axes | {"algorithm"}

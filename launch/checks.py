@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from dtrain import own, topology
+from dtrain.build import rho_of
 from dtrain.config import Job, load_job
 from dtrain.event_run import check_events
 from dtrain.launch import meeting
 from dtrain.own_name import is_own
-from dtrain.recipe_fits import check_trains, rho_of
+from dtrain.recipe_fits import check_trains
 from dtrain.recipes import AXES, of_section, with_start
 
 How = Literal["run", "script", "sim"]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import dtrain
+from dtrain.build import rho_of
 from dtrain.connect import Connection, connect_local
 from dtrain.optim import SAM, AccumAdamW
-from dtrain.recipe_fits import rho_of
 from dtrain.recipes import RECIPES
 from tests.islands import Quadratic, run_islands
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, WIDTH, Matrix, Problem, U, largest, problem
