@@ -63,6 +63,15 @@ def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:
     return replace(recipe, total_steps=total_steps)
 
 
+def of_join(recipe: Recipe, total_steps: int | None) -> Recipe:
+    """``with_steps`` for a loop that need not say its length; raises ValueError where it does and nothing would look at it."""
+    if total_steps is not None and recipe.schedule == schedule.EVERY:
+        raise ValueError(
+            f'total_steps = {total_steps!r} has no effect with sync.schedule = "{schedule.EVERY}"; leave it out, or use a budget'
+        )
+    return with_steps(recipe, total_steps)
+
+
 def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
     """The recipe for islands that start from the same parameters, or each from its own; raises ValueError where the method needs
     the same."""
