@@ -86,6 +86,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("dpsgd", {"schedule": 3}, "schedule = 3 is not allowed"),
         ("dpsgd", {"schedule": "budget:9", "every": 5}, 'sync.every = 5 has no effect with sync.schedule = "budget:9"'),
         ("dpsgd", {"schedule": "budget:9", "delay": "round"}, 'sync.delay = "round" is as long as a period'),
+        ("a2cid2", {"schedule": "budget:9"}, 'equally far apart, and sync.schedule = "budget:9" has others; use "every"'),
         ("allreduce", {"schedule": "budget:9"}, 'sync.schedule = "every" is all it can do'),
         ("local", {"schedule": "budget:9"}, 'sync.schedule = \'budget:9\' has no effect with sync.algorithm = "local"'),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
