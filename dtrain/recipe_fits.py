@@ -160,8 +160,7 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
     if r.algorithm == "a2cid2" and not regular:
         raise ValueError(
-            f'a2cid2 flows by the clock between rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; '
-            'use "every"'
+            f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every"'
         )
     if r.algorithm in ("choco", "beer") and is_own(r.codec):
         raise ValueError(
