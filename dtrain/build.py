@@ -22,17 +22,6 @@ def build_recipe(job: Job) -> Recipe:
     return with_start(recipe, job.islands.start)
 
 
-def rho_of(recipe: Recipe, said: float | None) -> float:
-    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
-    take SAM from a recipe that is defined with it."""
-    if recipe.sam_rho is not None and said == 0:
-        raise ValueError(
-            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
-            f'sync.recipe = "{recipe.algorithm}"'
-        )
-    return (recipe.sam_rho or 0.0) if said is None else said
-
-
 def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:
     """The job's model with its seeded initial weights, the same on every island unless each has its own."""
     m = job.model

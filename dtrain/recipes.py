@@ -86,6 +86,17 @@ def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
     return replace(recipe, start=start)
 
 
+def rho_of(recipe: Recipe, said: float | None) -> float:
+    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
+    take SAM from a recipe that is defined with it."""
+    if recipe.sam_rho is not None and said == 0:
+        raise ValueError(
+            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
+            f'sync.recipe = "{recipe.algorithm}"'
+        )
+    return (recipe.sam_rho or 0.0) if said is None else said
+
+
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:
     """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it, for a run of
     ``total_steps`` where that is given."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
-from dtrain.build import build_model, build_optimizer, build_recipe, rho_of
+from dtrain.build import build_model, build_optimizer, build_recipe
 from dtrain.clock import Clock
 from dtrain.codec import prepare_kernels
 from dtrain.config import Job
@@ -36,6 +36,7 @@ from dtrain.models.gpt import GPT, num_parameters
 from dtrain.optim import SAM, AccumAdamW, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
+from dtrain.recipes import rho_of
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5

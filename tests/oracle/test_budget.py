@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import dtrain
 from dtrain.connect import Connection
 from dtrain.recipes import of_join, of_section, resolve, with_steps
 from dtrain.schedule import Budget, Control, check_budget, parse, spent
-from tests.islands import run_islands, sgd_step
+from tests.islands import Quadratic, run_islands, sgd_step
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, Matrix, U, largest, problem
 from tests.oracle.test_topology import w_of
 
@@ -215,7 +214,7 @@ def test_what_flies_at_the_end_is_not_taken_into_another_schedule(recipe: str, o
     """The last round lands after step 25 of 24. By another budget nothing would know when."""
 
     def island(connection: Connection) -> int:
-        def joined(axes: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer, dtrain.Sync]:
+        def joined(axes: dict[str, Any]) -> tuple[Quadratic, torch.optim.Optimizer, dtrain.Sync]:
             model = problem(2).model(connection.node)
             optimizer = torch.optim.SGD(model.parameters(), lr=LR)
             return model, optimizer, dtrain.join(model, optimizer, recipe=recipe, delay=1, **axes, link=connection)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import dtrain
-from dtrain.build import rho_of
 from dtrain.connect import Connection, connect_local
 from dtrain.optim import SAM, AccumAdamW
-from dtrain.recipes import RECIPES
+from dtrain.recipes import RECIPES, rho_of
 from tests.islands import Quadratic, run_islands
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, WIDTH, Matrix, Problem, U, largest, problem
 from tests.oracle.test_topology import w_of
@@ -162,7 +161,7 @@ class Normed(nn.Module):
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=draw))
-        self.out.bias.requires_grad_(requires_grad=False)
+        self.out.bias.requires_grad = False
 
     def forward(self) -> Tensor:
         return self.out(self.norm(self.batch)).square().mean()

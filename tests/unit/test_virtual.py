@@ -56,7 +56,7 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sim", "sim.numel=5"], "job.toml: sim.numel = 5 has no effect without sim.problem = "),
+        (["sim", "sim.numel=5"], "job.toml: sim.numel = 5 has no effect without sim.problem, "),
         (["sim", "sim.jitter=5ms"], "job.toml: sim.jitter = '5ms' has no effect without sim.step_s"),
         (["sim", "sim.step_noise=0.1"], "job.toml: sim.step_noise = 0.1 has no effect without sim.step_s"),
         (["sim", "sim.problem=consensus", "sim.stragglers=1"], "job.toml: sim.stragglers = 1.0 has no effect without sim.step_s"),
@@ -65,7 +65,7 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.stragglers=1.5"], "job.toml: sim.stragglers = 1.5 of 2 islands; use a whole number"),
         (["sim", "sim.step_s=-1"], "job.toml: sim.step_s = -1.0 is not allowed"),
         (["sim", "sim.step_s=nan"], "job.toml: sim.step_s = nan is not allowed"),
-        (["sim", "sim.problem=cubic"], "job.toml: sim.problem = 'cubic' is not allowed: Input should be 'gpt', 'quadratic' or"),
+        (["sim", "sim.problem=cubic"], "job.toml: sim.problem = 'cubic' is not allowed: Input should be 'gpt', 'quadratic', "),
         (["sim", "sim.loss=1"], "job.toml: sim.loss = 1.0 is not allowed: Input should be less than 1"),
         (["sim", "sim.jitter=5"], "job.toml: sim.jitter = 5 is not allowed"),
         (["sim", "sim.jitter=fast"], "job.toml: sim.jitter = 'fast' is not allowed: 'fast' is not a time"),
@@ -75,6 +75,16 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.links=0-1:1mbit/1ms,1-0:none/1ms"], "job.toml: sim.links = '0-1:1mbit/1ms,1-0:none/1"),
         (["sim", "sim.step_s=1", "sim.links=0-2:1mbit/1ms"], "job.toml: sim.links = '0-2:1mbit/1ms' names island 2; the"),
         (["sim", "sim.problem=quadratic", "sync.recipe=accum_adam"], 'sim.problem = "quadratic" steps by plain SGD, and'),
+        *(
+            (["sim", f"sim.problem={problem}", f"sim.clock={clock}", "sync.recipe=dpsgd", *changes], f"{said} has no effect")
+            for problem, clock in (("quadratic", "steps"), ("consensus", "steps"), ("ridge", "poisson"))
+            for changes, said in (
+                (["islands.start=own"], "islands.start = 'own'"),
+                (["islands.start=own", "train.merge=variance_corrected"], "islands.start = 'own'"),
+                (["train.moments_every=4"], "train.moments_every = 4"),
+                (["train.sam_rho=0.1"], "train.sam_rho = 0.1"),
+            )
+        ),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
     ],
