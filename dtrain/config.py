@@ -86,7 +86,7 @@ class Train(Section):
         None, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
     )
     sam_rho: float | None = Field(
-        None, ge=0, description="SAM: the gradient is taken so far up its own direction, in a second pass; 0: where the model is"
+        None, ge=0, allow_inf_nan=False, description="SAM: the gradient is taken so far up its own direction; 0: in place"
     )
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
     merge: Literal["mean", "variance_corrected"] = Field(

@@ -142,7 +142,7 @@ class Core:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each
         step."""
-        out: dict[str, Tensor] = {"step": torch.tensor(self.step), "edges": torch.tensor(self.plan.edges)}
+        out = {key: torch.tensor(n) for key, n in (("step", self.step), ("edges", self.plan.edges), ("total_steps", self._total))}
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             out[f"{name}.round"] = torch.tensor(lane.round)
@@ -154,7 +154,8 @@ class Core:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
-        saved = {"edges": torch.tensor(self.plan.edges), **saved}  # a state without it is older than graphs from files
+        # A state without them is older than graphs from files, and than budgets.
+        saved = {"edges": torch.tensor(self.plan.edges), "total_steps": torch.tensor(0), **saved}
         for key, value in self.state_dict().items():
             if key not in saved or saved[key].shape != value.shape:
                 have = tuple(saved[key].shape) if key in saved else "none"
@@ -164,6 +165,12 @@ class Core:
                 )
         if int(saved["edges"]) != self.plan.edges:
             raise ValueError("the saved state is of another graph, whose neighbours it knows; resume with the same edges")
+        if int(saved["total_steps"]) != self._total:  # another schedule, by which what flies would not land
+            was, now = (f"{n} steps" if n else "every so many steps" for n in (int(saved["total_steps"]), self._total))
+            raise ValueError(
+                f'the saved state is of rounds spread over {was}, and sync.schedule = "{self.plan.recipe.schedule}" spreads them '
+                f"over {now}; resume with the schedule and the total_steps that it was saved with"
+            )
         for key, value in self._wires():
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
@@ -175,6 +182,11 @@ class Core:
             lane.flight = None
             for key, value in lane.state.items():
                 value.copy_(saved[f"{name}.{key}"])
+
+    @property
+    def _total(self) -> int:
+        """Steps over which a budget is spent; 0 of a schedule without."""
+        return self.plan.recipe.total_steps or 0
 
     def _wires(self) -> Iterator[tuple[str, Tensor]]:
         for lane in self.lanes:

@@ -34,7 +34,7 @@ from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.membership import Notice
 from dtrain.optim.sam import SAM
-from dtrain.recipes import Recipe, resolve, with_start, with_steps
+from dtrain.recipes import Recipe, of_join, resolve, with_start
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Wait
@@ -135,6 +135,11 @@ class Sync:
     def after_update(self, *, skipped: bool = False) -> None:
         """Count the step and start the rounds that are due. A step that the loss scaler skipped is a step on every
         island."""
+        if self.recipe.total_steps == self.step:
+            raise ValueError(
+                f"step {self.step + 1} is past total_steps = {self.step}, over which all rounds were spread; give join the whole "
+                "run's length"
+            )
         if not self._prepared:
             assert skipped, "after_update without before_update is for skipped steps"
             self._land_due(self.step + 1)
@@ -294,8 +299,10 @@ class Sync:
     def _fragments_due(self, step: int) -> set[int]:
         """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without
         asking."""
+        if self._ranks.num_ranks == 1:
+            return {lane.bucket.fragment for lane in self.core.due(step)}
         plan, begun = self.core.plan, step - self.core.plan.delay_steps
-        if not plan.sends or begun <= 0 or (self._ranks.num_ranks == 1 and not self.core.due(step)):
+        if not plan.sends or begun <= 0:
             return set()
         return {f for f in range(self.recipe.fragments) if plan.when(begun, f, plan.control)}
 
@@ -386,7 +393,7 @@ def join(
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
-    row = with_steps(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
+    row = of_join(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
     row = with_start(row, start)
     check_loop(row, optimizers, clip=clip, scaler=scaler)
     return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

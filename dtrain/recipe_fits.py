@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -52,7 +53,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
-        ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and r.sam_rho > 0), "a number above 0"),
+        ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
@@ -67,17 +68,6 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or isinstance(value, float)
-
-
-def rho_of(recipe: Recipe, said: float | None) -> float:
-    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
-    take SAM from a recipe that is defined with it."""
-    if recipe.sam_rho is not None and said == 0:
-        raise ValueError(
-            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
-            f'sync.recipe = "{recipe.algorithm}"'
-        )
-    return (recipe.sam_rho or 0.0) if said is None else said
 
 
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
@@ -169,6 +159,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
     if rules.rewrites_gradients and not regular:
         raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
+    if r.algorithm == "a2cid2" and not regular:
+        raise ValueError(
+            f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every"'
+        )
     if r.algorithm in ("choco", "beer") and is_own(r.codec):
         raise ValueError(
             f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '

@@ -63,6 +63,15 @@ def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:
     return replace(recipe, total_steps=total_steps)
 
 
+def of_join(recipe: Recipe, total_steps: int | None) -> Recipe:
+    """``with_steps`` for a loop that need not say its length; raises ValueError where it does and nothing would look at it."""
+    if total_steps is not None and recipe.schedule == schedule.EVERY:
+        raise ValueError(
+            f'total_steps = {total_steps!r} has no effect with sync.schedule = "{schedule.EVERY}"; leave it out, or use a budget'
+        )
+    return with_steps(recipe, total_steps)
+
+
 def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
     """The recipe for islands that start from the same parameters, or each from its own; raises ValueError where the method needs
     the same."""
@@ -75,6 +84,17 @@ def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
             'sync.recipe = "local" or "dpsgd"'
         )
     return replace(recipe, start=start)
+
+
+def rho_of(recipe: Recipe, said: float | None) -> float:
+    """SAM's rho in the training job, 0 without: the recipe's where train.sam_rho is not said. Raises ValueError where that would
+    take SAM from a recipe that is defined with it."""
+    if recipe.sam_rho is not None and said == 0:
+        raise ValueError(
+            f'train.sam_rho = 0 takes SAM from sync.recipe = "{recipe.name}", which is defined with it; leave it out, or use '
+            f'sync.recipe = "{recipe.algorithm}"'
+        )
+    return (recipe.sam_rho or 0.0) if said is None else said
 
 
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:

@@ -82,8 +82,8 @@ def spent(budget: Budget, num_fragments: int, total_steps: int) -> When:
 
 def check_budget(name: str, budget: Budget, total_steps: int, delay_steps: int) -> None:
     """Raises ValueError where two rounds would have to share a step, or the end of one would come after the next one's start."""
-    if total_steps < 1:
-        raise ValueError(f"total_steps = {total_steps} is not allowed; use 1 or more")
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps!r} is not allowed; use a whole number, 1 or more")
     rounds, power, apart = budget.rounds(total_steps), budget.growth + 1, max(1, delay_steps)
     # The density grows, so the last steps are the ones that matter: at most one round may start in any ``apart`` of them.
     most = total_steps**power // (total_steps**power - max(0, total_steps - apart) ** power)

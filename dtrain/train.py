@@ -36,7 +36,7 @@ from dtrain.models.gpt import GPT, num_parameters
 from dtrain.optim import SAM, AccumAdamW, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
-from dtrain.recipe_fits import rho_of
+from dtrain.recipes import rho_of
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5

@@ -91,7 +91,8 @@ class Simulation:
         self.clock = VirtualClock()
         self._plan, self._problem, self._lr = plan, problem, lr
         self._link, self._compute_s = link, compute_s
-        self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
+        with without_checksums():
+            self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
         if first_step:
             self._start_after(first_step)
 
@@ -113,7 +114,7 @@ class Simulation:
         for island in self._islands:
             island.life = self._life(island, steps)
             self.clock.at(0.0, self._go_on, island)
-        with without_checksums(), _frozen():
+        with _frozen():
             self.clock.run()
         self._refuse_stuck()
         return max(account.ended_s for account in self.accounts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,18 +31,24 @@ _WORDS = _CHECKED // 4
 _CPU = torch.device("cpu")
 
 
-_checksums = True
+class _Making(threading.local):
+    """What the WireFormats that this thread makes are like."""
+
+    checksums = True
+
+
+_making = _Making()
 
 
 @contextmanager
 def without_checksums() -> Iterator[None]:
-    """While the block runs wires are sealed without, for a process that none of its wires leaves: nobody would read them."""
-    global _checksums  # noqa: PLW0603  (of the whole process, as the block's promise is)
-    kept, _checksums = _checksums, False
+    """WireFormats that this thread makes in the block seal without, for good: their wires must be such as nobody checks, as
+    they do not leave the process."""
+    kept, _making.checksums = _making.checksums, False
     try:
         yield
     finally:
-        _checksums = kept
+        _making.checksums = kept
 
 
 class _Views(NamedTuple):
@@ -63,6 +70,7 @@ class WireFormat:
         """``numels``: elements of each run (WIRE.md)."""
         self.fmt, self.numels = fmt, numels
         self.numel = sum(numels)
+        self._checksums = _making.checksums
         self.num_scales = sum(fmt.num_scales(n) for n in numels)
         self.wire_bytes = HEADER_BYTES + 2 * self.num_scales + sum(fmt.code_bytes(n) for n in numels)
         cut = zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
@@ -122,7 +130,7 @@ class WireFormat:
     def _seal(self, wire: Tensor, views: _Views) -> None:
         ops = self.operations(wire.device)
         ops.flag_non_finite(views.finite, views.flag)
-        if _checksums:
+        if self._checksums:
             ops.checksum(views.body, _WORDS, self._start, views.checksum)
 
     def check(self, wire: Tensor) -> None:

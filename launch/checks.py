@@ -9,14 +9,21 @@ from typing import Literal
 
 from dtrain import own, topology
 from dtrain.config import Job, load_job
-from dtrain.event_run import check_events
 from dtrain.launch import meeting
 from dtrain.own_name import is_own
-from dtrain.recipe_fits import check_trains, rho_of
-from dtrain.recipes import AXES, of_section, with_start
+from dtrain.recipe_fits import check_trains
+from dtrain.recipes import AXES, of_section, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
+
+
+_SAYS_ITSELF = (
+    ("islands", "start", 'dtrain.join(start="own")'),
+    ("train", "merge", "sync.merge_corrected()"),
+    ("train", "sam_rho", "dtrain.optim.SAM"),
+)
+"""What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
 
 def check_kernels() -> None:
@@ -48,6 +55,11 @@ def resolved(job: Job) -> Job:
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
     with_start(recipe, job.islands.start)
     rho_of(recipe, job.train.sam_rho)
+    if job.train.merge != "mean" and job.islands.start != "own":
+        raise ValueError(
+            f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
+            f'"{job.islands.start}" they were; leave it out, or use islands.start=own'
+        )
     answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
@@ -85,6 +97,10 @@ def check_answers(job: Job, how: How) -> None:
     else:
         _refuse_sim(job)
         _check_link(job)
+    if how == "script":
+        for section, key, instead in _SAYS_ITSELF:
+            _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
+
 
 
 def check_text(job: Job) -> None:
@@ -97,8 +113,15 @@ def check_text(job: Job) -> None:
 def _check_sim(job: Job) -> None:
     if job.sim.problem == "gpt":
         return
+    sim = f'sim.problem = "{job.sim.problem}"'
+    for section, key in (("islands", "start"), ("train", "merge")):
+        _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
+    for key in ("moments_every", "sam_rho"):
+        _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     if job.sim.clock == "poisson":
+        from dtrain.event_run import check_events  # torch
+
         check_events(recipe)
         return
     if job.sim.problem == "consensus" and recipe.payload in ("none", "gradients"):
@@ -112,12 +135,13 @@ def _check_sim(job: Job) -> None:
             f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with '
             f'{defined_with}; use sync.recipe = "{recipe.algorithm}"'
         )
-    for key in ("moments_every", "sam_rho"):
-        if getattr(job.train, key):
-            raise ValueError(
-                f"train.{key} = {getattr(job.train, key)} has no effect with sim.problem = \"{job.sim.problem}\", which steps by "
-                "plain SGD; leave it out"
-            )
+
+
+def _refuse_changed(job: Job, section: str, key: str, where: str) -> None:
+    answers = getattr(job, section)
+    value = getattr(answers, key)
+    if value != type(answers).model_fields[key].default:
+        raise ValueError(f"{section}.{key} = {value!r} has no effect {where}; leave it out")
 
 
 def _refuse_sim(job: Job) -> None:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dtrain import metrics
+from dtrain import metrics, schedule
 from dtrain.config import Job, dump_job, runs_a_script
 from dtrain.launch.checks import read_job, resolved, with_absolute_paths
 from dtrain.launch.islands import folder
@@ -33,6 +33,7 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     """The folder's job with the overrides; raises ValueError naming a key that may not change."""
     old, new = (with_absolute_paths(read_job(run / "job.toml", changes)) for changes in ((), overrides))
     if not runs_a_script(old):
+        _refuse_another_budget(old, new)
         new = resolved(new)
     for section in Job.model_fields:
         before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
@@ -108,6 +109,15 @@ def remove(entries: Iterable[Path]) -> None:
             shutil.rmtree(gone)
         else:
             entry.unlink(missing_ok=True)
+
+
+def _refuse_another_budget(old: Job, new: Job) -> None:
+    said = old.sync.schedule
+    if said is not None and schedule.parse(said) is not None and new.train.steps != old.train.steps:
+        raise ValueError(
+            f'train.steps = {new.train.steps} differs from the run\'s {old.train.steps}, over which sync.schedule = "{said}" '
+            f"spends its rounds; go on with train.steps={old.train.steps}, or start another run with --fresh-name"
+        )
 
 
 def _refuse_going_back(run: Path, old: Job, kept: Job) -> None:

@@ -7,6 +7,7 @@ in a row (dfedsam_mgs)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ class SAM:
     What a forward pass writes (batch-norm statistics) is written twice. Raises ValueError for a rho that is not above 0."""
 
     def __init__(self, optimizers: Optimizer | Sequence[Optimizer], *, rho: float) -> None:
-        if not rho > 0:
+        if not 0 < rho < math.inf:
             raise ValueError(f"rho = {rho!r} is not allowed; use a number above 0, or the optimizer without SAM")
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.rho = rho
@@ -47,12 +48,17 @@ class SAM:
 
     def gradient(self, closure: Callable[[], T]) -> T:
         """Leave SAM's gradient in every ``grad`` and the parameters as they were, bit for bit; returns what ``closure`` said of
-        these. For a loop that steps its optimizers itself, as with a GradScaler (a scale does not change g / |g|)."""
+        these. For a loop that steps its optimizers itself, as with a GradScaler (a scale does not change g / |g|). Gradients that
+        overflowed stay as they are, without a second pass: the scaler skips the step."""
         with torch.enable_grad():
             loss = closure()
-        moved = [(p, p.detach().clone()) for p in self._parameters() if p.grad is not None]
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            return loss
+        moved = [(p, p.detach().clone()) for p in parameters]
         try:
-            self._climb([p for p, _ in moved])
+            self._climb(parameters, norm)
             with torch.enable_grad():
                 closure()
         finally:
@@ -62,13 +68,23 @@ class SAM:
         return loss
 
     @torch.no_grad()
-    def _climb(self, parameters: Sequence[Tensor]) -> None:
+    def _climb(self, parameters: Sequence[Tensor], norm: Tensor) -> None:
         """z <- z + rho g / |g|."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        scale = self.rho / torch.nn.utils.get_total_norm(gradients).clamp_min(_LEAST_NORM)
-        for p, g in zip(parameters, gradients, strict=True):
-            p.add_(g * scale)
+        scale = self.rho / norm.clamp_min(_LEAST_NORM)
+        for p in parameters:
+            assert p.grad is not None
+            p.add_(p.grad.to(scale.dtype) * scale.to(p.device))
 
     def _parameters(self) -> list[Tensor]:
         each = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         return list({id(p): p for p in each}.values())
+
+
+@torch.no_grad()
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """|g| over all, in fp32 at least: fp16 knows no norm above 65504, which gradients that a GradScaler scaled have, and no
+    _LEAST_NORM."""
+    if not gradients:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

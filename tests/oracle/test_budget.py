@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ import torch
 
 import dtrain
 from dtrain.connect import Connection
-from dtrain.recipes import of_section, resolve, with_steps
+from dtrain.recipes import of_join, of_section, resolve, with_steps
 from dtrain.schedule import Budget, Control, check_budget, parse, spent
-from tests.islands import run_islands, sgd_step
+from tests.islands import Quadratic, run_islands, sgd_step
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, Matrix, U, largest, problem
 from tests.oracle.test_topology import w_of
 
@@ -90,7 +90,7 @@ def is_allowed(name: str, total: int, delay: int) -> bool:
     [
         ("budget:51", 100, "is 51 rounds in 100 steps, and a round must land before the next starts: with sync.delay = 1 use 50"),
         ("budget:1%", 20, "is not one round in 20 steps"),
-        ("budget:5", 0, "total_steps = 0 is not allowed"),
+        ("budget:5", 0, "total_steps = 0 is not allowed; use a whole number, 1 or more"),
         ("budget:5", None, "give join its length: total_steps="),
     ],
 )
@@ -196,3 +196,66 @@ def test_islands_with_runs_of_different_length_are_refused() -> None:
 
     with pytest.raises(ValueError, match="has another recipe than island 0"):
         run_islands(2, island)
+
+
+LONGER = {"schedule": BUDGET, "total_steps": 36}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "of", "to", "said"),
+    [
+        ("dpsgd", BUDGET, LONGER, f'over 24 steps, and sync.schedule = "{BUDGET}" spreads them over 36 '),
+        ("diloco", BUDGET, LONGER, f'over 24 steps, and sync.schedule = "{BUDGET}" spreads them over 36 '),
+        ("dpsgd", BUDGET, {}, 'over 24 steps, and sync.schedule = "every" spreads them over every so many steps'),
+        ("dpsgd", "every", {"schedule": BUDGET, "total_steps": 24}, f'every so many steps, and sync.schedule = "{BUDGET}"'),
+    ],
+)
+def test_what_flies_at_the_end_is_not_taken_into_another_schedule(recipe: str, of: str, to: dict[str, Any], said: str) -> None:
+    """The last round lands after step 25 of 24. By another budget nothing would know when."""
+
+    def island(connection: Connection) -> int:
+        def joined(axes: dict[str, Any]) -> tuple[Quadratic, torch.optim.Optimizer, dtrain.Sync]:
+            model = problem(2).model(connection.node)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            return model, optimizer, dtrain.join(model, optimizer, recipe=recipe, delay=1, **axes, link=connection)
+
+        began = {"schedule": of} | ({"total_steps": STEPS} if of == BUDGET else {})
+        model, optimizer, sync = joined(began)
+        for _ in range(STEPS):
+            sgd_step(model, optimizer)
+        saved = {k: v.clone() for k, v in sync.state_dict().items()}
+        sync.close()
+        _, _, again = joined(to)
+        with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+            again.load_state_dict(saved)
+        assert said in str(caught.value)
+        again.close()
+        return int(saved["bucket0.land_step"])
+
+    assert run_islands(2, island) == [25 if of == BUDGET or recipe == "dpsgd" else -1] * 2
+
+
+def test_a_loop_longer_than_its_budget_is_told() -> None:
+    def island(connection: Connection) -> int:
+        model = problem(2).model(connection.node)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        with dtrain.join(model, optimizer, recipe="dpsgd", schedule="budget:50%", total_steps=4, link=connection) as sync:
+            for _ in range(4):
+                sgd_step(model, optimizer)
+            with pytest.raises(ValueError, match=r"^step 5 is past total_steps = 4, .*; give join the whole run's length$"):
+                sgd_step(model, optimizer)
+            return sync.step
+
+    assert run_islands(2, island) == [4, 4]
+
+
+@pytest.mark.parametrize("total", [0, -3, True, 20.0, "20"])
+def test_a_length_is_a_whole_number(total: Any) -> None:
+    with pytest.raises(ValueError, match=r"^total_steps = .* is not allowed; use a whole number, 1 or more$"):
+        of_join(resolve("dpsgd", {"schedule": "budget:25%"}, 2), total)
+
+
+def test_a_length_that_no_budget_needs_is_refused_in_a_loop_and_not_in_a_job() -> None:
+    with pytest.raises(ValueError, match=r'^total_steps = 20 has no effect with sync.schedule = "every"; leave it out, or'):
+        of_join(resolve("dpsgd", {}, 2), 20)
+    assert of_join(resolve("dpsgd", {}, 2), None).total_steps is None

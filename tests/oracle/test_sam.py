@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import dtrain
 from dtrain.connect import Connection, connect_local
 from dtrain.optim import SAM, AccumAdamW
-from dtrain.recipe_fits import rho_of
-from dtrain.recipes import RECIPES
+from dtrain.recipes import RECIPES, rho_of
 from tests.islands import Quadratic, run_islands
 from tests.oracle.test_gossip import BUCKET_BYTES, LR, WIDTH, Matrix, Problem, U, largest, problem
 from tests.oracle.test_topology import w_of
@@ -151,7 +150,69 @@ def test_at_an_optimum_and_without_a_gradient_nothing_moves() -> None:
     assert torch.equal(idle.detach(), torch.ones(3))
 
 
-@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan")])
+class Normed(nn.Module):
+    """Batch norm, a frozen bias, and a layer that no loss hangs on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(8)
+        self.batch = torch.randn(16, 6, generator=draw)
+        self.norm, self.out, self.unused = nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Linear(2, 2)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=draw))
+        self.out.bias.requires_grad = False
+
+    def forward(self) -> Tensor:
+        return self.out(self.norm(self.batch)).square().mean()
+
+
+def test_an_overflow_leaves_out_the_second_pass_and_the_step() -> None:
+    """The statistics are those of one pass over the batch, and the next scale steps as if nothing had been."""
+    model, plain = Normed(), Normed()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO)
+    scaler, passes = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=2.0**-120), list[float]()
+
+    def closure() -> float:
+        model.zero_grad()
+        loss = model()
+        (scaler.scale(loss) * 8).backward()
+        passes.append(float(loss.detach()))
+        return passes[-1]
+
+    with dtrain.join(model, sam, recipe="local", scaler=scaler, link=connect_local(1)[0]) as sync:
+        assert sam.gradient(closure) == passes[0]
+        scaler.step(sam.optimizers[0])
+        scaler.update()
+        assert (len(passes), sync.step) == (1, 1)
+        plain()
+        for name, buffer in plain.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        sam.gradient(closure)
+        scaler.step(sam.optimizers[0])
+    assert (len(passes), passes[1]) == (3, passes[0])
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"norm.weight", "norm.bias", "out.weight"}, "what is frozen and what is unused stays"
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-20, 300.0])
+def test_the_norm_of_fp16_gradients_neither_overflows_nor_vanishes(size: float) -> None:
+    """|g| = size sqrt(65536) is 256 size: 76,800 is beyond fp16, and (2^-20)^2 below it. All that is computed is exact."""
+    x, seen = nn.Parameter(torch.zeros(65_536, dtype=torch.float16)), list[Tensor]()
+
+    def closure() -> None:
+        seen.append(x.detach().clone())
+        x.grad = torch.full_like(x, size)
+
+    SAM(torch.optim.SGD([x], lr=LR), rho=0.25).gradient(closure)
+    want = 0.25 / 256 if size else 0.0
+    assert [set(at.tolist()) for at in seen] == [{0.0}, {want}]
+    assert not x.any()
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf")])
 def test_no_rho_is_refused(rho: float) -> None:
     with pytest.raises(ValueError, match="is not allowed; use a number above 0, or the optimizer without SAM"):
         SAM(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR), rho=rho)

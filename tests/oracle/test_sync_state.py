@@ -154,6 +154,24 @@ def test_the_keys_are_there_from_the_first_step(case: Case) -> None:
         assert first == later
 
 
+@pytest.mark.parametrize("recipe", ["dpsgd", "diloco"])
+def test_a_round_in_flight_lands_on_its_step_whatever_comes_after(recipe: str) -> None:
+    """Begun after step 10 it lands before the update of step 15, also where rounds now begin after steps 16 and 24."""
+    saved = [s for _, s in _run(Case(recipe, 5), save_at=SAVE_AT, save=True) if s is not None]
+
+    def island(link: Connection) -> list[int]:
+        model, opt = _start()
+        with Case(recipe, 5, every=8).join(model, opt, link) as sync:
+            sync.load_state_dict(saved[link.node][1])
+            lands = []
+            for step in range(sync.step, 25):
+                _step(model, opt, link.node, step)
+                lands.append(sync.core.lanes[0].land_step)
+            return lands
+
+    assert run_islands(ISLANDS, island) == [[15] * 2 + [-1] + [21] * 5 + [-1] * 3 + [29] * 2] * ISLANDS
+
+
 IN_FLIGHT, LANDED = SAVE_AT + EVERY, SAVE_AT + EVERY - 4
 """After the first landing, or anchors would still be the first weights: with the second round in flight, and before it starts."""
 

@@ -99,6 +99,27 @@ def test_islands_on_the_virtual_clock_are_live_ones_bit_for_bit(case: str) -> No
             assert (got.accounts[node].wire_bytes_sent, got.accounts[node].wire_bytes_received) == (sent, received)
 
 
+def test_live_islands_train_while_a_simulation_runs() -> None:
+    """Wires that leave an island are checked, also those of islands that join in the middle of a simulation without checksums."""
+    recipe, axes = CASES["a step late"]
+    start, a, c = problem()
+    want, trained = live(recipe, axes), list[list[tuple[Tensor, int, int]]]()
+
+    def compute_s(node: int) -> float:
+        if not trained:
+            trained.append(live(recipe, axes))
+        return 0.1
+
+    plan = assemble(resolve(recipe, axes, ISLANDS), 5, ISLANDS)
+    simulation = Simulation(
+        plan, ISLANDS, [("x", (WIDTH,))], Quadratic(a, c, start), lr=LR, link=VirtualLink(LinkModel(), ISLANDS, 1),
+        compute_s=compute_s,
+    )  # fmt: skip
+    simulation.run(3)
+    (got,) = trained
+    assert all(torch.equal(x, y) for (x, _, _), (y, _, _) in zip(want, got, strict=True))
+
+
 def accounts(recipe: str, axes: Mapping[str, object], n: int, numel: int, steps: int, step_s: float) -> list[Account]:
     """On RATE and RTT, with nothing drawn."""
     plan = assemble(resolve(recipe, axes, n), 0, n)

@@ -51,6 +51,14 @@ def test_without_a_checkpoint_resume_says_that_it_starts_at_zero() -> None:
     assert (run / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("budget", [("sync.recipe=dpsgd", "sync.schedule=budget:25%"), ("sync.recipe=single_merge",)])
+def test_resume_refuses_to_spread_a_budget_over_other_steps(capsys: pytest.CaptureFixture[str], budget: tuple[str, ...]) -> None:
+    commit(opened(*budget).run, 5, 2)
+    said = refused(capsys, "run", "job.toml", "--resume", "train.steps=40")
+    assert said.startswith("train.steps = 40 differs from the run's 20, over which sync.schedule = \"budget:")
+    assert opened("train.steps=20", "link.rate=1mbit", resume=True).resume_step == 5
+
+
 @pytest.mark.parametrize(
     "change", ["model.layers=9", "job.seed=1", "data.source=.", "sync.every=10", "train.lr=1e-2", "islands.ranks=2"]
 )

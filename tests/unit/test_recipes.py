@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from dtrain.assemble import assemble
 from dtrain.config import Sync, dump_job, parse_job
 from dtrain.launch.run_folder import resolved
 from dtrain.methods import RULES
+from dtrain.recipe_fits import check_values
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve, with_steps
 
 TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
@@ -86,6 +88,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("dpsgd", {"schedule": 3}, "schedule = 3 is not allowed"),
         ("dpsgd", {"schedule": "budget:9", "every": 5}, 'sync.every = 5 has no effect with sync.schedule = "budget:9"'),
         ("dpsgd", {"schedule": "budget:9", "delay": "round"}, 'sync.delay = "round" is as long as a period'),
+        ("a2cid2", {"schedule": "budget:9"}, 'equally far apart, and sync.schedule = "budget:9" has others; use "every"'),
         ("allreduce", {"schedule": "budget:9"}, 'sync.schedule = "every" is all it can do'),
         ("local", {"schedule": "budget:9"}, 'sync.schedule = \'budget:9\' has no effect with sync.algorithm = "local"'),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
@@ -95,6 +98,12 @@ def test_what_does_not_fit_is_one_line(name: str, changes: dict[str, object], sa
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         resolve(name, changes, 4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rho", [0.0, math.inf, math.nan])
+def test_a_row_whose_sam_climbs_nowhere_or_out_of_sight_is_refused(rho: float) -> None:
+    with pytest.raises(ValueError, match=rf"^sam_rho = {rho} is not allowed; use a number above 0$"):
+        check_values(replace(RECIPES["dfedsam"], sam_rho=rho), {})
 
 
 @pytest.mark.parametrize("topology", ["ring", "one_peer_exponential", "random_pairs"])

@@ -68,6 +68,7 @@ def texts(tmp_path: Path) -> Path:
         "train.accumulate=2",
         "train.accumulate=4",
         "train.sam_rho=0.05",
+        "train.sam_rho=0.05 train.accumulate=2",
         'train.precision="bf16"',
         "train.clip=0.05",
         "train.clip=0",
@@ -85,7 +86,7 @@ def texts(tmp_path: Path) -> Path:
     ],
 )
 def test_a_key_makes_the_run_another_and_the_right_one(texts: Path, tmp_path: Path, change: str) -> None:
-    job, corpus = job_of(texts, change), load_corpus(str(texts))
+    job, corpus = job_of(texts, *change.split()), load_corpus(str(texts))
     run = train(job, tmp_path / "run")
     for island in range(2):
         expected, without = by_hand(job, corpus, island), by_hand(job_of(texts), corpus, island)

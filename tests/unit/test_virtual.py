@@ -80,6 +80,16 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.problem=quadratic", "sync.recipe=accum_adam"], 'sim.problem = "quadratic" steps by plain SGD, and'),
         (["sim", "sim.problem=consensus", "sync.recipe=allreduce", "sync.every=1"], 'sim.problem = "consensus" has no gradients'),
         (["sim", "sim.problem=consensus", "sync.recipe=local", "sync.every=1"], 'sim.problem = "consensus" has no gradients'),
+        *(
+            (["sim", f"sim.problem={problem}", f"sim.clock={clock}", "sync.recipe=dpsgd", *changes], f"{said} has no effect")
+            for problem, clock in (("quadratic", "steps"), ("consensus", "steps"), ("ridge", "poisson"))
+            for changes, said in (
+                (["islands.start=own"], "islands.start = 'own'"),
+                (["islands.start=own", "train.merge=variance_corrected"], "islands.start = 'own'"),
+                (["train.moments_every=4"], "train.moments_every = 4"),
+                (["train.sam_rho=0.1"], "train.sam_rho = 0.1"),
+            )
+        ),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dtrain.bucket import Layout, Span
 from dtrain.codec import BoundBlocks, plain
 from dtrain.errors import WireError
 from dtrain.kernels import operations
-from dtrain.wire import HEADER_BYTES, VERSION
+from dtrain.wire import HEADER_BYTES, VERSION, without_checksums
 
 CPU = torch.device("cpu")
 NAMES = ("identity", "bf16", "int8:64", "int4:64", "e3m0:32", "lut4:128", "sign:64", "topk:64/4096:2", "topk:8/64:8")
@@ -143,6 +144,27 @@ def test_the_checksum_is_what_the_page_says() -> None:
     words = [int.from_bytes(data[k : k + 4], "little") for k in range(0, len(data), 4)]
     total = sum(mix(word ^ mix(i)) for i, word in enumerate(words))
     assert int(wire[24:32].view(torch.int64)) == total
+
+
+def test_only_what_this_thread_makes_in_the_block_is_without_a_checksum() -> None:
+    def sealed(bound: BoundBlocks) -> bool:
+        wire = bound.new_wire(CPU)
+        bound.encode(sample(LAYOUT.numel), wire, bound.init(CPU))
+        return bool(wire[24:HEADER_BYTES].any())
+
+    def bind() -> BoundBlocks:
+        return plain("int8:64").bind(LAYOUT)
+
+    before, elsewhere = bind(), list[bool]()
+    with without_checksums():
+        with without_checksums():
+            inner = bind()
+        outer = bind()
+        thread = threading.Thread(target=lambda: elsewhere.append(sealed(bind())))
+        thread.start()
+        thread.join()
+        assert sealed(before)
+    assert (sealed(inner), sealed(outer), sealed(bind()), elsewhere) == (False, False, True, [True])
 
 
 def test_random_rounding_differs_by_island_and_round_and_not_by_cut() -> None:
