@@ -102,7 +102,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "choco":
             return choco(codecs.plain(r.codec), r.gamma, mixed)
         case "a2cid2":
-            return a2cid2(codecs.plain(r.codec), mixed, r.every, r.delay_steps)
+            return a2cid2(codec_of(r.codec, error_feedback=False), mixed, r.every, r.delay_steps)
         case "dadao":
             raise AssertionError("check_trains refuses it")
         case "diloco":

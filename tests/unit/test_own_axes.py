@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import dtrain
+from dtrain.assemble import assemble
 from dtrain.bucket import whole
 from dtrain.config import load_job
 from dtrain.connect import Connection, connect_local
 from dtrain.errors import NonFinite, WireError
 from dtrain.launch.cli import run_command
+from dtrain.link import Peers
 from dtrain.own_codec import check_codec, codec_of
 from dtrain.own_topology import LOOK, check_topology, mixing_of
-from dtrain.recipes import resolve
+from dtrain.recipes import RECIPES, resolve, with_steps
 from dtrain.topology import mixing
 from dtrain.topology.consensus import matrix
 from tests.islands import run_islands, sgd_step
@@ -277,3 +279,16 @@ def test_one_island_alone_may_use_them() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     with dtrain.join(model, optimizer, recipe="diloco", every=1, codec="mine.py:half", link=connect_local(1)[0]):
         sgd_step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "mine.py:row"])
+def test_every_recipe_takes_an_own_codec_or_is_refused_in_one_line(name: str) -> None:
+    """What passes has its code, bound to a bucket."""
+    codes = "" if name in ("local", "choco", "beer", "dadao") else RECIPES[name].algorithm if name in RECIPES else "dpsgd"
+    try:
+        recipe = resolve(name, {"codec": "mine.py:half"}, 4)
+    except ValueError as e:
+        assert (codes, "\n" in str(e)) == ("", False)  # noqa: PT017  (most pass)
+        return
+    assert recipe.algorithm == codes
+    assemble(with_steps(recipe, 1000), 0, 4).method(whole("x", torch.zeros(50)), Peers(1, 4))
