@@ -65,9 +65,11 @@ def _module(path: Path, axis: str) -> object:
             with ExitStack() as undo:  # a module that failed is not there
                 sys.modules[name] = module
                 undo.callback(sys.modules.pop, name)
-                _digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+                text = path.read_bytes()
+                _digests[str(path)] = hashlib.sha256(text).hexdigest()
                 try:
-                    spec.loader.exec_module(module)
+                    # The bytes that the digest is of: a loader would read the file again, or run what is cached of an older one.
+                    exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
                 except SyntaxError as e:
                     raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.{axis}") from e
                 undo.pop_all()

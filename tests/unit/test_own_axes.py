@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import py_compile
 import re
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from dtrain.connect import Connection, connect_local
 from dtrain.errors import NonFinite, WireError
 from dtrain.launch.cli import run_command
 from dtrain.link import Peers
+from dtrain.own import digest, load_named
 from dtrain.own_codec import check_codec, codec_of
 from dtrain.own_topology import LOOK, check_topology, mixing_of
 from dtrain.recipes import RECIPES, resolve, with_steps
@@ -292,3 +296,15 @@ def test_every_recipe_takes_an_own_codec_or_is_refused_in_one_line(name: str) ->
         return
     assert recipe.algorithm == codes
     assemble(with_steps(recipe, 1000), 0, 4).method(whole("x", torch.zeros(50)), Peers(1, 4))
+
+
+def test_the_bytes_that_run_are_those_of_the_digest() -> None:
+    """Not what is cached of a file as long and as old as it."""
+    file, old, new = Path("stale.py"), b"NUMBER = 1\n", b"NUMBER = 2\n"
+    file.write_bytes(old)
+    os.utime(file, (1e9, 1e9))
+    py_compile.compile(str(file), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    file.write_bytes(new)
+    os.utime(file, (1e9, 1e9))
+    _, _, number = load_named("stale.py:NUMBER", "codec")
+    assert (number, digest("stale.py:NUMBER")) == (2, hashlib.sha256(new).hexdigest())
