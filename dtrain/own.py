@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
@@ -39,7 +39,7 @@ def load(name: str) -> Recipe:
     path, row, found = load_named(name, "recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
-    beside = {axis: absolute(value, path.parent) for axis in ("topology", "codec") if is_own(value := getattr(found, axis))}
+    beside = {axis: absolute(value, path.parent) for axis in OWN_AXES[1:] if is_own(value := getattr(found, axis))}
     return replace(found, name=f"{path}:{row}", **beside)
 
 
