@@ -24,6 +24,8 @@ from dtrain.wire import HEADER_BYTES, own_header
 
 TRIED = (1, 1000, 4097)
 """Lengths with which an own codec is tried."""
+LARGE = 1e6
+"""Standard deviation of the largest values that it is tried with: more than fp16 holds, and less than a loss survives."""
 
 
 @runtime_checkable
@@ -37,7 +39,7 @@ class OwnCodec(Protocol):
         ...
 
     def decode(self, wire: Tensor, out: Tensor) -> None:
-        """Fill ``out`` (fp32, numel) with what ``wire`` stands for, and leave the wire alone."""
+        """Fill ``out`` (fp32, numel) with what ``wire`` stands for, all finite, and leave the wire alone."""
         ...
 
 
@@ -63,18 +65,24 @@ def _breaks(codec: OwnCodec, numel: int) -> list[tuple[str, bool]]:
     if not isinstance(size, int) or size < 1:
         return [(f"wire_bytes is {size!r}; return a whole number from 1", True)]
     x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    scales = (("", 1.0), ("zeros: ", 0.0), (f"values of {LARGE:g}: ", LARGE))
+    return [found for word, scale in scales for found in _breaks_with(codec, scale * x, size, word)]
+
+
+def _breaks_with(codec: OwnCodec, x: Tensor, size: int, word: str) -> list[tuple[str, bool]]:
     before, zeros, ones = x.clone(), torch.zeros(size, dtype=torch.uint8), torch.full((size,), 255, dtype=torch.uint8)
     codec.encode(x, zeros)
     codec.encode(x, ones)
-    out, kept = torch.full((numel,), float("nan")), zeros.clone()
+    out, kept = torch.full_like(x, float("nan")), zeros.clone()
     chance = bool((zeros != ones).any())
     codec.decode(zeros, out)
-    return [
+    found = [
         ("encode changes x; work on a copy", not torch.equal(x, before)),
         ("encode leaves bytes of out as they were, or writes others the second time; fill all, without chance", chance),
         ("decode changes the wire; work on a copy", not torch.equal(zeros, kept)),
         ("decode leaves elements of out as they were, or not finite; fill all of it", not bool(torch.isfinite(out).all())),
     ]
+    return [(word + reason, broken) for reason, broken in found]
 
 
 def _load(name: str) -> OwnCodec:
@@ -116,17 +124,25 @@ class _BoundOwn:
         return wire.to(device)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        with span("encode", x.element_size() * x.numel() + wire.numel()):
+        self._encoded(x, wire)
+
+    def _encoded(self, x: Tensor, wire: Tensor) -> Tensor:
+        """Encode, and what the wire now stands for: inf or NaN in a wire would be in everybody's parameters a step later."""
+        with span("encode", (x.element_size() + 4) * x.numel() + 2 * wire.numel()):
             if not torch.isfinite(x).all():
                 raise NonFinite("the payload holds inf or NaN")
             if self._numel:
                 self._codec.encode(x.float(), wire[HEADER_BYTES:])
+            decoded = self._decoded(wire)
+            if not torch.isfinite(decoded).all():
+                most = float(x.abs().max())
+                raise NonFinite(f"an own codec makes inf or NaN of a payload of values up to {most:.3g}; clamp them")
             wire[len(self._header) : HEADER_BYTES] = self._checksum(wire).to(wire.device)
+            return decoded
 
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         residual.add_(x)
-        self.encode(residual, wire, state)
-        residual.sub_(self._decoded(wire))
+        residual.sub_(self._encoded(residual, wire))
 
     def check(self, wire: Tensor) -> None:
         if wire.numel() != self.wire_bytes:
@@ -135,6 +151,8 @@ class _BoundOwn:
             raise WireError("a wire whose header is of another codec, or another file of one")
         if not torch.equal(self._checksum(wire), wire[len(self._header) : HEADER_BYTES]):
             raise WireError("a wire whose checksum does not fit its bytes: they changed on the way")
+        if not torch.isfinite(self._decoded(wire)).all():
+            raise WireError("a wire that an own codec makes inf or NaN of")
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         with span("decode", wire.numel() + 8 * y.numel()):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import py_compile
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dtrain.own_topology import LOOK, check_topology, mixing_of
 from dtrain.recipes import RECIPES, resolve, with_steps
 from dtrain.topology import mixing
 from dtrain.topology.consensus import matrix
+from dtrain.wire import HEADER_BYTES
 from tests.islands import run_islands, sgd_step
 from tests.oracle.test_gossip import LR, problem
 from tests.unit.small_run import opened, write_job_file
@@ -56,7 +58,7 @@ class Half:
         return 2 * numel
 
     def encode(self, x, out):
-        out.copy_(x.half().view(torch.uint8))
+        out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))
 
     def decode(self, wire, out):
         out.copy_(wire.clone().view(torch.float16))
@@ -178,12 +180,14 @@ def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
 
 BAD_CODECS = {
     "size": ("return 2 * numel", "return 2.0 * numel", "with 1 elements wire_bytes is 2.0; return a whole number from 1"),
-    "changes x": ("out.copy_(x.half()", "out.copy_(x.mul_(0.5).half()", "encode changes x; work on a copy"),
-    "another each time": ("x.half()", "(x + next(CALLS)).half()", "writes others the second time; fill all, without chance"),
-    "leaves": ("out.copy_(x.half().view(torch.uint8))", "out[:-1].copy_(x.half().view(torch.uint8)[:-1])", "leaves bytes of out"),
+    "changes x": ("out.copy_(x.", "out.copy_(x.mul_(0.5).", "encode changes x; work on a copy"),
+    "another each time": ("x.clamp", "(x + next(CALLS)).clamp", "writes others the second time; fill all, without chance"),
+    "leaves": ("out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))", "out[1:] = 3", "leaves bytes of out"),
     "changes wire": ("wire.clone()", "wire.zero_()", "decode changes the wire"),
     "half done": ("out.copy_(wire.clone().view(torch.float16))", "out[1:].copy_(wire.view(torch.float16)[1:])", "fill all of it"),
-    "infinite": ("x.half()", "(x * 1e9).half()", "or not finite"),
+    "infinite": ("x.clamp(-65504, 65504).half()", "(x * 1e9).half()", "or not finite"),
+    "infinite where x is large": ("x.clamp(-65504, 65504)", "x", "1 elements values of 1e+06: decode leaves elements"),
+    "0 / 0": ("x.clamp(-65504, 65504)", "(x / x.abs().max())", "with 1 elements zeros: decode leaves elements"),
     "a class": ("half = Half()", "half = Half", "has no codec half; define half there, an object with wire_bytes"),
     "not there": ("half = Half()", "whole = Half()", "has no codec half"),
 }
@@ -224,6 +228,25 @@ def test_an_own_codec_codes_mixes_and_knows_a_wire_that_is_not_its_own() -> None
         bound.check(wire[:-1])
     with pytest.raises(NonFinite):
         bound.encode(torch.full((300,), float("inf")), wire, state)
+
+
+def test_inf_or_nan_of_a_codec_is_never_in_a_wire_that_is_used() -> None:
+    """One that passes what is tried at its load, and fails on what a run brings."""
+    name, cpu = f"{with_mine('x.clamp(-65504, 65504)', 'x')}:half", torch.device("cpu")
+    x = torch.tensor([1.0, 1e6])
+    for feedback in (False, True):
+        bound = codec_of(name, error_feedback=feedback).bind(whole("x", x))
+        with pytest.raises(NonFinite, match="an own codec makes inf or NaN of a payload of values up to 1e"):
+            bound.encode(x, bound.new_wire(cpu), bound.init(cpu))
+    bound = codec_of(name, error_feedback=False).bind(whole("x", x))
+    wire = bound.new_wire(cpu)
+    bound.encode(x / 1e6, wire, {})
+    bound.check(wire)
+    wire[HEADER_BYTES:] = torch.full((2,), float("nan"), dtype=torch.float16).view(torch.uint8)
+    said = zlib.crc32(bytes(wire[HEADER_BYTES:].tolist()), zlib.crc32(bytes(wire[: HEADER_BYTES - 8].tolist())))
+    wire[HEADER_BYTES - 8 : HEADER_BYTES] = torch.tensor(list(said.to_bytes(8, "little")), dtype=torch.uint8)
+    with pytest.raises(WireError, match="a wire that an own codec makes inf or NaN of"):
+        bound.check(wire)
 
 
 def test_error_feedback_keeps_what_it_lost() -> None:
