@@ -1,10 +1,13 @@
 """How does a researcher's own codec get in? As an object in a file of theirs: ``sync.codec = "mine.py:name"``.
 
-It codes one flat vector of any length, on whatever device that is, as ``OwnCodec`` says. Headers, checksums, error feedback and
+It codes one flat vector of any length, on whatever device that is, as ``OwnCodec`` says. Every bucket of every island codes by a
+copy of the object, by one thread at a time, so it may keep room to work in. Headers, checksums, error feedback and
 mixing come from here, in plain torch; what the object must keep is tried when it is loaded."""
 
 from __future__ import annotations
 
+import copy
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +56,10 @@ def codec_of(name: str, *, error_feedback: bool) -> Codec:
 
 def check_codec(name: str) -> None:
     """Raises ValueError where there is no such codec, or it breaks what ``OwnCodec`` says."""
-    codec = _load(name)
+    try:
+        codec = copy.deepcopy(_load(name))
+    except (TypeError, copy.Error) as e:
+        raise ValueError(f"sync.codec = {name!r} cannot be copied for each bucket: {e}; keep what cannot outside of it") from e
     for numel in TRIED:
         for reason, broken in _breaks(codec, numel):
             if broken:
@@ -107,12 +113,13 @@ class Own:
         return 1
 
     def bind(self, layout: Layout, node: int = 0) -> BoundPlain:
-        return _BoundOwn(self.codec, own_header(self.number, layout.numel), layout.numel)
+        return _BoundOwn(copy.deepcopy(self.codec), own_header(self.number, layout.numel), layout.numel)
 
 
 class _BoundOwn:
     def __init__(self, codec: OwnCodec, header: bytes, numel: int) -> None:
         self._codec, self._header, self._numel = codec, header, numel
+        self._one_at_a_time = threading.Lock()  # a wire is checked while the next payload is encoded
         self.wire_bytes = HEADER_BYTES + (codec.wire_bytes(numel) if numel else 0)
 
     def init(self, device: torch.device) -> State:
@@ -132,7 +139,8 @@ class _BoundOwn:
             if not torch.isfinite(x).all():
                 raise NonFinite("the payload holds inf or NaN")
             if self._numel:
-                self._codec.encode(x.float(), wire[HEADER_BYTES:])
+                with self._one_at_a_time:
+                    self._codec.encode(x.float(), wire[HEADER_BYTES:])
             decoded = self._decoded(wire)
             if not torch.isfinite(decoded).all():
                 most = float(x.abs().max())
@@ -168,7 +176,8 @@ class _BoundOwn:
     def _decoded(self, wire: Tensor) -> Tensor:
         out = torch.empty(self._numel, device=wire.device)
         if self._numel:
-            self._codec.decode(wire[HEADER_BYTES:], out)
+            with self._one_at_a_time:
+                self._codec.decode(wire[HEADER_BYTES:], out)
         return out
 
     def _checksum(self, wire: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ import os
 import py_compile
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import dtrain
 from dtrain.assemble import assemble
@@ -188,6 +190,7 @@ BAD_CODECS = {
     "infinite": ("x.clamp(-65504, 65504).half()", "(x * 1e9).half()", "or not finite"),
     "infinite where x is large": ("x.clamp(-65504, 65504)", "x", "1 elements values of 1e+06: decode leaves elements"),
     "0 / 0": ("x.clamp(-65504, 65504)", "(x / x.abs().max())", "with 1 elements zeros: decode leaves elements"),
+    "no copy": ("half = Half()", "half = Half()\nhalf.lock = __import__('threading').Lock()", "cannot be copied for each bucket"),
     "a class": ("half = Half()", "half = Half", "has no codec half; define half there, an object with wire_bytes"),
     "not there": ("half = Half()", "whole = Half()", "has no codec half"),
 }
@@ -247,6 +250,25 @@ def test_inf_or_nan_of_a_codec_is_never_in_a_wire_that_is_used() -> None:
     wire[HEADER_BYTES - 8 : HEADER_BYTES] = torch.tensor(list(said.to_bytes(8, "little")), dtype=torch.uint8)
     with pytest.raises(WireError, match="a wire that an own codec makes inf or NaN of"):
         bound.check(wire)
+
+
+def test_islands_in_one_process_share_no_room_of_a_codec() -> None:
+    """Both have filled it before either empties it."""
+    room = "self.room = x.clamp(-65504, 65504).half(); TOGETHER.wait(5); out.copy_(self.room.view(torch.uint8))"
+    name = with_mine("out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))", room)
+    Path(name).write_text("import threading\nTOGETHER = threading.Barrier(2)\n" + Path(name).read_text())
+    codec, layout = codec_of(f"{name}:half", error_feedback=False), whole("x", torch.zeros(3))
+
+    def coded(node: int) -> Tensor:
+        bound, y = codec.bind(layout, node), torch.zeros(3)
+        wire = bound.new_wire(y.device)
+        bound.encode(torch.full((3,), 1.0 + node), wire, {})
+        bound.decode_add(wire, y, weight=1.0)
+        return y
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(coded, range(2))
+    assert (one.tolist(), two.tolist()) == ([1.0] * 3, [2.0] * 3)
 
 
 def test_error_feedback_keeps_what_it_lost() -> None:
