@@ -8,6 +8,7 @@ import py_compile
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,14 @@ BAD_ROWS = {
     "negative": ("Round(0.5, (peer,), ((peer, 0.5),))", "Round(1.5, (peer,), ((peer, -0.5),))", "use numbers of 0 or more"),
     "another each time": ('f"mine/{index // 3}"', 'f"{next(CALLS)}"', "is another when it is asked again; draw"),
     "apart": ("    order = ", "    return Round(0.5, (node ^ 1,), ((node ^ 1, 0.5),))\n    order = ", "islands 2, 3 never hear"),
+    "no pairs": ("((peer, 0.5),)", "(peer,)", "round 0: island 0 hears 2; write (peer, weight) for each, as ((1, 0.5),)"),
+    "no list of pairs": ("((peer, 0.5),)", "peer", "round 0: island 0 hears 2; write (peer, weight) for each"),
+    "no list of peers": ("Round(0.5, (peer,)", "Round(0.5, peer", "round 0: island 0 sends to 2; name islands by whole numbers"),
+    "half a peer": ("Round(0.5, (peer,)", "Round(0.5, (peer + 0.5,)", "island 0 sends to (2.5,); name islands by whole numbers"),
+    "half a peer heard": ("((peer, 0.5),)", "((0.5, peer),)", "round 0: island 0 hears (0.5, 2); write (peer, weight)"),
+    "text": ("((peer, 0.5),)", "((peer, '0.5'),)", "round 0: island 0 has a weight of '0.5'; use numbers of 0 or more"),
+    "text of its own": ("Round(0.5, (peer", "Round('0.5', (peer", "round 0: island 0 has a weight of '0.5'"),
+    "two arguments": ("rows(index, node, num_nodes):", "rows(index, node, num_nodes=4, *, seed):", "has no function rows; define"),
     "nothing": ("    order = ", "    return 3\n    order = ", "round 0 gives island 0 3; return a dtrain.topology.Round"),
 }
 
@@ -161,7 +170,7 @@ def test_rounds_after_the_first_are_looked_at_where_they_begin() -> None:
     """Weights go wrong, or more is heard than there is room for, in a round that no check before the start has seen."""
     late = with_mine("((peer, 0.5),)", "((peer, 0.5 - 0.1 * (index == 70)),)", "late.py")
     check_topology(f"{late}:rows", None, 4)
-    with pytest.raises(ValueError, match=r"round 70: the row of island 1 sums to 0\.9"):
+    with pytest.raises(ValueError, match=r"round 70: the row of island 0 sums to 0\.9"):
         mixing_of(f"{late}:rows", None, 0, None).rows(70, 1, 4)
     all_of_a_sudden = (
         "    if index == 90:\n        others = [n for n in range(num_nodes) if n != node]\n"
@@ -169,8 +178,32 @@ def test_rounds_after_the_first_are_looked_at_where_they_begin() -> None:
     )
     many = with_mine("    order = ", all_of_a_sudden, "many.py")
     check_topology(f"{many}:rows", None, 4)
-    with pytest.raises(ValueError, match="round 90 lets island 2 hear 3 others, and none of the first 64 rounds more than 1"):
+    with pytest.raises(ValueError, match="round 90 lets island 0 hear 3 others, and none of the first 64 rounds more than 1"):
         mixing_of(f"{many}:rows", None, 0, None).rows(90, 2, 4)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    name = with_mine("Round(0.5, (peer,), ((peer, 0.5),))", "Round(half.of(0.5), [peer], [(half.no(peer), half.of(0.5))])")
+    Path(name).write_text(Path(name).read_text() + "\nimport numpy as np\nhalf.of, half.no = np.float32, np.int64\n")
+    mixed = mixing_of(f"{name}:rows", None, 0, None)
+    assert mixed.rows(5, 1, 4) == mixing_of("mine.py:rows", None, 0, None).rows(5, 1, 4)
+    assert [type(part) for part in mixed.rows(5, 1, 4).recvs[0]] == [int, float]
+
+
+def test_a_function_is_asked_once_an_island_and_round() -> None:
+    """By whoever asks in a process; of the first rounds twice before, to see that it says the same."""
+    name = with_mine("    order = ", "    next(CALLS)\n    order = ")
+    calls = load_named(f"{name}:CALLS", "topology")[2]
+    assert isinstance(calls, count)
+    for _ in range(3):
+        assert resolve("dpsgd", {"topology": f"{name}:rows"}, 6).topology == f"{name}:rows"
+    assert next(calls) == 2 * 6 * LOOK
+    for _ in range(2):
+        mixed = mixing_of(f"{name}:rows", None, 0, None)
+        for index in (100, 101):
+            for node in range(6):
+                assert mixed.in_degree(node, 6) == len(mixed.rows(index, node, 6).recvs) == 1
+    assert next(calls) == 2 * 6 * LOOK + 1 + 2 * 6
 
 
 def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
