@@ -163,7 +163,9 @@ class Core:
                     f"{tuple(value.shape)} here; resume with what it was saved with"
                 )
         if int(saved["edges"]) != self.plan.edges:
-            raise ValueError("the saved state is of another graph, whose neighbours it knows; resume with the same edges")
+            raise ValueError(
+                "the saved state is of another graph, server or topology of your own; resume with what it was saved with"
+            )
         for key, value in self._wires():
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")

@@ -93,6 +93,11 @@ def check_topology(topology: str, graph: str | None, num_nodes: int, seed: int =
         )
 
 
+def digest_of_rows(topology: str, num_nodes: int) -> bytes:
+    """Of W's first LOOK rounds, of one's own topology."""
+    return _own_of(topology).looked(num_nodes).digest
+
+
 def _own_of(name: str) -> _Own:
     path, word, found = load_named(name, "topology")
     if not callable(found) or isinstance(found, type) or not _takes_three(found):

@@ -148,7 +148,7 @@ BAD_ROWS = {
     "half a peer heard": ("((peer, 0.5),)", "((0.5, peer),)", "round 0: island 0 hears (0.5, 2); write (peer, weight)"),
     "text": ("((peer, 0.5),)", "((peer, '0.5'),)", "round 0: island 0 has a weight of '0.5'; use numbers of 0 or more"),
     "text of its own": ("Round(0.5, (peer", "Round('0.5', (peer", "round 0: island 0 has a weight of '0.5'"),
-    "two arguments": ("rows(index, node, num_nodes):", "rows(index, node, num_nodes=4, *, seed):", "has no function rows; define"),
+    "two arguments": ("rows(index, node, num_nodes):", "rows(index, node, num_nodes=4, *, seed):", "has no function rows"),
     "nothing": ("    order = ", "    return 3\n    order = ", "round 0 gives island 0 3; return a dtrain.topology.Round"),
 }
 
