@@ -112,6 +112,16 @@ def test_all_take_a_mean_that_is_their_own_where_they_were_not_drawn() -> None:
     assert row(server, (1, 3), 3, 4) == Round(0.5, (0, 1, 2), ((1, 0.5),))
 
 
+@pytest.mark.parametrize(("n", "k", "h"), [(6, 2, 50), (6, 3, 4), (9, 2, 70)])
+def test_wires_of_a_rare_server_are_counted(n: int, k: int, h: int) -> None:
+    """Two rings of 3 or more: each island sends 2 wires a round, and in the server's, one in h + 1, k of n send n - 1."""
+    found = consensus(mixing("graph", "rings:2", 0, f"all:{k}:{h}"), n)
+    assert found.mean_sends == pytest.approx((2 * h + k * (n - 1) / n) / (h + 1), rel=1e-12)
+    assert (found.most_sends, found.articulation) == (n - 1, ())
+    found = consensus(mixing("graph", "rings:2", 0, f"sampled:2:{h}"), n)
+    assert (found.most_sends, found.articulation) == (2, ()), "who is drawn is another each time"
+
+
 @pytest.mark.parametrize("text", ["", "some:2:5", "all:2", "all:0:5", "all:2:0", "sampled:1:5", "all:2:5:1", "all:x:5"])
 def test_what_is_no_server_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not known; use \"sampled:K:H\" \(K of 2 or more\)"):
