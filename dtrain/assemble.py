@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from dtrain import codec as codecs
@@ -23,12 +24,13 @@ from dtrain.algorithms.push_sum import push_sum
 from dtrain.methods import RULES
 from dtrain.outer import Outer
 from dtrain.own_codec import codec_of
-from dtrain.own_topology import mixing_of
+from dtrain.own_name import is_own
+from dtrain.own_topology import digest_of_rows, mixing_of
 from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
-from dtrain.topology import Mixing, Topology, fingerprint
+from dtrain.topology import Mixing, Topology, fingerprint, parse_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Plan:
     delay_steps: int
     rewrites_gradients: bool
     edges: int
-    """``topology.fingerprint`` where a graph says the edges, else 0."""
+    """A number of what says who talks to whom where that is more than a name: a graph, a server, one's own topology; else 0."""
     sends: bool
     """Whether the method has rounds that land (all but local and all-reduce)."""
 
@@ -59,10 +61,21 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         when=when_of(recipe),
         control=Control(every=recipe.every),
         delay_steps=recipe.delay_steps,
-        edges=fingerprint(recipe.topology, recipe.graph, num_islands, seed),
+        edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
     )
+
+
+def _edges(r: Recipe, seed: int, num_islands: int) -> int:
+    """63 bits, the same on every host."""
+    of_graph = fingerprint(r.topology, r.graph, num_islands, seed)
+    of_server = None if r.server is None else (*parse_server(r.server), seed)
+    of_rows = digest_of_rows(r.topology, num_islands) if is_own(r.topology) else None
+    if of_server is None and of_rows is None:
+        return of_graph
+    said = repr((of_graph, of_server, of_rows))
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") >> 1
 
 
 def when_of(r: Recipe) -> When:
@@ -102,7 +115,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "choco":
             return choco(codecs.plain(r.codec), r.gamma, mixed)
         case "a2cid2":
-            return a2cid2(codecs.plain(r.codec), mixed, r.every, r.delay_steps)
+            return a2cid2(codec_of(r.codec, error_feedback=False), mixed, r.every, r.delay_steps)
         case "dadao":
             raise AssertionError("check_trains refuses it")
         case "diloco":

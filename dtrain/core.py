@@ -164,7 +164,9 @@ class Core:
                     f"{tuple(value.shape)} here; resume with what it was saved with"
                 )
         if int(saved["edges"]) != self.plan.edges:
-            raise ValueError("the saved state is of another graph, whose neighbours it knows; resume with the same edges")
+            raise ValueError(
+                "the saved state is of another graph, server or topology of your own; resume with what it was saved with"
+            )
         if int(saved["total_steps"]) != self._total:  # another schedule, by which what flies would not land
             was, now = (f"{n} steps" if n else "every so many steps" for n in (int(saved["total_steps"]), self._total))
             raise ValueError(

@@ -20,7 +20,7 @@ from dtrain.corrected import correct, moments
 from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
 from dtrain.membership import Notice
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipes import Recipe
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
@@ -34,7 +34,7 @@ _BUFFERS, _NOTES, _FROZEN = range(EXTRA_NAMES)
 
 
 def _names_own(axis: str, answer: object) -> TypeGuard[str]:
-    return axis in ("topology", "codec") and isinstance(answer, str) and is_own(answer)
+    return axis in OWN_AXES and isinstance(answer, str) and is_own(answer)
 
 
 class Averaged(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
@@ -39,7 +39,7 @@ def load(name: str) -> Recipe:
     path, row, found = load_named(name, "recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
-    beside = {axis: absolute(value, path.parent) for axis in ("topology", "codec") if is_own(value := getattr(found, axis))}
+    beside = {axis: absolute(value, path.parent) for axis in OWN_AXES[1:] if is_own(value := getattr(found, axis))}
     return replace(found, name=f"{path}:{row}", **beside)
 
 
@@ -65,9 +65,11 @@ def _module(path: Path, axis: str) -> object:
             with ExitStack() as undo:  # a module that failed is not there
                 sys.modules[name] = module
                 undo.callback(sys.modules.pop, name)
-                _digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+                text = path.read_bytes()
+                _digests[str(path)] = hashlib.sha256(text).hexdigest()
                 try:
-                    spec.loader.exec_module(module)
+                    # The bytes that the digest is of: a loader would read the file again, or run what is cached of an older one.
+                    exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
                 except SyntaxError as e:
                     raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.{axis}") from e
                 undo.pop_all()

@@ -1,10 +1,13 @@
 """How does a researcher's own codec get in? As an object in a file of theirs: ``sync.codec = "mine.py:name"``.
 
-It codes one flat vector of any length, on whatever device that is, as ``OwnCodec`` says. Headers, checksums, error feedback and
+It codes one flat vector of any length, on whatever device that is, as ``OwnCodec`` says. Every bucket of every island codes by a
+copy of the object, by one thread at a time, so it may keep room to work in. Headers, checksums, error feedback and
 mixing come from here, in plain torch; what the object must keep is tried when it is loaded."""
 
 from __future__ import annotations
 
+import copy
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ from dtrain.wire import HEADER_BYTES, own_header
 
 TRIED = (1, 1000, 4097)
 """Lengths with which an own codec is tried."""
+LARGE = 1e6
+"""Standard deviation of the largest values that it is tried with: more than fp16 holds, and less than a loss survives."""
 
 
 @runtime_checkable
@@ -37,7 +42,7 @@ class OwnCodec(Protocol):
         ...
 
     def decode(self, wire: Tensor, out: Tensor) -> None:
-        """Fill ``out`` (fp32, numel) with what ``wire`` stands for, and leave the wire alone."""
+        """Fill ``out`` (fp32, numel) with what ``wire`` stands for, all finite, and leave the wire alone."""
         ...
 
 
@@ -51,7 +56,10 @@ def codec_of(name: str, *, error_feedback: bool) -> Codec:
 
 def check_codec(name: str) -> None:
     """Raises ValueError where there is no such codec, or it breaks what ``OwnCodec`` says."""
-    codec = _load(name)
+    try:
+        codec = copy.deepcopy(_load(name))
+    except (TypeError, copy.Error) as e:
+        raise ValueError(f"sync.codec = {name!r} cannot be copied for each bucket: {e}; keep what cannot outside of it") from e
     for numel in TRIED:
         for reason, broken in _breaks(codec, numel):
             if broken:
@@ -63,18 +71,24 @@ def _breaks(codec: OwnCodec, numel: int) -> list[tuple[str, bool]]:
     if not isinstance(size, int) or size < 1:
         return [(f"wire_bytes is {size!r}; return a whole number from 1", True)]
     x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    scales = (("", 1.0), ("zeros: ", 0.0), (f"values of {LARGE:g}: ", LARGE))
+    return [found for word, scale in scales for found in _breaks_with(codec, scale * x, size, word)]
+
+
+def _breaks_with(codec: OwnCodec, x: Tensor, size: int, word: str) -> list[tuple[str, bool]]:
     before, zeros, ones = x.clone(), torch.zeros(size, dtype=torch.uint8), torch.full((size,), 255, dtype=torch.uint8)
     codec.encode(x, zeros)
     codec.encode(x, ones)
-    out, kept = torch.full((numel,), float("nan")), zeros.clone()
+    out, kept = torch.full_like(x, float("nan")), zeros.clone()
     chance = bool((zeros != ones).any())
     codec.decode(zeros, out)
-    return [
+    found = [
         ("encode changes x; work on a copy", not torch.equal(x, before)),
         ("encode leaves bytes of out as they were, or writes others the second time; fill all, without chance", chance),
         ("decode changes the wire; work on a copy", not torch.equal(zeros, kept)),
         ("decode leaves elements of out as they were, or not finite; fill all of it", not bool(torch.isfinite(out).all())),
     ]
+    return [(word + reason, broken) for reason, broken in found]
 
 
 def _load(name: str) -> OwnCodec:
@@ -99,12 +113,13 @@ class Own:
         return 1
 
     def bind(self, layout: Layout, node: int = 0) -> BoundPlain:
-        return _BoundOwn(self.codec, own_header(self.number, layout.numel), layout.numel)
+        return _BoundOwn(copy.deepcopy(self.codec), own_header(self.number, layout.numel), layout.numel)
 
 
 class _BoundOwn:
     def __init__(self, codec: OwnCodec, header: bytes, numel: int) -> None:
         self._codec, self._header, self._numel = codec, header, numel
+        self._one_at_a_time = threading.Lock()  # a wire is checked while the next payload is encoded
         self.wire_bytes = HEADER_BYTES + (codec.wire_bytes(numel) if numel else 0)
 
     def init(self, device: torch.device) -> State:
@@ -116,17 +131,26 @@ class _BoundOwn:
         return wire.to(device)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        with span("encode", x.element_size() * x.numel() + wire.numel()):
+        self._encoded(x, wire)
+
+    def _encoded(self, x: Tensor, wire: Tensor) -> Tensor:
+        """Encode, and what the wire now stands for: inf or NaN in a wire would be in everybody's parameters a step later."""
+        with span("encode", (x.element_size() + 4) * x.numel() + 2 * wire.numel()):
             if not torch.isfinite(x).all():
                 raise NonFinite("the payload holds inf or NaN")
             if self._numel:
-                self._codec.encode(x.float(), wire[HEADER_BYTES:])
+                with self._one_at_a_time:
+                    self._codec.encode(x.float(), wire[HEADER_BYTES:])
+            decoded = self._decoded(wire)
+            if not torch.isfinite(decoded).all():
+                most = float(x.abs().max())
+                raise NonFinite(f"an own codec makes inf or NaN of a payload of values up to {most:.3g}; clamp them")
             wire[len(self._header) : HEADER_BYTES] = self._checksum(wire).to(wire.device)
+            return decoded
 
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         residual.add_(x)
-        self.encode(residual, wire, state)
-        residual.sub_(self._decoded(wire))
+        residual.sub_(self._encoded(residual, wire))
 
     def check(self, wire: Tensor) -> None:
         if wire.numel() != self.wire_bytes:
@@ -135,6 +159,8 @@ class _BoundOwn:
             raise WireError("a wire whose header is of another codec, or another file of one")
         if not torch.equal(self._checksum(wire), wire[len(self._header) : HEADER_BYTES]):
             raise WireError("a wire whose checksum does not fit its bytes: they changed on the way")
+        if not torch.isfinite(self._decoded(wire)).all():
+            raise WireError("a wire that an own codec makes inf or NaN of")
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         with span("decode", wire.numel() + 8 * y.numel()):
@@ -150,7 +176,8 @@ class _BoundOwn:
     def _decoded(self, wire: Tensor) -> Tensor:
         out = torch.empty(self._numel, device=wire.device)
         if self._numel:
-            self._codec.decode(wire[HEADER_BYTES:], out)
+            with self._one_at_a_time:
+                self._codec.decode(wire[HEADER_BYTES:], out)
         return out
 
     def _checksum(self, wire: Tensor) -> Tensor:

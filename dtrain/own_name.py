@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+OWN_AXES = ("recipe", "topology", "codec")
+"""What a job file may name so."""
+
 
 def is_own(name: str) -> bool:
     """Whether it names something in a file of somebody's own."""

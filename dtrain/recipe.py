@@ -25,7 +25,7 @@ class Recipe:
     error_feedback: bool = False
     combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
     """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
-    few at times."""
+    few at times. ``resolve`` corrects it where a server is added or changed (``recipe_fits.combine_of``)."""
     outer: Literal["copy", "sgd", "nesterov"] = "copy"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from dtrain import codec_name, schedule
 from dtrain import topology as topologies
@@ -95,6 +95,20 @@ def _check_server(r: Recipe, server: str) -> None:
             f'gradient_tracking needs a matrix whose columns sum to one, and those of sync.server = "{server}" do not; use '
             f'"sampled{server.removeprefix("all")}"'
         )
+
+
+def combine_of(r: Recipe) -> Literal["mean", "gossip", "push", "sampled"]:
+    """What mixing keeps, by the matrices that the answers give; raises ValueError where one's own row says what they cannot."""
+    if r.reduce != "neighbours" or r.combine in ("mean", "push"):
+        return r.combine
+    if r.combine == "gossip" and r.topology in topologies.DIRECTED:
+        raise ValueError(
+            f'the row of sync.recipe = "{r.name}" says combine = "gossip", which keeps the mean of all islands, and the columns '
+            f'alone of sync.topology = "{r.topology}" sum to one; say combine = "push" there, or use another topology'
+        )
+    if r.server is not None and topologies.parse_server(r.server).to == "all":
+        return "sampled"
+    return r.combine if r.algorithm == "own" else "gossip"
 
 
 def check_trains(r: Recipe) -> None:

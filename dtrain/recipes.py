@@ -12,7 +12,7 @@ from dtrain import own, schedule
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
-from dtrain.recipe_fits import check_together, check_used, check_values
+from dtrain.recipe_fits import check_together, check_used, check_values, combine_of
 from dtrain.recipe_rows import ROWS
 
 DEFAULT_RECIPE = "delayed_diloco"
@@ -46,7 +46,7 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     check_values(recipe, _WORDS)
     check_used(recipe, row, changes)
     check_together(recipe, num_islands)
-    return recipe
+    return replace(recipe, combine=combine_of(recipe))
 
 
 def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Literal
 from dtrain import own, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_trains
 from dtrain.recipes import AXES, of_section, rho_of, with_start
 
@@ -68,7 +68,7 @@ def with_absolute_paths(job: Job) -> Job:
     """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
-    named = {"recipe": job.sync.recipe, "topology": job.sync.topology, "codec": job.sync.codec}
+    named = {axis: getattr(job.sync, axis) for axis in OWN_AXES}
     owned = {axis: own.absolute(name) for axis, name in named.items() if name is not None and is_own(name)}
     if owned:
         job = job.model_copy(update={"sync": job.sync.model_copy(update=owned)})

@@ -21,7 +21,7 @@ from dtrain.core import Core, Flight
 from dtrain.link import Peers
 from dtrain.own_topology import mixing_of
 from dtrain.recipes import Recipe
-from dtrain.topology import Mixing, Round, parse_server
+from dtrain.topology import Mixing, Round
 
 MOST_EXACT = 4
 """Islands up to which each is counted; of more, one of each kind."""
@@ -109,7 +109,7 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
     )
     talks = recipe.topology, recipe.graph, seed, recipe.server
     mixed = mixing_of(*talks)
-    rounds, kinds = _rounds(mixed, num_islands, recipe.server), _kinds(talks, num_islands, per_host)
+    rounds, kinds = _rounds(mixed, num_islands), _kinds(talks, num_islands, per_host)
     whole = 0.0
     busiest: tuple[Exchange, ...] = ()
     state_bytes = 0
@@ -213,11 +213,10 @@ def _load(period: Sequence[Exchange]) -> tuple[int, int]:
     return sum(e.far_bytes for e in period), sum(e.sent_bytes for e in period)
 
 
-def _rounds(mixed: Mixing, num_islands: int, server: str | None) -> int:
+def _rounds(mixed: Mixing, num_islands: int) -> int:
     if not mixed.drawn:
         return min(_MOST_ROUNDS, mixed.period(num_islands))
-    turn = 1 if server is None else 1 + parse_server(server).every
-    return turn * max(1, 8 // turn)
+    return mixed.turn * max(1, 8 // mixed.turn)
 
 
 def _degrees(row: Round, node: int, per_host: int) -> tuple[int, ...]:
@@ -231,12 +230,13 @@ def _degrees(row: Round, node: int, per_host: int) -> tuple[int, ...]:
 def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per_host: int) -> Mapping[int, int]:
     """One node of each kind -> how many there are of it."""
     mixed = mixing_of(*talks)
-    rounds = _rounds(mixed, num_islands, talks[-1])
+    rounds = _rounds(mixed, num_islands)
     if num_islands <= MOST_EXACT:
         return dict.fromkeys(range(num_islands), 1)
     counts: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for node in range(num_islands):
-        row = tuple(_degrees(mixed.rows(i, node, num_islands), node, per_host) for i in range(rounds))
+    everyone = range(num_islands)
+    by_round = [[_degrees(mixed.rows(i, node, num_islands), node, per_host) for node in everyone] for i in range(rounds)]
+    for node, row in enumerate(zip(*by_round, strict=True)):
         counts.setdefault(row, []).append(node)
     return {nodes[0]: len(nodes) for nodes in counts.values()}
 

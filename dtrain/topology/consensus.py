@@ -86,8 +86,12 @@ def _weights(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
 
 
 def _rounds(mixing: Mixing, num_nodes: int) -> range:
-    """Those of a period; of drawn ones enough for a mean."""
-    return range(8 * num_nodes.bit_length() if mixing.drawn else mixing.period(num_nodes))
+    """Those of a period; of drawn ones enough for a mean, whole turns where a server has rounds."""
+    return range(mixing.turn * -(-_enough(num_nodes) // mixing.turn) if mixing.drawn else mixing.period(num_nodes))
+
+
+def _enough(num_nodes: int) -> int:
+    return 8 * num_nodes.bit_length()
 
 
 def _distance(product: Matrix, mixing: Mixing) -> float:
@@ -161,7 +165,9 @@ def edges(mixing: Mixing, num_nodes: int) -> nx.DiGraph[int]:
     if mixing.chances is not None:
         graph.add_edges_from(arc for a, b in mixing.chances(num_nodes) for arc in ((a, b), (b, a)))
         return graph
-    for index in _rounds(mixing, num_nodes):
+    # A server's rounds may be one in many, and each has other islands: as many of them as of drawn rounds.
+    of_server = range(mixing.turn - 1, mixing.turn * _enough(num_nodes), mixing.turn) if mixing.turn > 1 else ()
+    for index in {*_rounds(mixing, num_nodes), *of_server}:
         for node in range(num_nodes):
             graph.add_edges_from((node, peer) for peer in mixing.rows(index, node, num_nodes).sends)
     return graph

@@ -46,6 +46,8 @@ class Mixing:
     """Of a topology that is drawn anew each round, and has no period: (node, number of nodes) -> the most peers heard in one."""
     chances: Callable[[int], Mapping[tuple[int, int], float]] | None = None
     """Where pairs are drawn: number of nodes -> how likely two, the smaller first, are to meet in a round."""
+    turn: int = 1
+    """Rounds of which the last is a server's, and those before it its neighbours'; 1 without a server."""
 
     @property
     def one_way(self) -> bool:
@@ -78,7 +80,8 @@ def served(base: Mixing, name: str, seed: int) -> Mixing:
         return max(base.in_degree(node, num_nodes), min(most, num_nodes - 1))
 
     rows = servers.with_server(base.rows, server, seed)
-    return Mixing(rows, _once, doubly_stochastic=server.to == "sampled" and base.doubly_stochastic, heard=heard)
+    stochastic = server.to == "sampled" and base.doubly_stochastic
+    return Mixing(rows, _once, doubly_stochastic=stochastic, heard=heard, turn=server.every + 1)
 
 
 def _mixing(topology: str, graph: str | None, seed: int) -> Mixing:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import re
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dtrain.recipes import resolve
+from dtrain.methods import RULES
+from dtrain.recipes import RECIPES, resolve
 from dtrain.topology import Mixing, Round, check, mixing, parse_server
 from dtrain.topology.consensus import Matrix, consensus, matrix
 from dtrain.topology.server import Server, row
@@ -110,6 +112,43 @@ def test_all_take_a_mean_that_is_their_own_where_they_were_not_drawn() -> None:
     server = parse_server("all:2:9")
     assert row(server, (1, 3), 0, 4) == Round(0.0, (), ((1, 0.5), (3, 0.5)))
     assert row(server, (1, 3), 3, 4) == Round(0.5, (0, 1, 2), ((1, 0.5),))
+
+
+@pytest.mark.parametrize(("n", "k", "h"), [(6, 2, 50), (6, 3, 4), (7, 2, 9)])
+def test_wires_of_a_rare_server_are_counted(n: int, k: int, h: int) -> None:
+    """Two rings of 3 or more: each island sends 2 wires a round, and in the server's, one in h + 1, k of n send n - 1."""
+    found = consensus(mixing("graph", "rings:2", 0, f"all:{k}:{h}"), n)
+    assert found.mean_sends == pytest.approx((2 * h + k * (n - 1) / n) / (h + 1), rel=1e-12)
+    assert (found.most_sends, found.articulation) == (n - 1, ())
+    found = consensus(mixing("graph", "rings:2", 0, f"sampled:2:{h}"), n)
+    assert (found.most_sends, found.articulation) == (2, ()), "who is drawn is another each time"
+
+
+@pytest.mark.parametrize("name", [name for name, row in RECIPES.items() if "server" in RULES[row.algorithm].axes])
+@pytest.mark.parametrize("server", [None, "sampled:2:2", "all:2:2"])
+def test_what_dtrain_check_asks_of_a_recipe_is_what_its_matrices_keep(name: str, server: str | None) -> None:
+    """The mean of all islands where every column sums to one, of the first server's round and those before it."""
+    row = RECIPES[name]
+    if row.reduce != "neighbours" or (row.algorithm == "gradient_tracking" and server == "all:2:2"):
+        return
+    recipe = resolve(name, {"server": server}, 4)
+    mixed = mixing(recipe.topology, recipe.graph, 0, recipe.server)
+    columns = np.array([matrix(mixed, index, 4).sum(axis=0) for index in range(mixed.turn)])
+    keeps = bool(np.abs(columns - 1).max() <= 8 * U)
+    assert keeps == mixed.doubly_stochastic
+    assert recipe.combine == ("gossip" if keeps else "sampled")
+
+
+def test_a_row_that_says_another_than_its_matrices_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dtrain.recipes import Recipe\n"
+        "row = Recipe('mine', 's', 'p', 'own', 'parameters', 1, 'neighbours', 'directed', 'cycle', combine='gossip', "
+        "method=print)\n"
+    )
+    with pytest.raises(ValueError, match=r'say combine = "push" there, or use another topology$'):
+        resolve(f"{tmp_path}/mine.py:row", {}, 4)
+    changed = {"topology": "graph", "graph": "ring", "server": "all:1:2"}
+    assert resolve(f"{tmp_path}/mine.py:row", changed, 4).combine == "sampled"
 
 
 @pytest.mark.parametrize("text", ["", "some:2:5", "all:2", "all:0:5", "all:2:0", "sampled:1:5", "all:2:5:1", "all:x:5"])

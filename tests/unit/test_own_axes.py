@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import py_compile
 import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import dtrain
+from dtrain.assemble import assemble
 from dtrain.bucket import whole
 from dtrain.config import load_job
 from dtrain.connect import Connection, connect_local
 from dtrain.errors import NonFinite, WireError
 from dtrain.launch.cli import run_command
+from dtrain.link import Peers
+from dtrain.own import digest, load_named
 from dtrain.own_codec import check_codec, codec_of
 from dtrain.own_topology import LOOK, check_topology, mixing_of
-from dtrain.recipes import resolve
+from dtrain.recipes import RECIPES, resolve, with_steps
 from dtrain.topology import mixing
 from dtrain.topology.consensus import matrix
+from dtrain.wire import HEADER_BYTES
 from tests.islands import run_islands, sgd_step
 from tests.oracle.test_gossip import LR, problem
 from tests.unit.small_run import opened, write_job_file
@@ -50,7 +61,7 @@ class Half:
         return 2 * numel
 
     def encode(self, x, out):
-        out.copy_(x.half().view(torch.uint8))
+        out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))
 
     def decode(self, wire, out):
         out.copy_(wire.clone().view(torch.float16))
@@ -130,6 +141,14 @@ BAD_ROWS = {
     "negative": ("Round(0.5, (peer,), ((peer, 0.5),))", "Round(1.5, (peer,), ((peer, -0.5),))", "use numbers of 0 or more"),
     "another each time": ('f"mine/{index // 3}"', 'f"{next(CALLS)}"', "is another when it is asked again; draw"),
     "apart": ("    order = ", "    return Round(0.5, (node ^ 1,), ((node ^ 1, 0.5),))\n    order = ", "islands 2, 3 never hear"),
+    "no pairs": ("((peer, 0.5),)", "(peer,)", "round 0: island 0 hears 2; write (peer, weight) for each, as ((1, 0.5),)"),
+    "no list of pairs": ("((peer, 0.5),)", "peer", "round 0: island 0 hears 2; write (peer, weight) for each"),
+    "no list of peers": ("Round(0.5, (peer,)", "Round(0.5, peer", "round 0: island 0 sends to 2; name islands by whole numbers"),
+    "half a peer": ("Round(0.5, (peer,)", "Round(0.5, (peer + 0.5,)", "island 0 sends to (2.5,); name islands by whole numbers"),
+    "half a peer heard": ("((peer, 0.5),)", "((0.5, peer),)", "round 0: island 0 hears (0.5, 2); write (peer, weight)"),
+    "text": ("((peer, 0.5),)", "((peer, '0.5'),)", "round 0: island 0 has a weight of '0.5'; use numbers of 0 or more"),
+    "text of its own": ("Round(0.5, (peer", "Round('0.5', (peer", "round 0: island 0 has a weight of '0.5'"),
+    "two arguments": ("rows(index, node, num_nodes):", "rows(index, node, num_nodes=4, *, seed):", "has no function rows"),
     "nothing": ("    order = ", "    return 3\n    order = ", "round 0 gives island 0 3; return a dtrain.topology.Round"),
 }
 
@@ -151,7 +170,7 @@ def test_rounds_after_the_first_are_looked_at_where_they_begin() -> None:
     """Weights go wrong, or more is heard than there is room for, in a round that no check before the start has seen."""
     late = with_mine("((peer, 0.5),)", "((peer, 0.5 - 0.1 * (index == 70)),)", "late.py")
     check_topology(f"{late}:rows", None, 4)
-    with pytest.raises(ValueError, match=r"round 70: the row of island 1 sums to 0\.9"):
+    with pytest.raises(ValueError, match=r"round 70: the row of island 0 sums to 0\.9"):
         mixing_of(f"{late}:rows", None, 0, None).rows(70, 1, 4)
     all_of_a_sudden = (
         "    if index == 90:\n        others = [n for n in range(num_nodes) if n != node]\n"
@@ -159,8 +178,32 @@ def test_rounds_after_the_first_are_looked_at_where_they_begin() -> None:
     )
     many = with_mine("    order = ", all_of_a_sudden, "many.py")
     check_topology(f"{many}:rows", None, 4)
-    with pytest.raises(ValueError, match="round 90 lets island 2 hear 3 others, and none of the first 64 rounds more than 1"):
+    with pytest.raises(ValueError, match="round 90 lets island 0 hear 3 others, and none of the first 64 rounds more than 1"):
         mixing_of(f"{many}:rows", None, 0, None).rows(90, 2, 4)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    name = with_mine("Round(0.5, (peer,), ((peer, 0.5),))", "Round(half.of(0.5), [peer], [(half.no(peer), half.of(0.5))])")
+    Path(name).write_text(Path(name).read_text() + "\nimport numpy as np\nhalf.of, half.no = np.float32, np.int64\n")
+    mixed = mixing_of(f"{name}:rows", None, 0, None)
+    assert mixed.rows(5, 1, 4) == mixing_of("mine.py:rows", None, 0, None).rows(5, 1, 4)
+    assert [type(part) for part in mixed.rows(5, 1, 4).recvs[0]] == [int, float]
+
+
+def test_a_function_is_asked_once_an_island_and_round() -> None:
+    """By whoever asks in a process; of the first rounds twice before, to see that it says the same."""
+    name = with_mine("    order = ", "    next(CALLS)\n    order = ")
+    calls = load_named(f"{name}:CALLS", "topology")[2]
+    assert isinstance(calls, count)
+    for _ in range(3):
+        assert resolve("dpsgd", {"topology": f"{name}:rows"}, 6).topology == f"{name}:rows"
+    assert next(calls) == 2 * 6 * LOOK
+    for _ in range(2):
+        mixed = mixing_of(f"{name}:rows", None, 0, None)
+        for index in (100, 101):
+            for node in range(6):
+                assert mixed.in_degree(node, 6) == len(mixed.rows(index, node, 6).recvs) == 1
+    assert next(calls) == 2 * 6 * LOOK + 1 + 2 * 6
 
 
 def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
@@ -172,12 +215,15 @@ def test_rings_of_ones_own_that_fall_apart_need_a_server() -> None:
 
 BAD_CODECS = {
     "size": ("return 2 * numel", "return 2.0 * numel", "with 1 elements wire_bytes is 2.0; return a whole number from 1"),
-    "changes x": ("out.copy_(x.half()", "out.copy_(x.mul_(0.5).half()", "encode changes x; work on a copy"),
-    "another each time": ("x.half()", "(x + next(CALLS)).half()", "writes others the second time; fill all, without chance"),
-    "leaves": ("out.copy_(x.half().view(torch.uint8))", "out[:-1].copy_(x.half().view(torch.uint8)[:-1])", "leaves bytes of out"),
+    "changes x": ("out.copy_(x.", "out.copy_(x.mul_(0.5).", "encode changes x; work on a copy"),
+    "another each time": ("x.clamp", "(x + next(CALLS)).clamp", "writes others the second time; fill all, without chance"),
+    "leaves": ("out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))", "out[1:] = 3", "leaves bytes of out"),
     "changes wire": ("wire.clone()", "wire.zero_()", "decode changes the wire"),
     "half done": ("out.copy_(wire.clone().view(torch.float16))", "out[1:].copy_(wire.view(torch.float16)[1:])", "fill all of it"),
-    "infinite": ("x.half()", "(x * 1e9).half()", "or not finite"),
+    "infinite": ("x.clamp(-65504, 65504).half()", "(x * 1e9).half()", "or not finite"),
+    "infinite where x is large": ("x.clamp(-65504, 65504)", "x", "1 elements values of 1e+06: decode leaves elements"),
+    "0 / 0": ("x.clamp(-65504, 65504)", "(x / x.abs().max())", "with 1 elements zeros: decode leaves elements"),
+    "no copy": ("half = Half()", "half = Half()\nhalf.lock = __import__('threading').Lock()", "cannot be copied for each bucket"),
     "a class": ("half = Half()", "half = Half", "has no codec half; define half there, an object with wire_bytes"),
     "not there": ("half = Half()", "whole = Half()", "has no codec half"),
 }
@@ -218,6 +264,44 @@ def test_an_own_codec_codes_mixes_and_knows_a_wire_that_is_not_its_own() -> None
         bound.check(wire[:-1])
     with pytest.raises(NonFinite):
         bound.encode(torch.full((300,), float("inf")), wire, state)
+
+
+def test_inf_or_nan_of_a_codec_is_never_in_a_wire_that_is_used() -> None:
+    """One that passes what is tried at its load, and fails on what a run brings."""
+    name, cpu = f"{with_mine('x.clamp(-65504, 65504)', 'x')}:half", torch.device("cpu")
+    x = torch.tensor([1.0, 1e6])
+    for feedback in (False, True):
+        bound = codec_of(name, error_feedback=feedback).bind(whole("x", x))
+        with pytest.raises(NonFinite, match="an own codec makes inf or NaN of a payload of values up to 1e"):
+            bound.encode(x, bound.new_wire(cpu), bound.init(cpu))
+    bound = codec_of(name, error_feedback=False).bind(whole("x", x))
+    wire = bound.new_wire(cpu)
+    bound.encode(x / 1e6, wire, {})
+    bound.check(wire)
+    wire[HEADER_BYTES:] = torch.full((2,), float("nan"), dtype=torch.float16).view(torch.uint8)
+    said = zlib.crc32(bytes(wire[HEADER_BYTES:].tolist()), zlib.crc32(bytes(wire[: HEADER_BYTES - 8].tolist())))
+    wire[HEADER_BYTES - 8 : HEADER_BYTES] = torch.tensor(list(said.to_bytes(8, "little")), dtype=torch.uint8)
+    with pytest.raises(WireError, match="a wire that an own codec makes inf or NaN of"):
+        bound.check(wire)
+
+
+def test_islands_in_one_process_share_no_room_of_a_codec() -> None:
+    """Both have filled it before either empties it."""
+    room = "self.room = x.clamp(-65504, 65504).half(); TOGETHER.wait(5); out.copy_(self.room.view(torch.uint8))"
+    name = with_mine("out.copy_(x.clamp(-65504, 65504).half().view(torch.uint8))", room)
+    Path(name).write_text("import threading\nTOGETHER = threading.Barrier(2)\n" + Path(name).read_text())
+    codec, layout = codec_of(f"{name}:half", error_feedback=False), whole("x", torch.zeros(3))
+
+    def coded(node: int) -> Tensor:
+        bound, y = codec.bind(layout, node), torch.zeros(3)
+        wire = bound.new_wire(y.device)
+        bound.encode(torch.full((3,), 1.0 + node), wire, {})
+        bound.decode_add(wire, y, weight=1.0)
+        return y
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(coded, range(2))
+    assert (one.tolist(), two.tolist()) == ([1.0] * 3, [2.0] * 3)
 
 
 def test_error_feedback_keeps_what_it_lost() -> None:
@@ -277,3 +361,28 @@ def test_one_island_alone_may_use_them() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     with dtrain.join(model, optimizer, recipe="diloco", every=1, codec="mine.py:half", link=connect_local(1)[0]):
         sgd_step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "mine.py:row"])
+def test_every_recipe_takes_an_own_codec_or_is_refused_in_one_line(name: str) -> None:
+    """What passes has its code, bound to a bucket."""
+    codes = "" if name in ("local", "choco", "beer", "dadao") else RECIPES[name].algorithm if name in RECIPES else "dpsgd"
+    try:
+        recipe = resolve(name, {"codec": "mine.py:half"}, 4)
+    except ValueError as e:
+        assert (codes, "\n" in str(e)) == ("", False)  # noqa: PT017  (most pass)
+        return
+    assert recipe.algorithm == codes
+    assemble(with_steps(recipe, 1000), 0, 4).method(whole("x", torch.zeros(50)), Peers(1, 4))
+
+
+def test_the_bytes_that_run_are_those_of_the_digest() -> None:
+    """Not what is cached of a file as long and as old as it."""
+    file, old, new = Path("stale.py"), b"NUMBER = 1\n", b"NUMBER = 2\n"
+    file.write_bytes(old)
+    os.utime(file, (1e9, 1e9))
+    py_compile.compile(str(file), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    file.write_bytes(new)
+    os.utime(file, (1e9, 1e9))
+    _, _, number = load_named("stale.py:NUMBER", "codec")
+    assert (number, digest("stale.py:NUMBER")) == (2, hashlib.sha256(new).hexdigest())
