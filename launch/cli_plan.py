@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from dtrain.launch.tables import table
+
+if TYPE_CHECKING:
+    from dtrain.recipes import Recipe
 
 MOST_ISLANDS = 1000
 HEADER = ["recipe", "topology", "codec", "every/delay", "step ms", "waits", "MB a step", "memory", "tokens/s", "lambda2"]
@@ -80,6 +83,11 @@ def plan(
     sizes = _sizes(islands, job.islands.count)
     if write and len(sizes) > 1:
         raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
+    if write and sizes[0] != (own := read_job(job_file).islands.count):
+        raise ValueError(
+            f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where another recipe may be the best, and this one none; "
+            f"write islands.count = {sizes[0]} there first, or leave --write out"
+        )
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
     plans = [planned(setting, job, size) for size in sizes]
@@ -93,8 +101,23 @@ def plan(
         write_json(json_file, plans, notes)
         console.print(Text(f"written: {json_file}"), soft_wrap=True)
     if write:
-        write_answers(job_file, answers(plans[0].chosen.recipe))
+        chosen = plans[0].chosen.recipe
+        write_answers(job_file, answers(chosen, sizes[0], job.sync.recipe), lambda text: check_text(text, job_file, chosen))
         console.print(Text(f"written into [sync] of {job_file}: dtrain run {job_file}"), soft_wrap=True)
+
+
+def check_text(text: str, job_file: Path, recipe: Recipe) -> None:
+    """Raises ValueError where a job file of this text would not run, or not by that recipe."""
+    import tomllib
+
+    from dtrain.config import parse_job
+    from dtrain.launch.checks import resolved
+    from dtrain.recipes import of_section
+
+    job = parse_job(tomllib.loads(text), where=str(job_file))
+    resolved(job)
+    if of_section(job.sync.model_dump(exclude_none=True), job.islands.count) != recipe:
+        raise ValueError(f"{job_file}: its [sync] would say another recipe than the recommended one; write it by hand")
 
 
 def _positive(option: str, value: float) -> float:

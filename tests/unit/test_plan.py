@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from dtrain.config import load_job
 from dtrain.connect import LinkSettings
 from dtrain.launch.cli import run_command
+from dtrain.launch.cli_plan import check_text
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.candidates import candidates
@@ -21,7 +24,7 @@ from dtrain.plan.plans import NEAR_BEST, Planner, Row, Setting, loss_order, reco
 from dtrain.plan.probe import probe_link
 from dtrain.plan.sent import Sent
 from dtrain.plan.write import answers, replaced, write
-from dtrain.recipes import RECIPES, of_section, resolve
+from dtrain.recipes import RECIPES, Recipe, of_section, resolve
 from tests.unit.small_run import refused, write_job_file
 
 SHAPES = {"embedding.weight": (256, 64), "w": (512, 64)}
@@ -173,6 +176,8 @@ def test_steps_and_link_are_measured_where_nobody_says_them(job: Path, capsys: p
         (("plan", "job.toml", "--near", "1gbit"), "--near is the rate between islands of one host: say how many"),
         (("plan", "job.toml", "--islands", "2,many"), "--islands 2,many: write numbers from 2 to 1000"),
         (("plan", "job.toml", "--islands", "2,4", "--write"), "--write with --islands 2,4: a job has one number of islands"),
+        (("plan", "job.toml", "--islands", "4", "--write"), "--write for 4 islands: job.toml is a job of 2"),
+        ((*SAID, "islands.count=4", "--write"), "--write for 4 islands: job.toml is a job of 2"),
         (("plan", "job.toml", "--json", "no/where.json"), "--json no/where.json: there is no folder"),
         ((*SAID, "sync.recipe=choco", "sync.topology=hypercube", "--islands", "3"), "a hypercube has 2, 4, 8 ... islands"),
         (("plan", "no.toml"), "no job file at no.toml"),
@@ -214,7 +219,7 @@ def test_a_section_that_is_written_otherwise_is_left_alone(text: str, tmp_path: 
     file = tmp_path / "job.toml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r'is not written as one section with a key a line.* by hand: recipe = "local"'):
-        write(file, {"recipe": "local"})
+        write(file, {"recipe": "local"}, len)
     assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("job.toml", text)]
 
 
@@ -222,7 +227,7 @@ def test_a_file_behind_a_link_is_the_one_that_is_written(tmp_path: Path) -> None
     (tmp_path / "real.toml").write_text(TEXT, encoding="utf-8")
     os.chmod(tmp_path / "real.toml", 0o640)
     (tmp_path / "job.toml").symlink_to("real.toml")
-    write(tmp_path / "job.toml", {"recipe": "local"})
+    write(tmp_path / "job.toml", {"recipe": "local"}, len)
     assert (tmp_path / "job.toml").is_symlink()
     assert tomllib.loads((tmp_path / "real.toml").read_text(encoding="utf-8"))["sync"] == {"recipe": "local"}
     assert (tmp_path / "real.toml").stat().st_mode & 0o777 == 0o640
@@ -232,8 +237,68 @@ def test_a_file_behind_a_link_is_the_one_that_is_written(tmp_path: Path) -> None
 def test_what_is_written_says_the_recipe_whole() -> None:
     """Every candidate, through the text of a job file and back."""
     for recipe in candidates(resolve(None, {}, 8), 8, per_host=2):
-        text = replaced(TEXT, answers(recipe), "job.toml")
-        again = of_section(tomllib.loads(text)["sync"], 8)
-        assert again.delay_steps == recipe.delay_steps
-        keys = ("name", "topology", "graph", "codec", "error_feedback", "every", "fragments")
-        assert [getattr(again, k) for k in keys] == [getattr(recipe, k) for k in keys]
+        assert again(answers(recipe, 8), 8) == recipe
+
+
+def again(written: Mapping[str, object], num_islands: int) -> Recipe:
+    return of_section(tomllib.loads(replaced(TEXT, written, "job.toml"))["sync"], num_islands)
+
+
+MINE = """
+from dtrain.recipes import Recipe
+row = Recipe("mine", "s", "p", "dpsgd", "parameters", 1, "neighbours", "ring", combine="gossip", delay=1)
+class Half:
+    def wire_bytes(self, numel): return 2 * numel
+    def encode(self, x, out): out.copy_(x.half().view(out.dtype))
+    def decode(self, wire, out): out.copy_(wire.clone().view(out.half().dtype))
+half = Half()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("diloco", {"every": 100, "fragments": 4, "outer_lr": 0.4, "delay": 25}),
+        ("semi_s2s", {"server": "sampled:4:2"}),
+        ("mine.py:row", {"codec": "int8:64"}),
+        ("choco", {"gamma": 0.5, "bucket_bytes": 8192}),
+        ("chebyshev", {"gossip_steps": 2}),
+        ("diloco", {"landing": "eager", "delay": "round", "reduce": "gather", "outer": "sgd", "codec": "int4:64"}),
+    ],
+)
+def test_a_jobs_own_answers_are_written_too(
+    name: str, axes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE, encoding="utf-8")
+    recipe = resolve(name, axes, 8)
+    assert answers(recipe, 8, name).items() <= ({"recipe": name} | axes).items()
+    assert again(answers(recipe, 8, name), 8) == recipe
+    assert again(answers(recipe, 8), 8) == recipe
+
+
+def test_what_a_job_file_cannot_say_is_not_written() -> None:
+    """No key takes a row's server away."""
+    with pytest.raises(ValueError, match='no words for "semi_s2s"'):
+        answers(replace(resolve("semi_s2s", {"graph": "ring"}, 4), server=None), 4)
+
+
+def test_a_text_that_would_not_run_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ValueError, match="no recipe"):
+        write(tmp_path / "job.toml", {"recipe": "nothing"}, refuse)
+    assert (tmp_path / "job.toml").read_text(encoding="utf-8") == TEXT
+
+
+def refuse(text: str) -> None:
+    raise ValueError("no recipe" if 'recipe = "nothing"' in text else "another text")
+
+
+def test_what_is_written_is_read_again_as_a_job(job: Path) -> None:
+    """For the islands of the file, whatever else was planned for: a ring of three has no hypercube."""
+    text = '[islands]\ncount = 3\n[sync]\nrecipe = "choco"\n'
+    check_text(text, job, resolve("choco", {}, 3))
+    with pytest.raises(ValueError, match="2, 4, 8"):
+        check_text(text + 'topology = "hypercube"\n', job, resolve("choco", {"topology": "hypercube"}, 4))
+    with pytest.raises(ValueError, match="another recipe"):
+        check_text(text + "gamma = 0.25\n", job, resolve("choco", {}, 3))
