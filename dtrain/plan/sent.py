@@ -1,8 +1,8 @@
 """What does a recipe send, and to whom? Its own code says so: it is run once on tensors that have shapes and no values.
 
 No recipe has a rule here. A method posts its wires to a Link that nobody carries, is handed wires of the lengths that it expects,
-and lands; its state, its wires and the bytes that its kernels move are counted on the way. A method of somebody's own runs on
-zeros in memory, because it may look at values."""
+and lands; its state, its wires and the bytes that its kernels move are counted on the way. A method or a codec of somebody's
+own runs on zeros in memory, because it may look at values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dtrain.assemble import Plan, assemble
 from dtrain.bucket import Flat, flatten, make_buckets
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
+from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.recipes import Recipe
 from dtrain.topology import Mixing, Round, parse_server
@@ -99,7 +100,7 @@ def model_flat(shapes: Shapes, device: torch.device) -> Flat:
 def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1) -> Sent:
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
-    device = torch.device("cpu" if recipe.algorithm == "own" else "meta")
+    device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
     buckets = make_buckets(
         model_flat(shapes, device),
         num_fragments=recipe.fragments,
