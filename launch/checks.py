@@ -76,7 +76,7 @@ def check_input(job: Job, how: How) -> None:
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
             )
     else:
-        _refuse_sim(job)
+        refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
         from dtrain.data.corpus import check_fits, load_corpus
@@ -106,12 +106,14 @@ def _check_sim(job: Job) -> None:
             )
 
 
-def _refuse_sim(job: Job) -> None:
+def refuse_sim(job: Job) -> None:
+    """Raises ValueError for keys of [sim] that differ from their defaults: whoever asks simulates nothing."""
     changed = [key for key, field in type(job.sim).model_fields.items() if getattr(job.sim, key) != field.default]
     if changed:
         key = changed[0]
         raise ValueError(
-            f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run and profile; use dtrain sim, or leave it out"
+            f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run, profile and plan; use dtrain sim, or leave it "
+            "out"
         )
 
 

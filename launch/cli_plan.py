@@ -36,9 +36,15 @@ def plan(
     ] = None,
     jitter: Annotated[str | None, typer.Option("--jitter", help="standard deviation of a step", show_default=False)] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help='reckon a step for a GPU, "h100"', show_default=False)
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help='reckon a step for a GPU, "h100"; with --step-time its memory alone', show_default=False
+        ),
     ] = None,
-    mfu: Annotated[float, typer.Option("--mfu", help="of the GPU's FLOP/s that a step reaches", min=0.01, max=1.0)] = 0.4,
+    mfu: Annotated[
+        float | None,
+        typer.Option("--mfu", help="of the GPU's FLOP/s that a step reaches; 0.4", min=0.01, max=1.0, show_default=False),
+    ] = None,
     near: Annotated[
         str | None, typer.Option("--near", help="rate between islands of one host", show_default=False)
     ] = None,
@@ -57,9 +63,9 @@ def plan(
     Example: dtrain plan JOB.toml --link 100mbit --rtt 40ms --gpu h100 --islands 2,64
     """
     from dtrain import units
-    from dtrain.launch.checks import read_job
+    from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.plan_job import Said, setting_of
-    from dtrain.launch.plan_rows import as_sentences, planned, table_rows, write_json
+    from dtrain.launch.plan_rows import as_sentences, other_sizes, planned, table_rows, write_json
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
 
@@ -73,10 +79,14 @@ def plan(
         gpu=gpu,
         mfu=mfu,
     )
-    if gpu is not None and step_time is not None:
-        raise ValueError("--gpu and --step-time both say how long a step takes; give one of them")
+    if mfu is not None and (gpu is None or step_time is not None):
+        raise ValueError(f"--mfu {mfu:g} is for a step that is reckoned: it needs --gpu, and no --step-time")
     if near is not None and per_host == 1:
         raise ValueError("--near is the rate between islands of one host: say how many there are with --per-host")
+    if near is None and per_host > 1:
+        raise ValueError(f"--per-host {per_host}: say the rate between islands of one host with --near")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json {json_file} is a folder; name a file, as {json_file / 'plan.json'}")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first, or name another")
     job = read_job(job_file, overrides or ())
@@ -85,11 +95,13 @@ def plan(
         raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
     if write and sizes[0] != (own := read_job(job_file).islands.count):
         raise ValueError(
-            f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where another recipe may be the best, and this one none; "
+            f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where this recipe may not fit; "
             f"write islands.count = {sizes[0]} there first, or leave --write out"
         )
+    refuse_sim(job)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
+    notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)
     plans = [planned(setting, job, size) for size in sizes]
     for one in plans:
         console.print(Text(f"\n{one.num_islands} islands"), soft_wrap=True)

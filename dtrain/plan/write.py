@@ -24,8 +24,8 @@ _KEY = re.compile(r"\s*(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')\s*=")
 def answers(recipe: Recipe, num_islands: int, called: str | None = None) -> Mapping[str, object]:
     """The keys of [sync] that say a recipe: its row's name, and every axis that differs from the row.
 
-    ``called``: how the job file names its row, kept where that is the recipe's, so that a relative path stays one. Raises ValueError
-    where a job file has no words for the recipe."""
+    ``called``: how the job file names its row, kept where that is the recipe's, so that a relative path stays one. Raises
+    ValueError where a job file has no words for the recipe."""
     row = own.load(recipe.name) if is_own(recipe.name) else RECIPES[recipe.name]
     name = called if called is not None and is_own(called) and own.load(called).name == recipe.name else recipe.name
     changed = {axis: getattr(recipe, axis) for axis in AXES if getattr(recipe, axis) != getattr(row, axis)}

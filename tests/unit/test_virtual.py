@@ -75,8 +75,8 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
         (["sim", "sim.step_s=1", "sim.links=0-1:1mbit/1ms,1-0:none/1ms"], "job.toml: sim.links = '0-1:1mbit/1ms,1-0:none/1"),
         (["sim", "sim.step_s=1", "sim.links=0-2:1mbit/1ms"], "job.toml: sim.links = '0-2:1mbit/1ms' names island 2; the"),
         (["sim", "sim.problem=quadratic", "sync.recipe=accum_adam"], 'sim.problem = "quadratic" steps by plain SGD, and'),
-        (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
-        (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
+        (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run, profile and plan; use dtrain sim"),
+        (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run, profile and plan"),
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_one_line(
