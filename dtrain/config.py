@@ -359,12 +359,13 @@ def dump_job(job: Job) -> str:
         section: Section = getattr(job, name)
         lines.append(f"[{name}]")
         for key, value in section.model_dump(exclude_none=True).items():
-            lines.append(f"{key} = {_toml(value)}")
+            lines.append(f"{key} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml(value: object) -> str:
+def toml_value(value: object) -> str:
+    """As it stands behind a key's equals sign."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

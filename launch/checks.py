@@ -95,7 +95,7 @@ def check_answers(job: Job, how: How) -> None:
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
             )
     else:
-        _refuse_sim(job)
+        refuse_sim(job)
         _check_link(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
@@ -144,12 +144,14 @@ def _refuse_changed(job: Job, section: str, key: str, where: str) -> None:
         raise ValueError(f"{section}.{key} = {value!r} has no effect {where}; leave it out")
 
 
-def _refuse_sim(job: Job) -> None:
+def refuse_sim(job: Job) -> None:
+    """Raises ValueError for keys of [sim] that differ from their defaults: whoever asks simulates nothing."""
     changed = [key for key, field in type(job.sim).model_fields.items() if getattr(job.sim, key) != field.default]
     if changed:
         key = changed[0]
         raise ValueError(
-            f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run and profile; use dtrain sim, or leave it out"
+            f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run, profile and plan; use dtrain sim, or leave it "
+            "out"
         )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from dtrain.launch.tables import table
+
+if TYPE_CHECKING:
+    from dtrain.recipes import Recipe
 
 MOST_ISLANDS = 1000
 HEADER = ["recipe", "topology", "codec", "every/delay", "step ms", "waits", "MB a step", "memory", "tokens/s", "lambda2"]
@@ -33,9 +36,15 @@ def plan(
     ] = None,
     jitter: Annotated[str | None, typer.Option("--jitter", help="standard deviation of a step", show_default=False)] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help='reckon a step for a GPU, "h100"', show_default=False)
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help='reckon a step for a GPU, "h100"; with --step-time its memory alone', show_default=False
+        ),
     ] = None,
-    mfu: Annotated[float, typer.Option("--mfu", help="of the GPU's FLOP/s that a step reaches", min=0.01, max=1.0)] = 0.4,
+    mfu: Annotated[
+        float | None,
+        typer.Option("--mfu", help="of the GPU's FLOP/s that a step reaches; 0.4", min=0.01, max=1.0, show_default=False),
+    ] = None,
     near: Annotated[
         str | None, typer.Option("--near", help="rate between islands of one host", show_default=False)
     ] = None,
@@ -54,9 +63,9 @@ def plan(
     Example: dtrain plan JOB.toml --link 100mbit --rtt 40ms --gpu h100 --islands 2,64
     """
     from dtrain import units
-    from dtrain.launch.checks import read_job
+    from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.plan_job import Said, setting_of
-    from dtrain.launch.plan_rows import as_sentences, planned, table_rows, write_json
+    from dtrain.launch.plan_rows import as_sentences, other_sizes, planned, table_rows, write_json
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
 
@@ -70,18 +79,29 @@ def plan(
         gpu=gpu,
         mfu=mfu,
     )
-    if gpu is not None and step_time is not None:
-        raise ValueError("--gpu and --step-time both say how long a step takes; give one of them")
+    if mfu is not None and (gpu is None or step_time is not None):
+        raise ValueError(f"--mfu {mfu:g} is for a step that is reckoned: it needs --gpu, and no --step-time")
     if near is not None and per_host == 1:
         raise ValueError("--near is the rate between islands of one host: say how many there are with --per-host")
+    if near is None and per_host > 1:
+        raise ValueError(f"--per-host {per_host}: say the rate between islands of one host with --near")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json {json_file} is a folder; name a file, as {json_file / 'plan.json'}")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first, or name another")
     job = read_job(job_file, overrides or ())
     sizes = _sizes(islands, job.islands.count)
     if write and len(sizes) > 1:
         raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
+    if write and sizes[0] != (own := read_job(job_file).islands.count):
+        raise ValueError(
+            f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where this recipe may not fit; "
+            f"write islands.count = {sizes[0]} there first, or leave --write out"
+        )
+    refuse_sim(job)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
+    notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)
     plans = [planned(setting, job, size) for size in sizes]
     for one in plans:
         console.print(Text(f"\n{one.num_islands} islands"), soft_wrap=True)
@@ -93,8 +113,23 @@ def plan(
         write_json(json_file, plans, notes)
         console.print(Text(f"written: {json_file}"), soft_wrap=True)
     if write:
-        write_answers(job_file, answers(plans[0].chosen.recipe))
+        chosen = plans[0].chosen.recipe
+        write_answers(job_file, answers(chosen, sizes[0], job.sync.recipe), lambda text: check_text(text, job_file, chosen))
         console.print(Text(f"written into [sync] of {job_file}: dtrain run {job_file}"), soft_wrap=True)
+
+
+def check_text(text: str, job_file: Path, recipe: Recipe) -> None:
+    """Raises ValueError where a job file of this text would not run, or not by that recipe."""
+    import tomllib
+
+    from dtrain.config import parse_job
+    from dtrain.launch.checks import resolved
+    from dtrain.recipes import of_section
+
+    job = parse_job(tomllib.loads(text), where=str(job_file))
+    resolved(job)
+    if of_section(job.sync.model_dump(exclude_none=True), job.islands.count) != recipe:
+        raise ValueError(f"{job_file}: its [sync] would say another recipe than the recommended one; write it by hand")
 
 
 def _positive(option: str, value: float) -> float:

@@ -47,7 +47,11 @@ class Said:
     near_bits_per_s: float | None = None
     per_host: int = 1
     gpu: str | None = None
-    mfu: float = accelerators.MFU
+    mfu: float | None = None
+
+    @property
+    def measures_steps(self) -> bool:
+        return self.gpu is None and self.step_s is None
 
 
 def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, console: Console) -> tuple[Setting, list[str]]:
@@ -66,6 +70,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         num_ranks=job.islands.ranks,
         micro_batches=job.train.accumulate,
         moments_every=job.train.moments_every,
+        sam_rho=job.train.sam_rho,
         number_bytes=2 if job.train.precision == "bf16" or said.gpu else 4,
         per_host=said.per_host,
         seed=job.job.seed,
@@ -93,19 +98,26 @@ def _computes(
     job_file: Path, overrides: Sequence[str], job: Job, said: Said, work: Work, console: Console, notes: list[str]
 ) -> tuple[float, float, Callable[[str], Island]]:
     """Seconds of a step, their standard deviation, and what a codec costs."""
-    if said.gpu is not None:
-        gpu = accelerators.accelerator(said.gpu)
-        step_s = accelerators.step_s(work, gpu, said.mfu)
+    if said.step_s is not None:
+        rate, whose = _ASSUMED_MEMORY_BYTES_PER_S, "assumed, as of one CPU core; --gpu names another"
+        if said.gpu is not None:
+            rate = accelerators.accelerator(said.gpu).memory_bytes_per_s * accelerators.MEMORY_SHARE
+            whose = f"{accelerators.MEMORY_SHARE:.0%} of the memory's of {said.gpu}"
+        step_s = said.step_s
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms, not measured: {said.gpu} at {said.mfu:.0%} of {gpu.flop_per_s / 1e12:.4g} "
-            f"TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
+            f"a step takes {step_s * 1e3:.3g} ms, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
+            f"encoding and landing move {rate / 1e9:.4g} GB/s, {whose}"
+        )
+        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
+    if said.gpu is not None:
+        gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
+        step_s = accelerators.step_s(work, gpu, mfu)
+        notes.append(
+            f"a step takes {step_s * 1e3:.3g} ms{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
+            f"{gpu.flop_per_s / 1e12:.4g} TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
         )
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
         return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
-    if said.step_s is not None:
-        notes.append(f"a step takes {said.step_s * 1e3:.3g} ms, as was said, and carrying wires takes nothing from it")
-        step_s = said.step_s
-        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, _ASSUMED_MEMORY_BYTES_PER_S)
     from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
 
     times = measure_steps(job_file, overrides, console)
@@ -115,8 +127,8 @@ def _computes(
     shared = crowd > 1
     jitter_s = said.jitter_s if said.jitter_s is not None else 0.0 if shared else spread_s
     notes.append(
-        f"a step takes {step_s * 1e3:.3g} ms, {spread_s * 1e3:.2g} ms more or less: the median of {len(times)}, of "
-        f"{job.islands.count} islands at once on this machine"
+        f"a step takes {step_s * 1e3:.3g} ms, {spread_s * 1e3:.2g} ms more or less{_without_sam(job)}: the median of "
+        f"{len(times)}, of {job.islands.count} islands at once on this machine"
         + (", which share its cores: what one loses another gains, so none is late by chance" if shared else "")
     )
     carrying = probe_carrying()
@@ -126,6 +138,10 @@ def _computes(
         "megabyte, measured between islands of one process"
     )
     return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), *carrying, crowd)
+
+
+def _without_sam(job: Job) -> str:
+    return " without SAM, which doubles it" if job.train.sam_rho else ""
 
 
 def _jitter(said: Said, step_s: float) -> float:
@@ -168,10 +184,11 @@ def _link(job: Job, said: Said, notes: list[str]) -> LinkSpeed:
 
 
 def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) -> list[float]:
-    """Seconds of the job's steps when its islands compute at once, as in a run, and never talk."""
+    """Seconds of the job's steps when its islands compute at once, as in a run, and never talk; without SAM."""
     with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as folder:
         other = [text for text in overrides if not text.startswith("sync.")]
-        changes = [*other, "sync.recipe=local", f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
+        alone = ("sync.recipe=local", "train.sam_rho=0")
+        changes = [*other, *alone, f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
         with open_run(job_file, changes, Choice()) as opened:
             outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console)
             if outcome.exit_status:

@@ -43,12 +43,25 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     """Raises ValueError where the job's own recipe does not fit so many islands."""
     asked = of_section(job.sync.model_dump(exclude_none=True), num_islands)
     planner = Planner(setting)
-    rows = [planner.row(recipe, num_islands) for recipe in candidates(asked, num_islands, per_host=setting.per_host)]
+    looked_at = candidates(asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho)
+    rows = [planner.row(recipe, num_islands) for recipe in looked_at]
     chosen = recommend(rows)
     jitter_s = setting.island("identity").jitter_s
     lines = [*factors(planner, chosen), *topology_lines(rows, chosen)]
     lines += [jitter_line(rows, chosen, jitter_s)] if jitter_s else []
     return Planned(num_islands, rows[0], rank(rows), chosen, lines)
+
+
+def other_sizes(sizes: Sequence[int], own: int, *, measured: bool) -> list[str]:
+    """A line where a step was measured with another number of islands than is planned for."""
+    others = [size for size in sizes if size != own]
+    if not measured or not others:
+        return []
+    line = (
+        f"{', '.join(map(str, others))} islands are taken to step as fast as the {own} that were measured on this machine, as if "
+        "each had hardware of its own; --step-time says otherwise"
+    )
+    return [line]
 
 
 def table_rows(plan: Planned, *, show_all: bool) -> list[list[str]]:

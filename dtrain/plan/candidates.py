@@ -1,10 +1,14 @@
-"""Which recipes could a job use? Every row of recipes.py, with the topologies and codecs that fit it and so many islands."""
+"""Which recipes could a job use? The rows of recipe_rows.py, with the topologies and codecs that fit them and so many islands.
+
+Left out are rows that are only simulated, those whose rounds do not come at even distances, and those that the job refuses: ones
+defined with SAM where train.sam_rho is 0."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from dtrain import topology as topologies
 from dtrain.methods import RULES
 from dtrain.recipe_fits import check_trains
 from dtrain.recipes import RECIPES, Recipe, resolve
@@ -21,18 +25,19 @@ _FEW_BITS = ("int4:64",)
 """Codecs that lose so much of a pseudo-gradient that what they lost must go out with the next round."""
 
 
-def candidates(asked: Recipe, num_islands: int, *, per_host: int = 1) -> list[Recipe]:
-    """The recipe that the job asks for, first; then all others, each once."""
+def candidates(
+    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None
+) -> list[Recipe]:
+    """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` is the job's own."""
     check_plannable(asked)
     found = {_key(asked): asked}
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
+        if row.sam_rho is not None and sam_rho == 0:
+            continue
         for overrides in _variants(row, num_islands, per_host):
-            try:
-                recipe = resolve(row.name, overrides, num_islands)
-            except ValueError:  # the variant is for other numbers of islands: a hypercube, an alternating ring
-                continue
+            recipe = resolve(row.name, overrides, num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
 
@@ -61,12 +66,28 @@ def _topologies(row: Recipe, num_islands: int, per_host: int) -> list[tuple[str,
     own = (row.topology, row.graph)
     if row.reduce != "neighbours":
         return [own]
-    if row.combine == "push":
-        return [own, ("directed", "random_out:2")]
     names = ["ring", "one_peer_exponential", "torus", "hypercube"]
     names += ["complete"] if num_islands <= _MOST_COMPLETE else []
     names += [f"alternating_exp_ring:{per_host}"] if per_host > 1 else []
-    return [own, *((name, None) for name in names if name != row.topology)]
+    plain = [(name, None) for name in names if name != row.topology]
+    looked_at = (own, *([("directed", "random_out:2")] if row.combine == "push" else plain))
+    return [(name, graph) for name, graph in looked_at if _takes(row, name, graph) and _exists(row, name, graph, num_islands)]
+
+
+def _takes(row: Recipe, topology: str, graph: str | None) -> bool:
+    """Whether a method runs over a topology. No key of a job takes away the graph that a row names."""
+    rules = RULES[row.algorithm]
+    allowed = topologies.PAIRS if rules.pairs else topologies.STATIC if rules.static is not None else topologies.NAMES
+    return topologies.parameter(topology)[0] in allowed and (graph is not None or row.graph is None)
+
+
+def _exists(row: Recipe, topology: str, graph: str | None, num_islands: int) -> bool:
+    """Whether there is one for so many islands: a hypercube of 6, say, is none. Its one refusal is what is asked for."""
+    try:
+        topologies.check(topology, graph, num_islands, server=row.server)
+    except ValueError:
+        return False
+    return True
 
 
 def _codecs(row: Recipe) -> list[str]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
+import torch
+
+from dtrain.bucket import whole
+from dtrain.own_codec import codec_of
+from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
+from dtrain.recipe_fits import rho_of
 from dtrain.recipes import Recipe
 from dtrain.topology import parse_server
 from dtrain.topology.consensus import consensus
@@ -27,6 +34,8 @@ ORDER = (
     "between rounds first, then the most bits"
 )
 _BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1}
+_MANY = 2**20
+"""Numbers, beside which a wire's header is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,9 @@ class Setting:
     seed: int
     link: LinkSpeed
     island: Callable[[str], Island]
-    """Codec -> what computes: codecs move bytes at unlike speeds."""
+    """Codec -> what computes, without SAM: codecs move bytes at unlike speeds."""
+    sam_rho: float | None = None
+    """The job's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +89,14 @@ class Planner:
         counted = self._count(recipe, num_islands)
         when = When(recipe.every, recipe.delay_steps, recipe.fragments)
         island = s.island(recipe.codec)
-        if recipe.sam_rho is not None:  # forward and backward twice
+        sam = rho_of(recipe, s.sam_rho) > 0
+        if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
         time = step_time(counted, when, island, s.link)
         accumulates = (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
-            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, num_ranks=s.num_ranks,
-            micro_batches=s.micro_batches,
+            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, sam=sam,
+            num_ranks=s.num_ranks, micro_batches=s.micro_batches,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))
@@ -124,10 +136,19 @@ def loss_order(row: Row) -> tuple[float, ...]:
     behind it. Disagreement that a topology leaves comes late in the order: sparse ones are what gossip is for."""
     r = row.recipe
     place, fewest = _KINDS[r.payload]
-    bits = _BITS[r.codec.partition(":")[0]]
+    bits = _bits(r.codec)
     # Rounds of neighbours that fall apart reach some islands only; those with the server join them.
     apart = r.every if r.server is None else r.every * (1 + parse_server(r.server).every)
     return place if bits >= fewest else _COARSE, apart, -bits, not r.error_feedback, row.lambda2 or 0.0, r.delay_steps
+
+
+@cache
+def _bits(codec: str) -> float:
+    """A number's, on the wire; of an own codec what its wire is long, as nothing else is known of it."""
+    if not is_own(codec):
+        return _BITS[codec.partition(":")[0]]
+    bound = codec_of(codec, error_feedback=False).bind(whole("bits", torch.empty(_MANY, device="meta")))
+    return bound.wire_bytes * 8 / _MANY
 
 
 def recommend(rows: Sequence[Row]) -> Row:

@@ -19,11 +19,11 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from dtrain.bucket import whole
-from dtrain.codec import plain
 from dtrain.connect import Connection, LinkSettings
 from dtrain.engine import join
 from dtrain.island.replicas import Alone
 from dtrain.membership import Hub, MemoryMembership
+from dtrain.own_codec import codec_of
 from dtrain.plan.model import LinkSpeed
 from dtrain.transport.base import ROUND, Tag, Transport
 from dtrain.transport.c10d import GlooTransport
@@ -142,11 +142,12 @@ def _round_cpu_s(numel: int, num_islands: int) -> float:
 @cache
 def memory_bytes_per_s(codec: str) -> float:
     """At which encoding into a codec's wire and mixing two of them move bytes, on one thread."""
-    bound = plain(codec).bind(whole("probe", torch.empty(_LARGE, device="meta")))
+    bound = codec_of(codec, error_feedback=False).bind(whole("probe", torch.empty(_LARGE, device="meta")))
     x, wire = torch.randn(_LARGE, generator=torch.Generator().manual_seed(0)), bound.new_wire(_CPU)
+    state = bound.init(_CPU)
 
     def both() -> None:
-        bound.encode(x, wire, {})
+        bound.encode(x, wire, state)
         bound.mix(x, [wire, wire], [-0.5, 0.5])
 
     moved = (4 * _LARGE + bound.wire_bytes) + (8 * _LARGE + 2 * bound.wire_bytes)

@@ -1,15 +1,17 @@
 """What does a recipe send, and to whom? Its own code says so: it is run once on tensors that have shapes and no values.
 
 No recipe has a rule here. A method posts its wires to a Link that nobody carries, is handed wires of the lengths that it expects,
-and lands; its state, its wires and the bytes that its kernels move are counted on the way. A method of somebody's own runs on
-zeros in memory, because it may look at values."""
+and lands; its state, its wires and the bytes that its kernels move are counted on the way. A method or a codec of somebody's
+own runs on zeros in memory, because it may look at values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from dtrain.assemble import Plan, assemble
 from dtrain.bucket import Flat, flatten, make_buckets
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
+from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.recipes import Recipe
 from dtrain.topology import Mixing, Round
@@ -26,10 +29,40 @@ from dtrain.topology import Mixing, Round
 MOST_EXACT = 4
 """Islands up to which each is counted; of more, one of each kind."""
 _MOST_ROUNDS = 32
-"""Of a topology's period that are looked at: more than two periods of the one-peer topologies of 1,000 islands."""
+"""Of a topology's period that are looked at: more than two periods of one_peer_exponential of 1,000 islands. Two others may be
+longer: one_peer_ring of an odd number, whose rounds are alike but for who sits out, and a coloured graph of more colours."""
+_MANY_DRAWS, _FEW_DRAWS, _FEW = 64, 8, 64
+"""Rounds of a drawn topology that are looked at, of so few islands and of more."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameters of fp32 by name, in the model's order."""
+
+
+Degrees = tuple[int, int, int, int]
+"""Wires that go, near and far, and that come, near and far."""
+
+
+class Seen(NamedTuple):
+    """A round of an island, and where it was seen."""
+
+    degrees: Degrees
+    index: int
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Islands that are alike."""
+
+    node: int
+    """One of them."""
+    how_many: int
+    period: tuple[Seen, ...]
+    shares: Mapping[Seen, Fraction]
+    """Of all its rounds, in expectation."""
+
+    def mean(self, of: Callable[[Seen], int]) -> Fraction:
+        return sum((share * of(seen) for seen, share in self.shares.items()), Fraction(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +114,8 @@ class Sent:
     """Of all islands, where a round of each fragment is done in turn."""
 
     period: tuple[Exchange, ...]
-    """The rounds of the island that sends most over far links, then over all."""
+    """The rounds of the island that sends most over far links, then over all, in expectation: drawn rounds are those of the mean
+    island among those that are as likely to meet, not of the luckiest."""
     mean_round_bytes: float
     """What an island sends in a round, the mean over islands and rounds."""
     state_bytes: int
@@ -99,7 +133,7 @@ def model_flat(shapes: Shapes, device: torch.device) -> Flat:
 def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1) -> Sent:
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
-    device = torch.device("cpu" if recipe.algorithm == "own" else "meta")
+    device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
     buckets = make_buckets(
         model_flat(shapes, device),
         num_fragments=recipe.fragments,
@@ -107,38 +141,34 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         num_ranks=1,
         with_grad=plan.rewrites_gradients,
     )
-    talks = recipe.topology, recipe.graph, seed, recipe.server
-    mixed = mixing_of(*talks)
-    rounds, kinds = _rounds(mixed, num_islands), _kinds(talks, num_islands, per_host)
-    whole = 0.0
-    busiest: tuple[Exchange, ...] = ()
-    state_bytes = 0
-    for node, how_many in kinds.items():
-        core = Core(plan, buckets, Peers(node, num_islands))
-        state_bytes = max(state_bytes, _state_bytes(core))
-        period = _period(core, plan, mixed, rounds, per_host)
-        whole += how_many * sum(e.sent_bytes for e in period) / len(period)
-        if not busiest or _load(period) > _load(busiest):
-            busiest = period
+    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server)
+    kinds = _kinds((recipe.topology, recipe.graph, seed, recipe.server), num_islands, per_host)
+    cores = {kind.node: Core(plan, buckets, Peers(kind.node, num_islands)) for kind in kinds}
+    if mixed.drawn:
+        roomy = max(range(num_islands), key=lambda node: mixed.in_degree(node, num_islands))
+        cores.setdefault(roomy, Core(plan, buckets, Peers(roomy, num_islands)))
+    done: dict[tuple[int, Degrees], Exchange] = {}
+
+    def exchange(seen: Seen) -> Exchange:
+        key = seen.node, seen.degrees
+        if key not in done:
+            core = cores.get(seen.node) or cores.setdefault(seen.node, Core(plan, buckets, Peers(seen.node, num_islands)))
+            done[key] = _exchange(core, plan, seen.index, per_host)
+        return done[key]
+
+    def load(kind: Kind) -> tuple[Fraction, Fraction]:
+        return kind.mean(lambda seen: exchange(seen).far_bytes), kind.mean(lambda seen: exchange(seen).sent_bytes)
+
+    busiest = max(kinds, key=load)
+    whole = sum(kind.how_many * load(kind)[1] for kind in kinds)
     return Sent(
-        period=busiest,
-        mean_round_bytes=whole / num_islands,
-        state_bytes=state_bytes + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
-        wire_bytes=max(_in_flight(e) for e in busiest),
-        group=_group(recipe, mixed, num_islands, rounds),
+        period=tuple(exchange(seen) for seen in busiest.period),
+        mean_round_bytes=float(whole / num_islands),
+        state_bytes=max(map(_state_bytes, cores.values()))
+        + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
+        wire_bytes=max(_in_flight(exchange(seen)) for seen in busiest.shares),
+        group=_group(recipe, kinds, num_islands),
     )
-
-
-def _period(core: Core, plan: Plan, mixed: Mixing, rounds: int, per_host: int) -> tuple[Exchange, ...]:
-    node, num_nodes = core.peers.node, core.peers.num_nodes
-    of: dict[tuple[int, ...], Exchange] = {}
-    out = []
-    for index in range(rounds):
-        alike = _degrees(mixed.rows(index, node, num_nodes), node, per_host)
-        if alike not in of:
-            of[alike] = _exchange(core, plan, index, per_host)
-        out.append(of[alike])
-    return tuple(out)
 
 
 def _exchange(core: Core, plan: Plan, index: int, per_host: int) -> Exchange:
@@ -209,17 +239,13 @@ def _in_flight(exchange: Exchange) -> int:
     )
 
 
-def _load(period: Sequence[Exchange]) -> tuple[int, int]:
-    return sum(e.far_bytes for e in period), sum(e.sent_bytes for e in period)
-
-
 def _rounds(mixed: Mixing, num_islands: int) -> int:
     if not mixed.drawn:
         return min(_MOST_ROUNDS, mixed.period(num_islands))
-    return mixed.turn * max(1, 8 // mixed.turn)
+    return mixed.turn * max(1, (_MANY_DRAWS if num_islands <= _FEW else _FEW_DRAWS) // mixed.turn)
 
 
-def _degrees(row: Round, node: int, per_host: int) -> tuple[int, ...]:
+def _degrees(row: Round, node: int, per_host: int) -> Degrees:
     """How many wires go and come, near and far: rounds in which these are equal send as much."""
     near = sum(peer // per_host == node // per_host for peer in row.sends)
     heard = sum(peer // per_host == node // per_host for peer, _ in row.recvs)
@@ -227,25 +253,68 @@ def _degrees(row: Round, node: int, per_host: int) -> tuple[int, ...]:
 
 
 @cache
-def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per_host: int) -> Mapping[int, int]:
-    """One node of each kind -> how many there are of it."""
-    mixed = mixing_of(*talks)
+def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per_host: int) -> Sequence[Kind]:
+    """Islands whose rounds are alike, those that are drawn in expectation.
+
+    What an island does in drawn rounds is taken from all islands' draws together that are as likely: K of n islands meet in every
+    round with a server, and as many pairs in each of random_pairs, so that their means are exact; of random_edges they are those
+    of 64 or 8 rounds of all islands that meet as often. Of one's own topology nothing is known: each island is its own draws."""
+    topology, graph, seed, server = talks
+    mixed, base = mixing_of(*talks), mixing_of(topology, graph, seed, None)
     rounds = _rounds(mixed, num_islands)
-    if num_islands <= MOST_EXACT:
-        return dict.fromkeys(range(num_islands), 1)
-    counts: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    everyone = range(num_islands)
-    by_round = [[_degrees(mixed.rows(i, node, num_islands), node, per_host) for node in everyone] for i in range(rounds)]
-    for node, row in enumerate(zip(*by_round, strict=True)):
-        counts.setdefault(row, []).append(node)
-    return {nodes[0]: len(nodes) for nodes in counts.values()}
+    chances = base.chances(num_islands) if base.chances is not None else {}
+    meets = [Fraction(0)] * num_islands
+    for pair, chance in chances.items():
+        for node in pair:
+            meets[node] += Fraction(chance)
+
+    def lot(index: int, node: int) -> str | None:
+        """Rounds of one lot are draws of the same chances; None is not drawn."""
+        if server is not None and index % mixed.turn == mixed.turn - 1:
+            return "server"
+        return f"meets {float(meets[node]):.9f}" if chances else None
+
+    each = {
+        node: [
+            (lot(i, node), Seen(_degrees(mixed.rows(i, node, num_islands), node, per_host), i, node)) for i in range(rounds)
+        ]
+        for node in range(num_islands)
+    }
+    lots: dict[str, dict[Degrees, tuple[Seen, int]]] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for node, row in each.items():
+        for name, seen in row:
+            if name is not None:
+                first, count = lots.setdefault(name, {}).get(seen.degrees, (seen, 0))
+                lots[name][seen.degrees] = first, count + 1
+        key = tuple(seen.degrees if name is None else name for name, seen in row)
+        alike.setdefault((*key, node) if num_islands <= MOST_EXACT and not mixed.drawn else key, []).append(node)
+    return [_kind(each[nodes[0]], nodes, {name: dict(of.values()) for name, of in lots.items()}) for nodes in alike.values()]
 
 
-def _group(recipe: Recipe, mixed: Mixing, num_islands: int, rounds: int) -> float:
+def _kind(row: Sequence[tuple[str | None, Seen]], nodes: Sequence[int], lots: Mapping[str, Mapping[Seen, int]]) -> Kind:
+    """Drawn rounds stand in the period in proportion, to one of each sort, and in the shares exactly."""
+    owed = {name: dict.fromkeys(of, 0) for name, of in lots.items()}
+    shares: dict[Seen, Fraction] = {}
+    period = []
+    for name, seen in row:
+        of = {seen: 1} if name is None else lots[name]
+        total = sum(of.values())
+        for one, count in of.items():
+            shares[one] = shares.get(one, Fraction(0)) + Fraction(count, total * len(row))
+        if name is not None:
+            due = owed[name]
+            for one, count in of.items():
+                due[one] += count
+            seen = max(due, key=lambda one: due[one])
+            due[seen] -= total
+        period.append(seen)
+    return Kind(nodes[0], len(nodes), tuple(period), shares)
+
+
+def _group(recipe: Recipe, kinds: Sequence[Kind], num_islands: int) -> float:
     if recipe.reduce == "none":
         return 1.0
     if recipe.reduce in ("gather", "all_to_all"):
         return float(num_islands)
-    nodes = range(min(num_islands, MOST_EXACT))
-    heard = [len(mixed.rows(i, node, num_islands).recvs) for i in range(rounds) for node in nodes]
-    return 1 + sum(heard) / len(heard)
+    return 1 + float(sum(kind.how_many * kind.mean(lambda r: r.degrees[2] + r.degrees[3]) for kind in kinds) / num_islands)

@@ -8,29 +8,39 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dtrain.recipes import RECIPES, Recipe
+from dtrain import own
+from dtrain.config import toml_value
+from dtrain.own_name import is_own
+from dtrain.recipes import AXES, RECIPES, Recipe, resolve
 
 _HEADER = re.compile(r"\s*\[\s*sync\s*\]\s*(#.*)?$")
 _ANY_HEADER = re.compile(r"\s*\[")
 _KEY = re.compile(r"\s*(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')\s*=")
 
 
-def answers(recipe: Recipe) -> Mapping[str, object]:
-    """The keys of [sync] that say a recipe: its row's name, and what differs from the row."""
-    row = RECIPES.get(recipe.name)
-    keys = ("topology", "graph", "codec", "error_feedback", "every", "delay")
-    changed = {k: getattr(recipe, k) for k in keys if row is not None and getattr(recipe, k) != getattr(row, k)}
-    return {"recipe": recipe.name} | changed
+def answers(recipe: Recipe, num_islands: int, called: str | None = None) -> Mapping[str, object]:
+    """The keys of [sync] that say a recipe: its row's name, and every axis that differs from the row.
+
+    ``called``: how the job file names its row, kept where that is the recipe's, so that a relative path stays one. Raises
+    ValueError where a job file has no words for the recipe."""
+    row = own.load(recipe.name) if is_own(recipe.name) else RECIPES[recipe.name]
+    name = called if called is not None and is_own(called) and own.load(called).name == recipe.name else recipe.name
+    changed = {axis: getattr(recipe, axis) for axis in AXES if getattr(recipe, axis) != getattr(row, axis)}
+    if resolve(name, changed, num_islands) != recipe:
+        raise ValueError(f'a job file has no words for "{recipe.name}" with {changed}: one of them takes a key away from its row')
+    return {"recipe": name} | changed
 
 
-def write(job_file: Path, sync: Mapping[str, object]) -> None:
-    """Put ``sync`` in the place of the file's [sync], at once or not at all; raises ValueError where that cannot be done."""
+def write(job_file: Path, sync: Mapping[str, object], check: Callable[[str], object]) -> None:
+    """Put ``sync`` in the place of the file's [sync], at once or not at all; raises ValueError where that cannot be done, and
+    what ``check`` raises for the new text."""
     file = job_file.resolve()  # a link stays one
     old = file.read_text(encoding="utf-8")
     new = replaced(old, sync, str(job_file))
+    check(new)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         temporary.write_text(new, encoding="utf-8")
@@ -42,7 +52,7 @@ def write(job_file: Path, sync: Mapping[str, object]) -> None:
 
 def replaced(text: str, sync: Mapping[str, object], where: str) -> str:
     """The text of a job file with other answers; comment lines within [sync] stay behind them."""
-    lines = [f"{key} = {_toml(value)}" for key, value in sync.items()]
+    lines = [f"{key} = {toml_value(value)}" for key, value in sync.items()]
     old = text.splitlines()
     headers = [k for k, line in enumerate(old) if _HEADER.match(line)]
     if not headers:
@@ -64,12 +74,3 @@ def replaced(text: str, sync: Mapping[str, object], where: str) -> str:
             f"there by hand: {'; '.join(lines)}"
         )
     return out
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return str(value)

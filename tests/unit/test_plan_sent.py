@@ -87,8 +87,9 @@ def test_bytes_are_those_that_islands_count(recipe: str, overrides: dict[str, ob
     period = len(found.period)
     rounds = period * -(-LEAST_ROUNDS // period)
     each = trained_bytes(recipe, overrides, row.every * rounds)
-    assert sum(each) == found.mean_round_bytes * rounds * ISLANDS
-    assert max(each) == sum(e.sent_bytes for e in found.period) / period * rounds, "the busiest island"
+    assert sum(each) == round(found.mean_round_bytes * rounds * ISLANDS), "whole bytes, up to a third's last digit"
+    followed = sum(each) / ISLANDS if row.server is not None else max(each)
+    assert followed * period == sum(e.sent_bytes for e in found.period) * rounds, "the busiest island, and of drawn ones the mean"
 
 
 def test_a_row_of_ones_own_needs_no_rule(tmp_path: Path) -> None:
@@ -155,3 +156,36 @@ def test_of_a_star_the_hub_is_the_one_that_is_followed() -> None:
     found = sent(row, SHAPES, 16)
     hub = found.period[0].sent_bytes
     assert found.mean_round_bytes == pytest.approx(hub / 15 * 2 * 15 / 16)
+    assert found.group == 2.875
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "num_islands", "wires"),
+    [
+        # A wire to whom one meets. Odd: one of five sits out. First of both: an edge of a ring meets with chance 1/3, and there
+        # are as many as islands. In 64 rounds 768 edges may meet, of which neighbours never both do: the error of the islands'
+        # 2/3 is below 2 sqrt(1/3 2/3 / 768) = 0.034, and 0.1 three of them.
+        ("dpsgd", {"topology": "random_pairs"}, 5, 4 / 5),
+        ("dpsgd", {"topology": "random_edges", "graph": "ring"}, 12, 2 / 3),
+        # Five rounds with two neighbours, then K (K - 1) wires of n islands; or K (n - 1).
+        ("semi_s2s", {"server": "sampled:4:5"}, 8, (5 * 2 + 4 * 3 / 8) / 6),
+        ("semi_s2a", {"server": "all:3:5"}, 8, (5 * 2 + 3 * 7 / 8) / 6),
+    ],
+)
+def test_drawn_rounds_are_the_mean_islands(name: str, axes: dict[str, object], num_islands: int, wires: float) -> None:
+    """Its rounds stand in the period to half a round of each sort that is not the mean's."""
+    found = sent(resolve(name, axes, num_islands), SHAPES, num_islands)
+    single = sent(resolve("dpsgd", {}, num_islands), SHAPES, num_islands).mean_round_bytes
+    drawn = 0.1 if axes.get("topology") == "random_edges" else 1e-12
+    assert found.mean_round_bytes / single == pytest.approx(wires, abs=drawn)
+    largest = max(e.sent_bytes for e in found.period)
+    followed = sum(e.sent_bytes for e in found.period)
+    assert abs(followed - found.mean_round_bytes * len(found.period)) <= largest
+
+
+def test_the_hub_of_drawn_edges_is_still_the_one_that_is_followed() -> None:
+    """Each edge of a star rings first as likely: the hub meets in every round, and each of 8 others in an eighth of them."""
+    found = sent(resolve("dpsgd", {"topology": "random_edges", "graph": "star"}, 9), SHAPES, 9)
+    assert all(e.sent_bytes for e in found.period)
+    assert found.group == 1 + 2 / 9
+    assert found.mean_round_bytes == pytest.approx(found.period[0].sent_bytes * 2 / 9)

@@ -90,8 +90,8 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
                 (["train.sam_rho=0.1"], "train.sam_rho = 0.1"),
             )
         ),
-        (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run and profile; use dtrain sim"),
-        (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run and profile"),
+        (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run, profile and plan; use dtrain sim"),
+        (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run, profile and plan"),
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_one_line(
