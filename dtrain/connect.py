@@ -32,7 +32,7 @@ from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import MemoryUplink, SharedUplink, Throttle
 
 if TYPE_CHECKING:
-    from dtrain.config import LinkSection
+    from dtrain.sections import LinkSection
 
 
 _POLL_S = 0.25

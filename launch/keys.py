@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dtrain.config import Job, Section
+from dtrain.config import Job
 from dtrain.recipes import DEFAULT_RECIPE
+from dtrain.sections import Section
 
 
 def key_rows(section: str | None = None) -> list[list[str]]:

@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from dtrain.config import LinkSection
+from dtrain.sections import LinkSection
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore

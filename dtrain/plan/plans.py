@@ -16,8 +16,7 @@ from dtrain.plan.accelerators import Work
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
-from dtrain.recipe_fits import rho_of
-from dtrain.recipes import Recipe
+from dtrain.recipes import Recipe, rho_of
 from dtrain.topology import parse_server
 from dtrain.topology.consensus import consensus
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config import Job, Section, dump_job, load_job, parse_job
+from dtrain.config import Job, dump_job, load_job, parse_job
+from dtrain.sections import Section
 
 FULL = """
 [job]

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 
 import dtrain
 from dtrain import connect as connecting
-from dtrain.config import Job, LinkSection, parse_job
+from dtrain.config import Job, parse_job
 from dtrain.connect import Connection, LinkSettings, connect, connect_local, settings_of
 from dtrain.errors import PeerLost, Regroup
 from dtrain.launch import islands, local, meeting
@@ -27,6 +27,7 @@ from dtrain.launch.islands import Launch
 from dtrain.launch.processes import TAG_VARIABLE
 from dtrain.membership import OnWait, Place, place_from_env
 from dtrain.recipes import DEFAULT_RECIPE, RECIPES
+from dtrain.sections import LinkSection
 from dtrain.transport.base import Transport
 from dtrain.transport.throttle import Throttle, Uplink
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import dtrain
-from dtrain.config import LinkSection, parse_job
+from dtrain.config import parse_job
 from dtrain.launch import meeting, processes
 from dtrain.launch.islands import Launch, command, environment, last_lines
+from dtrain.sections import LinkSection
 
 PACKAGE_ROOT = Path(dtrain.__file__).parents[1]
 DEADLINE_S = 60.0  # a launch takes 5 s on two idle cores: three imports of torch

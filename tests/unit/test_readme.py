@@ -10,8 +10,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from dtrain import codec_name, schedule
-from dtrain.config import Job, Sync
+from dtrain.config import Job
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
+from dtrain.sections import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,12 @@ from dataclasses import fields, replace
 import pytest
 
 from dtrain.assemble import assemble
-from dtrain.config import Sync, dump_job, parse_job
+from dtrain.config import dump_job, parse_job
 from dtrain.launch.run_folder import resolved
 from dtrain.methods import RULES
 from dtrain.recipe_fits import check_values
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve, with_steps
+from dtrain.sections import Sync
 
 TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
 

@@ -1,0 +1,272 @@
+"""What can each section of a job file say, and what does each key mean?
+
+Every key is documented here, where it is defined. Pure: no torch, no clock, no environment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dtrain import schedule, topology, units
+from dtrain.methods import AlgorithmName
+from dtrain.own_name import is_own
+
+Precision = Literal["fp32", "bf16"]
+
+NETWORK = ("jitter", "loss", "links")
+"""Keys of [sim] that say what a link is like."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class JobSection(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder's name under dir")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds weights, data order and random pairs")
+    dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
+
+
+class Islands(Section):
+    count: int = Field(2, ge=1, le=1024, description="number of islands")
+    ranks: int = Field(1, ge=1, le=1024, description="processes (GPUs) on each island")
+    engine: Literal["ddp"] = Field("ddp", description="what runs inside an island")
+    shard: Literal["iid", "by_file"] = Field(
+        "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"
+    )
+    start: Literal["same", "own"] = Field(
+        "same", description="same: from one model; own: every island from weights of its own seed, never in sync"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
+    max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
+
+
+class ModelSection(Section):
+    name: Literal["gpt"] = Field("gpt", description="the model")
+    layers: int = Field(3, ge=1, description="blocks of attention and MLP")
+    width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
+    heads: int = Field(4, ge=1, description="attention heads; width / heads features each")
+    context: int = Field(128, ge=2, description="tokens a sequence")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSection:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"model.width = {self.width} does not divide into {self.heads} heads of an even size; "
+                f"use a multiple of {2 * self.heads}"
+            )
+        return self
+
+
+class Data(Section):
+    source: str = Field(
+        "stdlib",
+        min_length=1,
+        description='"stdlib" (the Python library\'s own source), or a text file, a folder of text, or a token file '
+        "(.bin, uint16, or uint32 when named *.u32.bin)",
+    )
+
+
+class Train(Section):
+    steps: int = Field(3000, ge=1, description="optimizer steps")
+    batch: int = Field(4, ge=1, description="sequences an island an optimizer step, over all its ranks")
+    accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
+    precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
+    lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
+    moments_every: int | None = Field(
+        None, ge=1, description="s of AccumAdam: AdamW's moments follow the mean gradient of so many steps; 1 is AdamW"
+    )
+    sam_rho: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="SAM: the gradient is taken so far up its own direction; 0: in place"
+    )
+    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 never clips")
+    merge: Literal["mean", "variance_corrected"] = Field(
+        "mean", description="the last exchange; variance_corrected is for islands.start = \"own\": a mean loses their variance"
+    )
+    eval_every: int = Field(
+        250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
+    )
+    consensus_every: int = Field(
+        0, ge=0, description="steps between measurements of how far apart the islands are; each is an exact average, waited for"
+    )
+    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0 writes none")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class Sync(Section):
+    """The eight answers. A key that is left out takes its recipe's answer."""
+
+    recipe: str | None = Field(None, description="a row of dtrain/recipe_rows.py, or FILE.py:ROW, one of your own")
+    algorithm: AlgorithmName | None = Field(
+        None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
+    )
+    topology: str | None = Field(
+        None,
+        description='who talks to whom (gossip methods): a name that `dtrain topology` lists, as "ring", or FILE.py:FUNCTION of '
+        "your own",
+    )
+    graph: str | None = Field(
+        None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
+    )
+    server: str | None = Field(
+        None,
+        description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
+        '"sampled:K:H" for themselves, "all:K:H" for all',
+    )
+    every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
+    schedule: str | None = Field(
+        None,
+        description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
+        'growth p behind it, "budget:20%:2", makes their density t^p; p is 1 when left out',
+    )
+    fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
+    codec: str | None = Field(
+        None,
+        description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
+        '"int4:64:stochastic" rounds at random; "topk:64/4096:2" (or "topk") keeps 64 of 4096 in 2 bits each; a block is 64 when '
+        "left out; or FILE.py:NAME of your own",
+    )
+    error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
+    reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
+    outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
+    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer and deepsqueeze")
+    delay: int | Literal["round"] | None = Field(
+        None, description='optimizer steps a round may fly before it lands; "round" means every'
+    )
+    gossip_steps: int | None = Field(None, ge=1, description="gossip steps in a row, of multi_gossip and chebyshev")
+    landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
+    bucket_bytes: int | None = Field(
+        None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
+    )
+
+    @field_validator("topology")
+    @classmethod
+    def _topology_has_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not is_own(value):
+            topology.parameter(value)
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            topology.parse_server(value)
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.parse(value)
+        return value
+
+    @field_validator("delay")
+    @classmethod
+    def _delay_is_not_negative(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f'delay = {value} is negative; use 0, a number of steps, or "round"')
+        return value
+
+
+class LinkSection(Section):
+    transport: Literal["c10d", "nccl"] = Field("c10d", description="c10d: gloo over TCP; nccl: near, static GPU links")
+    rate: str = Field("none", description='an island\'s uplink, shared by its ranks: "10mbit", "1gbit", or "none"')
+    rtt: str = Field("0ms", description='round-trip time added to the link, "40ms"')
+    timeout_s: float = Field(300.0, gt=0, description="how long a missing island is waited for")
+    port: int = Field(0, ge=0, lt=65536, description="port of the meeting point; 0 takes a free one")
+    interface: str = Field("", description="network interface that carries the link; empty: loopback")
+    advertise: str = Field(
+        "", description="host name or address of the meeting point as other islands see it; empty: 127.0.0.1"
+    )
+
+    @field_validator("rate")
+    @classmethod
+    def _rate_parses(cls, value: str) -> str:
+        units.bits_per_s(value)
+        return value
+
+    @field_validator("rtt")
+    @classmethod
+    def _rtt_parses(cls, value: str) -> str:
+        units.seconds(value)
+        return value
+
+
+class Sim(Section):
+    """``dtrain sim`` on a virtual clock; rate and rtt are [link]'s."""
+
+    problem: Literal["gpt", "quadratic", "consensus", "scattered", "ridge", "logistic"] = Field(
+        "gpt",
+        description="gpt: [model] is trained, as dtrain run does; quadratic: each island a quadratic loss of its own, by plain "
+        "SGD of train.lr; consensus: no gradients, islands begin apart; scattered, ridge, logistic: strongly convex, for clock "
+        '"poisson"',
+    )
+    numel: int = Field(10_000, ge=1, description="parameters of every problem but gpt")
+    clock: Literal["steps", "poisson"] = Field(
+        "steps",
+        description="poisson: gradients, and meetings of two, come at random times, one gradient an island and unit of time, and "
+        "train.steps units; for dpsgd (pairs that average), a2cid2 and dadao",
+    )
+    meetings: float | None = Field(
+        None, gt=0, allow_inf_nan=False,
+        description="of an island a unit of time, of clock poisson; left out: 1, for dadao the fewest that it may have",
+    )
+    rates: Literal["uniform", "sdp"] = Field(
+        "uniform", description="which edges meet more often, of clock poisson; sdp: as dadao's theory likes it best, by cvxpy"
+    )
+    step_s: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="virtual seconds that an island computes a step; 0: no clock with problem gpt"
+    )
+    step_noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="sigma of the lognormal factor, 1 in the mean, that each step's seconds get"
+    )
+    stragglers: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="slow islands, drawn by the seed: their number, or below 1 their share"
+    )
+    straggler_factor: float = Field(2.0, ge=1, allow_inf_nan=False, description="how many times longer they compute")
+    jitter: str = Field("0ms", description="mean of the exponential delay that each wire gets besides rtt / 2")
+    loss: float = Field(0.0, ge=0, lt=1, description="share of packets that are lost, and sent again an rtt later")
+    links: str = Field(
+        "", description='rate and rtt between two islands where they are others: "0-1:10mbit/80ms, 0-2:none/5ms"'
+    )
+
+    @field_validator("jitter")
+    @classmethod
+    def _jitter_parses(cls, value: str) -> str:
+        units.seconds(value)
+        return value
+
+    @field_validator("links")
+    @classmethod
+    def _links_parse(cls, value: str) -> str:
+        units.links(value)
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Sim:
+        for key, needs, met in (
+            ("numel", 'sim.problem, "quadratic" say', self.problem != "gpt"),
+            ("clock", 'sim.problem, "quadratic" say', self.problem != "gpt"),
+            ("meetings", 'sim.clock = "poisson"', self.clock == "poisson"),
+            ("rates", 'sim.clock = "poisson"', self.clock == "poisson"),
+            *((key, 'sim.clock = "steps"', self.clock == "steps") for key in ("step_s", *NETWORK)),
+            ("step_noise", "sim.step_s", self.step_s > 0),
+            ("stragglers", "sim.step_s", self.step_s > 0),
+            ("straggler_factor", "sim.stragglers", self.stragglers > 0),
+            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in NETWORK),
+        ):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and not met:
+                raise ValueError(f"sim.{key} = {value!r} has no effect without {needs}; set that, or leave it out")
+        if self.problem in ("scattered", "ridge", "logistic") and self.clock != "poisson":
+            raise ValueError(f'sim.problem = "{self.problem}" is for sim.clock = "poisson"; set that, or use "quadratic"')
+        return self
+
+    @property
+    def has_clock(self) -> bool:
+        return self.problem != "gpt" or self.step_s > 0
