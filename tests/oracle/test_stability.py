@@ -18,7 +18,7 @@ from dtrain.connect import Connection
 from dtrain.recipes import resolve
 from dtrain.topology import STATIC
 from tests.islands import Quadratic, run_islands, sgd_step
-from tests.oracle.test_gossip import CUT, WIDTH, Matrix, largest
+from tests.oracle.test_gossip import CUT, WIDTH, Matrix, U, largest
 from tests.oracle.test_topology import ASYMMETRIC, SYMMETRIC, chebyshev_matrix, w_of
 
 STILL = [case for case in SYMMETRIC if case[0] in STATIC and 1 < case[2] <= 16]
@@ -134,4 +134,4 @@ def test_training_in_flight_takes_from_the_range(n: int, curvature: float, axes:
     assert (ratios < 1).all() == (abs(factor) < 1)
     # Relative to x, which is all disagreement here, a step rounds 8 u and a mix 4 u a term: of 4 steps and 4 mixes of 3 terms, by
     # Chebyshev's weights below 2 and 1 / (1 - c) below 2, at most (32 + 4 * 48) u = 1.4e-5; of two ends of a round, twice.
-    assert np.abs(ratios - abs(factor)).max() < 1e-4
+    assert np.abs(ratios - abs(factor)).max() <= 2 * (32 + 4 * 48) * U
