@@ -42,6 +42,8 @@ class Seen(NamedTuple):
     delay: int
     steps: list[Step]
     """[t] is before step t, [t + 1] behind it."""
+    unsure: list[int]
+    """Elements of a step that its rendering left out."""
 
 
 Pairs = Iterator[tuple[NDArray[np.floating], Each]]
@@ -112,11 +114,11 @@ def twice(s: Seen, t: int, scale: float, weight: float) -> Pairs:
     W, y0 = s.w(t) - EYE, fine(now.updated)
     y1 = y0 + scale * W @ coded(now.updated)
     # y_1 is not observed, and its code, or its block's scale, may lie within what a mix rounds of a step: such elements are left
-    # out, which is a block of four here and there.
+    # out: MOST_UNSURE.
     near = ROUNDINGS / 2 * U * largest(y1)
     low, high = (coded((y1 + d).astype(np.float32)) for d in (-near, near))
     sure = (np.abs(low - high) <= 4 * near).all(axis=0)
-    assert sure.mean() > 0.25
+    s.unsure.append(int((~sure).sum()))
     y2 = weight * (y1 + scale * W @ coded(y1.astype(np.float32))) + (1 - weight) * y0
     yield np.where(sure, y2, fine(now.state["y"])), now.state["y"]
     yield fine(now.updated if s.delay else now.state["y"]), now.x
@@ -205,6 +207,13 @@ ROUNDINGS = 40
 """An update rounds 8 times (test_gossip), a mix of at most 5 terms 4 times each, and at most 12 more products and sums follow."""
 
 
+MOST_UNSURE = 64 + 15
+"""Over all steps of ``twice``: one block by its scale, and single codes. y_1 is known to near = 20 u M, M its largest value. A code
+changes where 2 near hold a boundary, max / 127 apart: of 12 x 5 x 153 codes 2.8 M / max, and M is 1.6 times a block's largest in
+the mean, at most: 4.5, and five deviations of a Poisson variable are 10.6. A scale changes where 2 near hold a boundary of bf16,
+2^-8 max apart: of 12 x 5 x 4 blocks 0.15 M / max, a quarter of one."""
+
+
 @pytest.mark.parametrize(("rendering", "delay", "axes"), CASES, ids=lambda value: getattr(value, "__name__", None))
 def test_a_step_with_8_bit_codes_is_its_rendering(
     rendering: Callable[[Seen, int], Pairs], delay: int, axes: dict[str, Any], tmp_path: Path
@@ -214,7 +223,7 @@ def test_a_step_with_8_bit_codes_is_its_rendering(
         axes = axes | {"graph": str(tmp_path / "arcs.txt")}
     name = axes.get("topology", "ring")
     steps = steps_of(axes | {"codec": "int8:64", "delay": delay})
-    seen = Seen(problem(N), lambda index: MATRICES[name](N, index), delay, steps)
+    seen = Seen(problem(N), lambda index: MATRICES[name](N, index), delay, steps, [])
     lost = 0.0
     for t in range(STEPS):
         known = [seen.p.c, *(v for step in steps[t : t + 2] for v in (step.updated, step.x, *step.state.values()))]
@@ -222,6 +231,7 @@ def test_a_step_with_8_bit_codes_is_its_rendering(
         for want, got in rendering(seen, t):
             assert float(np.abs(want - got).max()) <= bound, f"step {t}"
         lost = max(lost, largest(coded(steps[t].x) - steps[t].x))
+    assert sum(seen.unsure) <= MOST_UNSURE
     assert lost > 1e-3, "the codec loses something"
 
 
