@@ -46,7 +46,7 @@ class Seen(NamedTuple):
     """A round of an island, and where it was seen."""
 
     degrees: Degrees
-    index: int
+    number: int
     node: int
 
 
@@ -153,7 +153,7 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         key = seen.node, seen.degrees
         if key not in done:
             core = cores.get(seen.node) or cores.setdefault(seen.node, Core(plan, buckets, Peers(seen.node, num_islands)))
-            done[key] = _exchange(core, plan, seen.index, per_host)
+            done[key] = _exchange(core, plan, seen.number, per_host)
         return done[key]
 
     def load(kind: Kind) -> tuple[Fraction, Fraction]:
