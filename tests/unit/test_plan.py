@@ -99,6 +99,17 @@ def test_every_recipe_is_a_candidate_and_each_once() -> None:
     assert not any(r.topology == "hypercube" for r in candidates(resolve(None, {}, 6), 6))
 
 
+def test_a_refusal_that_is_not_about_the_number_of_islands_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = resolve(None, {}, 4)
+
+    def broken(*_: object) -> Recipe:
+        raise ValueError("a row that does not fit itself")
+
+    monkeypatch.setattr("dtrain.plan.candidates.resolve", broken)
+    with pytest.raises(ValueError, match="does not fit itself"):
+        candidates(asked, 4)
+
+
 def test_what_has_no_even_rounds_is_refused() -> None:
     with pytest.raises(ValueError, match=r'sync\.schedule = "budget:20%".* plan with sync\.schedule=every'):
         candidates(resolve("single_merge", {}, 4), 4)
