@@ -209,9 +209,9 @@ ROUNDINGS = 40
 
 MOST_UNSURE = 64 + 15
 """Over all steps of ``twice``: one block by its scale, and single codes. y_1 is known to near = 20 u M, M its largest value. A
-code changes where 2 near hold a boundary, max / 127 apart: of 12 x 5 x 153 codes 2.8 M / max, and M is 1.6 times a block's largest
-in the mean, at most: 4.5, and five deviations of a Poisson variable are 10.6. A scale changes where 2 near hold a boundary of bf16,
-2^-8 max apart: of 12 x 5 x 4 blocks 0.15 M / max, a quarter of one."""
+code changes where 2 near hold a boundary, max / 127 apart: of 12 x 5 x 153 codes 2.8 M / max, and M is 1.6 times a block's
+largest in the mean, at most: 4.5, and five deviations of a Poisson variable are 10.6. A scale changes where 2 near hold a
+boundary of bf16, 2^-8 max apart: of 12 x 5 x 4 blocks 0.15 M / max, a quarter of one."""
 
 
 @pytest.mark.parametrize(("rendering", "delay", "axes"), CASES, ids=lambda value: getattr(value, "__name__", None))

@@ -64,8 +64,9 @@ def live(recipe: str, axes: Mapping[str, object]) -> list[tuple[Tensor, int, int
     def island(connection: Connection) -> tuple[Tensor, int, int]:
         model = Model(start, a[connection.node], c[connection.node], CUT)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        changes: dict[str, object] = {"bucket_bytes": 256, **axes}
-        with dtrain.join(model, optimizer, recipe=recipe, link=connection, seed=5, total_steps=STEPS, **changes) as sync:  # pyright: ignore[reportArgumentType]
+        budget = resolve(recipe, axes, ISLANDS).schedule != "every"
+        changes: dict[str, object] = {"bucket_bytes": 256, **axes, **({"total_steps": STEPS} if budget else {})}
+        with dtrain.join(model, optimizer, recipe=recipe, link=connection, seed=5, **changes) as sync:  # pyright: ignore[reportArgumentType]
             for _ in range(STEPS):
                 sgd_step(model, optimizer)
         return model.flat(), sync.stats().wire_bytes_sent, sync.stats().wire_bytes_received

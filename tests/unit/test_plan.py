@@ -332,8 +332,8 @@ from dtrain.recipes import Recipe
 row = Recipe("mine", "s", "p", "dpsgd", "parameters", 1, "neighbours", "ring", combine="gossip", delay=1)
 class Half:
     def wire_bytes(self, numel): return 2 * numel
-    def encode(self, x, out): out.copy_(x.half().view(out.dtype))
-    def decode(self, wire, out): out.copy_(wire.clone().view(out.half().dtype))
+    def encode(self, x, out): out.copy_(x.bfloat16().view(out.dtype))
+    def decode(self, wire, out): out.copy_(wire.clone().view(out.bfloat16().dtype))
 half = Half()
 """
 
