@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain import metrics, units
 from dtrain.build import build_recipe
 from dtrain.config import Job
-from dtrain.events.run import EventRun, MethodName, simulate_events
+from dtrain.events.run import EventRun, MethodName, pose, simulate_events
 from dtrain.recipe import Recipe
 
 METHODS: dict[str, MethodName] = {"dpsgd": "gossip", "a2cid2": "a2cid2", "dadao": "dadao"}
@@ -25,8 +25,9 @@ class Timed:
     real_s: float
 
 
-def check_events(recipe: Recipe) -> None:
-    """Raises ValueError for a recipe that has no form under Poisson clocks, and for answers that would have no effect there."""
+def check_events(job: Job, recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that has no form under Poisson clocks, for answers without effect there, and where graph,
+    problem and method do not fit."""
     if recipe.algorithm not in METHODS or recipe.reduce != "neighbours":
         raise ValueError(
             f'sim.clock = "poisson" is for pairs that meet: recipes dpsgd, a2cid2 and dadao, and not "{recipe.name}" with '
@@ -35,10 +36,15 @@ def check_events(recipe: Recipe) -> None:
     if recipe.codec != "identity" or recipe.server is not None:
         said = f'codec = "{recipe.codec}"' if recipe.server is None else f'server = "{recipe.server}"'
         raise ValueError(f'sync.{said} has no effect with sim.clock = "poisson", whose pairs exchange numbers as they are')
+    sim = job.sim
+    pose(
+        METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=sim.problem,
+        numel=sim.numel, seeds=(job.job.seed,), meetings_per_node=sim.meetings, rates=sim.rates,
+    )  # fmt: skip
 
 
 def run_events(job: Job) -> Timed:
-    """Raises ValueError where the job's graph, problem and method do not fit, and where the run diverges."""
+    """Of a job that ``check_events`` let pass; raises ValueError where the run diverges."""
     recipe, sim, begun = build_recipe(job), job.sim, time.monotonic()
     run = simulate_events(
         METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=sim.problem,

@@ -122,7 +122,7 @@ def _check_sim(job: Job) -> None:
     if job.sim.clock == "poisson":
         from dtrain.event_run import check_events  # torch
 
-        check_events(recipe)
+        check_events(job, recipe)
         return
     if job.sim.problem == "consensus" and recipe.payload in ("none", "gradients"):
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 from dtrain import topology as topologies
 from dtrain.events import dadao
 from dtrain.events.a2cid2 import a2cid2
-from dtrain.events.algorithm import EventAlgorithm
+from dtrain.events.algorithm import Array, EventAlgorithm, Ints
 from dtrain.events.gossip import gossip
 from dtrain.events.graph_constants import Chi, chi, edge_list
 from dtrain.events.problems import PROBLEMS, Problem
@@ -35,6 +35,20 @@ class EventRun:
     """DADAO's: the squared error falls at least as quickly as exp(-bound t)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Posed:
+    """All that a run is made of."""
+
+    method: EventAlgorithm
+    problem: Problem
+    edges: Ints
+    rates: Array
+    """Of the edges, meetings a unit of time."""
+    chi: Chi
+    meetings_per_node: float
+    bound: float | None
+
+
 def simulate_events(
     method: MethodName,
     num_islands: int,
@@ -54,7 +68,23 @@ def simulate_events(
     The first seed also draws the problem, and the graph where it is drawn. ``meetings_per_node`` left out is 1 for gossip and
     a2cid2, and for dadao the fewest that its theory allows; its steps follow the problem's curvature. Raises ValueError with one
     line for what does not fit."""
-    _check(method, num_islands, problem, numel, horizon, seeds, meetings_per_node, rates, looks)
+    if not horizon > 0 or looks < 1:
+        raise ValueError(f"horizon = {horizon} must be more than 0, and looks = {looks} 1 or more")
+    posed = pose(
+        method, num_islands, topology=topology, graph=graph, problem=problem, numel=numel, seeds=seeds,
+        meetings_per_node=meetings_per_node, rates=rates,
+    )  # fmt: skip
+    times = np.linspace(0.0, horizon, looks + 1)[1:]
+    trace = simulate(posed.method, posed.problem, posed.edges, posed.rates, seeds=seeds, times=times)
+    return EventRun(trace, posed.chi, posed.meetings_per_node, posed.bound)
+
+
+def pose(
+    method: MethodName, num_islands: int, *, topology: str, graph: str | None, problem: str, numel: int, seeds: Sequence[int],
+    meetings_per_node: float | None, rates: Rates,
+) -> Posed:  # fmt: skip
+    """What ``simulate_events`` runs; raises ValueError with one line for what does not fit."""
+    _check(method, num_islands, problem, numel, seeds, meetings_per_node, rates)
     topologies.check(topology, graph, num_islands, seeds[0])
     if topology in topologies.DIRECTED:
         raise ValueError(f'the meetings of events go both ways; topology = "{topology}" does not: use "ring", or "graph"')
@@ -70,10 +100,8 @@ def simulate_events(
         )
     of_rates = share * each * num_islands / 2
     of_graph = chi(edges, of_rates, num_islands)
-    times = np.linspace(0.0, horizon, looks + 1)[1:]
-    trace = simulate(_method(method, of_graph, posed), posed, edges, of_rates, seeds=seeds, times=times)
     bound = dadao.contraction(posed.strong_convexity, posed.smoothness) if method == "dadao" else None
-    return EventRun(trace, of_graph, each, bound)
+    return Posed(_method(method, of_graph, posed), posed, edges, of_rates, of_graph, each, bound)
 
 
 def _method(name: MethodName, of_graph: Chi, posed: Problem) -> EventAlgorithm:
@@ -87,9 +115,8 @@ def _method(name: MethodName, of_graph: Chi, posed: Problem) -> EventAlgorithm:
 
 
 def _check(
-    method: str, num_islands: int, problem: str, numel: int, horizon: float, seeds: Sequence[int],
-    meetings_per_node: float | None, rates: str, looks: int,
-) -> None:  # fmt: skip
+    method: str, num_islands: int, problem: str, numel: int, seeds: Sequence[int], meetings_per_node: float | None, rates: str
+) -> None:
     for what, value, known in (
         ("method", method, get_args(MethodName)),
         ("problem", problem, tuple(PROBLEMS)),
@@ -97,13 +124,13 @@ def _check(
     ):
         if value not in known:
             raise ValueError(f"{what} = {value!r} is not known; use one of {', '.join(known)}")
-    counts = {"num_islands": num_islands, "numel": numel, "looks": looks, "the number of seeds": len(seeds)}
+    counts = {"num_islands": num_islands, "numel": numel, "the number of seeds": len(seeds)}
     for what, count in counts.items():
         least = 2 if what == "num_islands" else 1
         if count < least:
             raise ValueError(f"{what} = {count} is too few; use {least} or more")
-    if not horizon > 0 or (meetings_per_node is not None and not meetings_per_node > 0):
-        raise ValueError(f"horizon = {horizon} and meetings_per_node = {meetings_per_node} must be more than 0")
+    if meetings_per_node is not None and not meetings_per_node > 0:
+        raise ValueError(f"meetings_per_node = {meetings_per_node} must be more than 0")
     if method == "dadao" and problem == "consensus":
         others = ", ".join(name for name in PROBLEMS if name != "consensus")
         raise ValueError(f'dadao minimises, and problem = "consensus" has nothing to minimise; use {others}')

@@ -68,7 +68,8 @@ def test_every_command_of_the_readme_runs(
             (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
             said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
         else:  # in this process, which has imported torch already
-            assert run_command([*words[1:], *(SMALLER if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
+            smaller = [key for key in SMALLER if not (key.startswith("sync.") and "sim.clock=poisson" in words)]  # which has no rounds
+            assert run_command([*words[1:], *(smaller if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
     assert said["check"].count("kept ") == 6

@@ -383,7 +383,7 @@ def test_a_barbell_needs_fewer_meetings_with_rates_of_its_own() -> None:
         ({"problem": "cubic"}, "problem = 'cubic' is not known; use one of consensus, quadratic"),
         ({"rates": "best"}, "rates = 'best' is not known; use one of uniform, sdp"),
         ({"num_islands": 1}, "num_islands = 1 is too few; use 2 or more"),
-        ({"horizon": 0.0}, "horizon = 0.0 and meetings_per_node = None must be more than 0"),
+        ({"horizon": 0.0}, "horizon = 0.0 must be more than 0"),
         ({"problem": "consensus"}, 'dadao minimises, and problem = "consensus" has nothing to minimise'),
         ({"meetings_per_node": 0.1}, "meetings_per_node = 0.1 is less than dadao needs on this graph"),
         ({"topology": "directed", "graph": "cycle"}, "the meetings of events go both ways"),
