@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import dtrain
 from dtrain.connect import Connection
-from dtrain.recipes import resolve
+from dtrain.recipes import RECIPES, resolve
 from dtrain.topology import STATIC
 from tests.islands import Quadratic, run_islands, sgd_step
 from tests.oracle.test_gossip import CUT, WIDTH, Matrix, U, largest
@@ -93,13 +93,13 @@ def test_what_some_topology_would_not_bear_is_refused(gamma: float) -> None:
 
 def disagreements(direction: Matrix, curvature: float, rounds: int, axes: dict[str, Any]) -> list[NDArray[np.float64]]:
     """The largest |x - mean| where each round starts, of islands that all have the loss curvature / 2 |x|^2 and SGD's lr = 1, and
-    begin along ``direction``. A round lands where the next one starts."""
+    begin along ``direction``. A round lands where the next one starts, unless ``axes`` say a delay."""
 
     def island(connection: Connection) -> list[NDArray[np.float32]]:
         model = Quadratic(torch.zeros(WIDTH), torch.full((WIDTH,), curvature), torch.zeros(WIDTH), CUT)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         seen = []
-        with dtrain.join(model, optimizer, codec="identity", delay="round", link=connection, **axes):
+        with dtrain.join(model, optimizer, codec="identity", link=connection, **{"delay": "round", **axes}):
             model.set_flat(torch.full((WIDTH,), float(direction[connection.node])))
             for step in range(1, rounds * axes["every"] + 1):
                 sgd_step(model, optimizer)
@@ -111,12 +111,18 @@ def disagreements(direction: Matrix, curvature: float, rounds: int, axes: dict[s
     return list(np.abs(each - each.mean(axis=0)).max(axis=(0, 2)))
 
 
+def period_factor(r: float, every: int, delay: int, moved: float) -> float:
+    """Of disagreement over a period, in a direction of which training leaves r a step and mixing takes ``moved`` of it."""
+    return r ** (every - delay) * (r**delay - moved)
+
+
 CASES: list[tuple[int, float, dict[str, Any]]] = [
     (4, 0.9, {"recipe": "dpsgd", "topology": "ring", "every": 3}),
     (4, 0.3, {"recipe": "dpsgd", "topology": "ring", "every": 2}),
     (4, 0.75, {"recipe": "deepsqueeze", "gamma": 0.75, "topology": "ring", "every": 1}),
     (5, 0.5, {"recipe": "choco", "gamma": 1.0, "topology": "ring", "every": 2}),
     (16, 0.5, {"recipe": "chebyshev", "topology": "ring", "every": 4}),
+    (16, 0.5, {"recipe": "chebyshev", "topology": "ring", "every": 4, "delay": RECIPES["chebyshev"].delay}),
 ]
 
 
@@ -125,13 +131,24 @@ def test_training_in_flight_takes_from_the_range(n: int, curvature: float, axes:
     """Between a round's start and its landing disagreement shrinks to r^d by itself, r = 1 - lr a, and the mixing of what was
     sent comes on top: r^d - gamma (1 - lambda). Where a round flies for the whole of its period that is a round's factor: it is
     stable for gamma (1 - lambda_n) < 1 + r^d. For d = 1 that is the bound lr a < 1 + lambda_n of decentralized gradient descent
-    (Yuan, Ling and Yin 2016), and mixing of which no eigenvalue is negative is stable whatever is done in flight."""
+    (Yuan, Ling and Yin 2016), and mixing of which no eigenvalue is negative is stable whatever is done in flight. What is left of
+    a period of H steps after the landing is r^(H - d) of that."""
     w = w_of("ring", None, 0, n)
     values, vectors = np.linalg.eigh(chebyshev_matrix(w, 4) if axes["recipe"] == "chebyshev" else w)
-    factor = (1 - curvature) ** axes["every"] - axes.get("gamma", 1.0) * (1 - values[0])
+    moved = axes.get("gamma", 1.0) * (1 - values[0])
+    factor = period_factor(1 - curvature, axes["every"], axes.get("delay", axes["every"]), moved)
     seen = disagreements(vectors[:, 0], curvature, 6, axes)
     ratios = np.array(seen[1:]) / np.array(seen[:-1])
     assert (ratios < 1).all() == (abs(factor) < 1)
     # Relative to x, which is all disagreement here, a step rounds 8 u and a mix 4 u a term: of 4 steps and 4 mixes of 3 terms, by
     # Chebyshev's weights below 2 and 1 / (1 - c) below 2, at most (32 + 4 * 48) u = 1.4e-5; of two ends of a round, twice.
     assert np.abs(ratios - abs(factor)).max() <= 2 * (32 + 4 * 48) * U
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 16, 64])
+def test_the_row_of_chebyshev_bears_every_learning_rate_that_training_does(n: int) -> None:
+    row = RECIPES["chebyshev"]
+    assert isinstance(row.delay, int)
+    moved = 1 - np.linalg.eigvalsh(chebyshev_matrix(w_of(row.topology, None, 0, n), row.gossip_steps))[0]
+    assert max(abs(period_factor(r, row.every, row.delay, moved)) for r in np.linspace(-0.999, 0.999, 999)) < 1
+    assert n < 8 or abs(period_factor(0.5, row.every, row.every, moved)) > 1, "it would not, if it flew for all of its period"
