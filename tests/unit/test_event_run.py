@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_the_simulation_gives(
         "dpsgd": ("gossip", "graph", "star", None),
     }[recipe]
     given = {"topology": topology, "graph": graph, "problem": problem, "meetings_per_node": each}
-    run = simulate_events(method, 8, numel=4, horizon=40.0, seeds=(3,), **given)  # pyright: ignore[reportArgumentType]
+    run = simulate_events(method, 8, numel=4, horizon=40.0, seeds=(3,), **given)
     assert kept["squared_error"] == run.trace.error[:, 0].tolist()
     assert kept["squared_disagreement"] == run.trace.consensus[:, 0].tolist()
     assert kept["times"] == np.linspace(0, 40, 51)[1:].tolist()
