@@ -1,8 +1,9 @@
 """How do recipes compare? Entries, the rows that their runs leave in a file, and what paired seeds say.
 
-A row is one finished run. Its key is everything that decides its result, so a run that is in the file is never repeated, and rows
-of another job are never mixed in. Two entries are compared seed by seed: a seed fixes the initial weights and all batches, so the
-difference of a pair is the recipe's, and the interval is Student's for the mean of those differences."""
+A row is one finished run. Its key is the entry, the job and the files that the job names, so a run that is in the file is not
+repeated, and rows of another job are not mixed in; a file of rows is of one version of dtrain. Two entries are compared seed by
+seed: a seed fixes the initial weights and all batches, so the difference of a pair is the recipe's, and the interval is
+Student's for the mean of those differences."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain import metrics, units
 from dtrain.build import build_recipe
 from dtrain.config import Job
-from dtrain.events.run import EventRun, MethodName, pose, simulate_events
+from dtrain.events.run import EventRun, MethodName, Posed, pose, run
 from dtrain.recipe import Recipe
 
 METHODS: dict[str, MethodName] = {"dpsgd": "gossip", "a2cid2": "a2cid2", "dadao": "dadao"}
@@ -36,37 +36,36 @@ def check_events(job: Job, recipe: Recipe) -> None:
     if recipe.codec != "identity" or recipe.server is not None:
         said = f'codec = "{recipe.codec}"' if recipe.server is None else f'server = "{recipe.server}"'
         raise ValueError(f'sync.{said} has no effect with sim.clock = "poisson", whose pairs exchange numbers as they are')
-    sim = job.sim
-    pose(
-        METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=sim.problem,
-        numel=sim.numel, seeds=(job.job.seed,), meetings_per_node=sim.meetings, rates=sim.rates,
-    )  # fmt: skip
+    _posed(job, recipe)
 
 
 def run_events(job: Job) -> Timed:
     """Of a job that ``check_events`` let pass; raises ValueError where the run diverges."""
-    recipe, sim, begun = build_recipe(job), job.sim, time.monotonic()
-    run = simulate_events(
-        METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=sim.problem,
-        numel=sim.numel, horizon=float(job.train.steps), seeds=(job.job.seed,), meetings_per_node=sim.meetings, rates=sim.rates,
-        looks=_LOOKS,
+    begun = time.monotonic()
+    found = run(_posed(job, build_recipe(job)), horizon=float(job.train.steps), seeds=(job.job.seed,), looks=_LOOKS)
+    return Timed(found, time.monotonic() - begun)
+
+
+def _posed(job: Job, recipe: Recipe) -> Posed:
+    return pose(
+        METHODS[recipe.algorithm], job.islands.count, topology=recipe.topology, graph=recipe.graph, problem=job.sim.problem,
+        numel=job.sim.numel, seeds=(job.job.seed,), meetings_per_node=job.sim.meetings, rates=job.sim.rates,
     )  # fmt: skip
-    return Timed(run, time.monotonic() - begun)
 
 
 def write_events(folder: Path, timed: Timed) -> None:
     """``virtual.json``."""
-    run = timed.run
+    found = timed.run
     content = {
-        "times": run.trace.times.tolist(),
-        "squared_error": run.trace.error[:, 0].tolist(),
-        "squared_disagreement": run.trace.consensus[:, 0].tolist(),
-        "gradients": run.trace.gradients,
-        "meetings": run.trace.meetings,
-        "meetings_per_island": run.meetings_per_node,
-        "chi1": run.chi.chi1,
-        "chi2": run.chi.chi2,
-        "bound_per_time": run.bound,
+        "times": found.trace.times.tolist(),
+        "squared_error": found.trace.error[:, 0].tolist(),
+        "squared_disagreement": found.trace.consensus[:, 0].tolist(),
+        "gradients": found.trace.gradients,
+        "meetings": found.trace.meetings,
+        "meetings_per_island": found.meetings_per_node,
+        "chi1": found.chi.chi1,
+        "chi2": found.chi.chi2,
+        "bound_per_time": found.bound,
         "real_s": timed.real_s,
     }
     metrics.write_json(folder / "virtual.json", content)
@@ -74,13 +73,13 @@ def write_events(folder: Path, timed: Timed) -> None:
 
 def event_rows(timed: Timed) -> list[list[str]]:
     """The thing, its value, what it means."""
-    run, trace = timed.run, timed.run.trace
+    found, trace = timed.run, timed.run.trace
     rows = [
         ["Gradients", f"{trace.gradients:,}", "of all islands, one each a unit of time in the mean"],
-        ["Meetings", f"{trace.meetings:,}", f"of two, {run.meetings_per_node:.3g} of an island a unit of time"],
+        ["Meetings", f"{trace.meetings:,}", f"of two, {found.meetings_per_node:.3g} of an island a unit of time"],
         [
             "chi1, chi2",
-            f"{run.chi.chi1:.4g}, {run.chi.chi2:.4g}",
+            f"{found.chi.chi1:.4g}, {found.chi.chi2:.4g}",
             "of the graph at those rates; the larger chi1 / chi2, the more momentum gains",
         ],
     ]
@@ -88,6 +87,6 @@ def event_rows(timed: Timed) -> list[list[str]]:
         at = f"At time {trace.times[look]:g}"
         apart = f"mean squared distance from the optimum; from their own mean {trace.consensus[look, 0]:.3g}"
         rows.append([at, f"{trace.error[look, 0]:.4g}", apart])
-    if run.bound is not None:
-        rows.append(["Promised", f"exp(-{run.bound:.3g} t)", "how the squared distance falls at least, by the theory"])
+    if found.bound is not None:
+        rows.append(["Promised", f"exp(-{found.bound:.3g} t)", "how the squared distance falls at least, by the theory"])
     return [*rows, ["Took", units.show_seconds(timed.real_s), "of this machine's time"]]

@@ -23,7 +23,7 @@ from dtrain.launch.checks import check_answers, check_text, read_job, resolved
 from dtrain.launch.hardware import cpu_name
 from dtrain.launch.processes import PARENT_VARIABLE
 from dtrain.methods import RULES
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipes import RECIPES
 from dtrain.topology import is_file
 
@@ -101,12 +101,12 @@ def _with_files(said: str, job: Job) -> str:
     """The digest ``said`` of the job file, and of the files that the job names, where there are any. What an own recipe's file
     imports is not seen, nor is the library of another Python, where data.source = "stdlib"."""
     content = dict[str, str]()
-    sync = job.sync
-    for axis, name in (("recipe", sync.recipe), ("topology", sync.topology), ("codec", sync.codec)):
+    for axis in OWN_AXES:
+        name = getattr(job.sync, axis)
         if name is not None and is_own(name):
             content[axis] = _sha256(Path(name.rpartition(":")[0]))
-    if sync.graph is not None and is_file(sync.graph):
-        content["graph"] = _sha256(Path(sync.graph))
+    if job.sync.graph is not None and is_file(job.sync.graph):
+        content["graph"] = _sha256(Path(job.sync.graph))
     if job.data.source != "stdlib":
         content["text"] = load_corpus(job.data.source).hash
     return hashlib.sha256(json.dumps([said, content]).encode()).hexdigest()[:12] if content else said

@@ -27,8 +27,8 @@ def run_virtual(job: Job, run: Path) -> list[list[str]]:
 
 def account(job: Job, run: Path) -> list[list[str]]:
     """What the rounds of a GPT that was trained would have taken, and sent, on the virtual clock."""
+    from dtrain.build import build_model
     from dtrain.data.corpus import load_corpus
-    from dtrain.train import build_model
     from dtrain.virtual_run import account_of_model, rows, write
 
     first_step = metrics.read_part(run / "logs" / "island0").first_step

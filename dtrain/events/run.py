@@ -68,12 +68,17 @@ def simulate_events(
     The first seed also draws the problem, and the graph where it is drawn. ``meetings_per_node`` left out is 1 for gossip and
     a2cid2, and for dadao the fewest that its theory allows; its steps follow the problem's curvature. Raises ValueError with one
     line for what does not fit."""
-    if not horizon > 0 or looks < 1:
-        raise ValueError(f"horizon = {horizon} must be more than 0, and looks = {looks} 1 or more")
     posed = pose(
         method, num_islands, topology=topology, graph=graph, problem=problem, numel=numel, seeds=seeds,
         meetings_per_node=meetings_per_node, rates=rates,
     )  # fmt: skip
+    return run(posed, horizon=horizon, seeds=seeds, looks=looks)
+
+
+def run(posed: Posed, *, horizon: float, seeds: Sequence[int], looks: int) -> EventRun:
+    """Raises ValueError where it diverges, and for no time or no look at it."""
+    if not horizon > 0 or looks < 1:
+        raise ValueError(f"horizon = {horizon} must be more than 0, and looks = {looks} 1 or more")
     times = np.linspace(0.0, horizon, looks + 1)[1:]
     trace = simulate(posed.method, posed.problem, posed.edges, posed.rates, seeds=seeds, times=times)
     return EventRun(trace, posed.chi, posed.meetings_per_node, posed.bound)
