@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +103,8 @@ class _Island:
     clock: Clock
     first_step: int
     """Where these islands began: 0, or where those before them, of another number, were merged."""
+    computing: AbstractContextManager[object]
+    """Held while the model is computed; islands of one process take turns on the cores."""
 
     @property
     def speaks(self) -> bool:
@@ -120,10 +122,14 @@ def train_island(
     device: torch.device,
     resume_step: int,
     observe: Observe = unobserved,
+    computing: AbstractContextManager[object] | None = None,
 ) -> None:
     """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link."""
     with _failure_announced(connection):
-        island = _begin(job, connection, corpus, run, status, device=device, resume_step=resume_step)
+        computing = computing or nullcontext()
+        island = _begin(
+            job, connection, corpus, run, status, device=device, resume_step=resume_step, computing=computing
+        )
     with island.sync:
         island.clock.begun = time.monotonic()
         _loop(island, observe)
@@ -143,7 +149,15 @@ def _failure_announced(connection: Connection) -> Iterator[None]:
 
 
 def _begin(
-    job: Job, connection: Connection, corpus: Corpus, run: Path, status: StatusFile, *, device: torch.device, resume_step: int
+    job: Job,
+    connection: Connection,
+    corpus: Corpus,
+    run: Path,
+    status: StatusFile,
+    *,
+    device: torch.device,
+    resume_step: int,
+    computing: AbstractContextManager[object],
 ) -> _Island:
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
@@ -170,7 +184,9 @@ def _begin(
     first_step = int(saved.get("first_step", start))
     rho = rho_of(recipe, job.train.sam_rho)
     sam = SAM(optimizer, rho=rho) if rho else None
-    return _Island(job, corpus, run, status, connection, model, trained, optimizer, sam, sync, moved, device, clock, first_step)
+    return _Island(
+        *(job, corpus, run, status, connection, model, trained, optimizer, sam, sync, moved, device, clock, first_step, computing)
+    )
 
 
 def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) -> tuple[dict[str, Tensor], int]:
@@ -269,7 +285,7 @@ def _gradient(island: _Island, step: int) -> float:
             inputs, targets = inputs.to(island.device), targets.to(island.device)
         if isinstance(island.trained, DistributedDataParallel):
             island.trained.require_backward_grad_sync = micro == job.train.accumulate - 1
-        with span("forward_backward"):
+        with island.computing, span("forward_backward"):
             with torch.autocast(island.device.type, dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
                 logits = island.trained(inputs)
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / job.train.accumulate
@@ -289,6 +305,11 @@ def _evaluate_aside(island: _Island, step: int) -> float | None:
         return None
     with island.clock.aside():
         island.status.update("evaluating", step)
+        return _evaluate(island)
+
+
+def _evaluate(island: _Island) -> float:
+    with island.computing:
         return evaluate(island.model, island.heldout)
 
 
@@ -337,7 +358,7 @@ def _finish(island: _Island) -> None:
     own_loss = math.nan
     if island.speaks:
         status.update("evaluating", steps)
-        own_loss = evaluate(island.model, island.heldout)
+        own_loss = _evaluate(island)
         checkpoint.save_weights(
             island.run / "islands" / f"island{node}.safetensors", island.model.state_dict(), step=steps
         )
@@ -346,7 +367,7 @@ def _finish(island: _Island) -> None:
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     if not island.speaks:
         return
-    merged_loss = evaluate(island.model, island.heldout)
+    merged_loss = _evaluate(island)
     if node == 0:
         checkpoint.save_weights(island.run / "model.safetensors", island.model.state_dict(), step=steps)
     part = Part(
