@@ -176,6 +176,7 @@ class Core:
         for key, value in self._wires():
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
+        self._refuse_crossing(saved)
         self.step = int(saved["step"])
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
@@ -184,6 +185,18 @@ class Core:
             lane.flight = None
             for key, value in lane.state.items():
                 value.copy_(saved[f"{name}.{key}"])
+
+    def _refuse_crossing(self, saved: dict[str, Tensor]) -> None:
+        """Another ``every`` is fine, unless a round would start while one of its bucket still flies."""
+        for lane in self.lanes:
+            land_step = int(saved[f"bucket{lane.bucket.index}.land_step"])
+            early = [step for step in range(int(saved["step"]) + 1, land_step) if self.starts(lane, step)]
+            if early:
+                raise ValueError(
+                    f"the saved state has a round of bucket {lane.bucket.index} that lands before update {land_step}, "
+                    f"and sync.every = {self.plan.control.every} starts the next after step {early[0]}; resume with the every "
+                    "that it was saved with"
+                )
 
     @property
     def _total(self) -> int:

@@ -1,0 +1,52 @@
+"""May a run go on with rounds of another spacing? Where none of them would start while one of its bucket still flies."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.assemble import assemble
+from dtrain.bucket import flatten, make_buckets
+from dtrain.core import Core
+from dtrain.link import Peers
+from dtrain.recipes import resolve
+
+
+def core(every: int) -> Core:
+    flat = flatten([("x", nn.Parameter(torch.zeros(6)))])
+    buckets = make_buckets(flat, num_fragments=1, bucket_bytes=None, num_ranks=1, with_grad=False)
+    recipe = resolve("dpsgd", {"topology": "ring", "every": every, "delay": 4}, 4)
+    return Core(assemble(recipe, 0, 4), buckets, Peers(0, 4))
+
+
+def in_flight_at(step: int) -> dict[str, torch.Tensor]:
+    """Of rounds after every 10th step that land before the update 4 steps later."""
+    flying = core(10)
+    flying.step = 10
+    flying.start_rounds()
+    flying.step = step
+    return flying.state_dict()
+
+
+@pytest.mark.parametrize(("saved_at", "every"), [(10, 10), (11, 14), (11, 7), (13, 12), (12, 12)])
+def test_a_round_that_lands_in_time_goes_on(saved_at: int, every: int) -> None:
+    resumed = core(every)
+    resumed.load_state_dict(in_flight_at(saved_at))
+    for step in range(saved_at + 1, 21):
+        for lane in resumed.due(step):
+            lane.flight, lane.land_step = None, -1
+        resumed.step = step
+        resumed.start_rounds()
+
+
+@pytest.mark.parametrize(("saved_at", "every", "starts"), [(10, 12, 12), (11, 12, 12), (11, 4, 12), (12, 13, 13)])
+def test_one_that_would_be_crossed_is_refused(saved_at: int, every: int, starts: int) -> None:
+    resumed = core(every)
+    said = re.escape(f"lands before update 14, and sync.every = {every} starts the next after step {starts};")
+    with pytest.raises(ValueError, match=said):
+        resumed.load_state_dict(in_flight_at(saved_at))
+    assert resumed.step == 0
+    assert not resumed.in_flight()
