@@ -4,7 +4,7 @@
     i meets j   x_i <- x_i + 1/2 m,   a_i <- a_i + (alpha - 1/2) m,   m = C(x_j) - C(x_i); then, until i's next meeting,
     over T_i    x_i <- x_i + (1 - e)/2 a_i,   a_i <- e a_i,   e = exp(-2 eta T_i).
 T_i = 1 / sum_j lambda_ij is what lies between two meetings of i in the mean. eta and alpha are of these rates lambda, those of
-the topology's rounds, one after each step. Their unit cancels, so it does not matter how often islands meet, only how meetings are
+the topology's rounds, one after each step. Their unit cancels: it does not matter how often islands meet, only how meetings are
 spread over the edges. With steps as the clock eta would be too large where meetings are seldom: on a ring of 32 whose wires fly
 for 6 steps the squared disagreement grew by e^29 in 350 steps. By meetings it fell by e^10, and by e^5 without momentum.
 The mean over islands that meetings keep, whatever the islands' paces, is that of (x + x~)/2 = x + a/2. So before an exact average
