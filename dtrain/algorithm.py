@@ -5,7 +5,7 @@ background and touches only State and Link, and it may yield again for a further
 thread when its step has come. What survives a yield lies in State, which ``init`` creates whole, so that checkpoint
 keys agree on every rank from step 0. ``grad`` rewrites gradients before the update. ``fused`` is landing, optimizer step
 and sending in one pass over the parameters, for methods that have it. ``merged`` is told that the exact mean of all islands has
-taken the place of the parameters."""
+taken the place of the parameters, and ``rest`` that it is about to."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Algorithm(NamedTuple):
     grad: Callable[[Bucket, State, Link], Iterator[None]] | None = None
     fused: Fused | None = None
     merged: Callable[[Bucket, State], None] | None = None
+    rest: Callable[[Bucket, State], None] | None = None
 
 
 Method = Callable[[Layout, Peers], Algorithm]

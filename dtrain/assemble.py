@@ -11,6 +11,7 @@ from dtrain import reduce as reduces
 from dtrain import schedule
 from dtrain.algorithm import Method
 from dtrain.algorithms.a2cid2 import a2cid2
+from dtrain.algorithms.a2cid2_ready import a2cid2_ready
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
@@ -21,6 +22,8 @@ from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
+from dtrain.events.graph_constants import rates_of_rounds
+from dtrain.matchmaker import Graph, graph_of
 from dtrain.methods import RULES
 from dtrain.outer import Outer
 from dtrain.own_codec import codec_of
@@ -48,6 +51,8 @@ class Plan:
     """A number of what says who talks to whom where that is more than a name: a graph, a server, one's own topology; else 0."""
     sends: bool
     """Whether the method has rounds that land (all but local and all-reduce)."""
+    graph: Graph | None
+    """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
@@ -64,7 +69,13 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
+        graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
+
+
+def _graph(mixed: Mixing, num_islands: int) -> Graph:
+    pairs, _ = rates_of_rounds(mixed, num_islands, every=1)
+    return graph_of([(a, b) for a, b in pairs.tolist()], num_islands)
 
 
 def _edges(r: Recipe, seed: int, num_islands: int) -> int:
@@ -114,6 +125,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return beer(codecs.plain(r.codec), r.gamma, mixed)
         case "choco":
             return choco(codecs.plain(r.codec), r.gamma, mixed)
+        case "a2cid2" if r.schedule == schedule.READY:
+            return a2cid2_ready(codec_of(r.codec, error_feedback=False), mixed)
         case "a2cid2":
             return a2cid2(codec_of(r.codec, error_feedback=False), mixed, r.every, r.delay_steps)
         case "dadao":

@@ -2,7 +2,7 @@
 
 traffic.py carries its flights, over a real link or in one process; the steps are the same, so the bits are. For a
 round that starts after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t
-+ d."""
++ d. Where pairs meet when both are ready (``meetings.py``) d says nothing: a round lands as soon as all of it is here."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class Flight:
         self.phase = -1
         self.done = False
         self.dropped = False
+        self.matched = True
+        """False while it waits for somebody to exchange its wires with."""
+        self.overdue = False
+        """Whether its wires are waited for, though it may land at any step."""
         self.error: Exception | None = None
         self._generator = generator
 
@@ -96,6 +100,8 @@ class Core:
 
     def starts(self, lane: Lane, step: int) -> bool:
         """Whether a round of the lane starts after ``step``."""
+        if self.plan.graph is not None and lane.land_step >= 0:
+            return False
         return lane.algorithm.send is not None and self.plan.when(step, lane.bucket.fragment, self.plan.control)
 
     def lands(self, lane: Lane, step: int) -> bool:
@@ -118,10 +124,15 @@ class Core:
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
         lane.land_step = step + self.plan.delay_steps
+        if self.plan.graph is not None:  # its number comes with its partner, whose steps are others
+            lane.flight.matched, lane.flight.step = False, 0
         lane.round += 1
         return lane.flight
 
     def due(self, step: int) -> list[Lane]:
+        if self.plan.graph is not None:
+            flying = self.in_flight()
+            return flying if all(f is None or f.done or f.overdue for f in (lane.flight for lane in flying)) else []
         return [lane for lane in self.lanes if lane.land_step == step]
 
     def in_flight(self) -> list[Lane]:
@@ -131,7 +142,20 @@ class Core:
         """Apply a round whose bytes are here; one that was dropped changes nothing."""
         if lane.algorithm.land is not None and self.lands(lane, lane.land_step):
             lane.algorithm.land(lane.bucket, lane.state)
+        elif self.plan.graph is not None:
+            lane.round -= 1  # a meeting that did not come about
         lane.flight, lane.land_step = None, -1
+
+    @property
+    def meetings(self) -> int | None:
+        """Of this island so far, the one that flies among them; None where rounds have their steps."""
+        return self.lanes[0].round if self.plan.graph is not None else None
+
+    def rest(self) -> None:
+        """All parameters are about to become the islands' exact mean."""
+        for lane in self.lanes:
+            if lane.algorithm.rest is not None:
+                lane.algorithm.rest(lane.bucket, lane.state)
 
     def merged(self) -> None:
         """All parameters are the islands' exact mean now."""

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +32,16 @@ from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
 from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
+from dtrain.meetings import Meetings
 from dtrain.membership import Notice
 from dtrain.optim.sam import SAM
+from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import Recipe, of_join, resolve, with_start
 from dtrain.spans import span
 from dtrain.traffic import Traffic
-from dtrain.wait import BYTE_KEYS, Wait
+from dtrain.wait import BYTE_KEYS, Stats, Wait
 
 log = logging.getLogger("dtrain")
-
-
-class Stats(NamedTuple):
-    """Cumulative counts of the whole island."""
-
-    step: int
-    wait_s: float
-    wire_bytes_sent: int
-    wire_bytes_received: int
-    wire_bytes_start: int
-    wire_bytes_merge: int
 
 
 class Sync:
@@ -73,6 +64,7 @@ class Sync:
         self.island, self.num_islands = connection.node, connection.num_nodes
         self._connection, self._ranks, self._clip = connection, connection.ranks, clip
         self._model = model
+        check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
         self._flat = flatten(model.named_parameters())
         device = self._flat.storages[0].device
@@ -100,6 +92,7 @@ class Sync:
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
         self._fused = fused_steps(self.core, optimizers, self._flat) if self._ranks.num_ranks == 1 else None
+        self._meetings = None if plan.graph is None else Meetings(self.core, plan.graph, connection, self._traffic)
         self._release = hook(optimizers, scaler, self)
         if self._fused is not None:
             self._release = take_over(optimizers[0], self._fused_step, self._release)
@@ -148,7 +141,7 @@ class Sync:
         if self._fused is None or skipped:
             if self._wait.peer_left:
                 return
-            self._launch(self.core.start_rounds())
+            self._launch(self.core.start_rounds() if self._meetings is None else self._meetings.after_step())
         if self.core.plan.delay_steps == 0:
             self._land_due(self.step)
 
@@ -179,6 +172,7 @@ class Sync:
 
         Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
         self.drain()
+        self.core.rest()
         distance = self._average()
         self.core.merged()
         return distance
@@ -186,6 +180,7 @@ class Sync:
     def merge_corrected(self) -> float:
         """``merge`` for islands that were never in sync: it gives back the variance that a mean takes out (``corrected.py``)."""
         self.drain()
+        self.core.rest()
         before, distance = moments(self._flat.parameters), self._average()
         self._exact.correct(self.step, before)
         self.core.merged()
@@ -206,13 +201,15 @@ class Sync:
         return distance
 
     def settle(self) -> None:
-        """Wait for the bytes of all rounds in flight; they land when their step comes, so this does not alter the
-        trajectory."""
+        """Wait for the bytes of all rounds in flight; they land when their step comes, so this leaves the trajectory alone."""
+        if self._meetings is not None:
+            self._meetings.withdraw()
         self._wait_for([lane.flight for lane in self.core.in_flight() if lane.flight is not None])
 
     @torch.no_grad()
     def drain(self) -> None:
         """Wait for all rounds in flight and land them now, in the order of their steps."""
+        self.settle()
         for step in range(self.step, self.step + self.core.plan.delay_steps + 1):
             self._land_due(step)
 
@@ -242,6 +239,8 @@ class Sync:
         self._closed = True
         membership = self._connection.membership
         membership.announce(Notice(self.step, self._exact.merges, failed=failed))
+        if self._meetings is not None:
+            self._meetings.close()
         self._traffic.close(
             drain_s=0.0 if failed else self._connection.timeout_s,
             left=lambda: {n for n, notice in membership.notices().items() if notice.final},
@@ -269,6 +268,8 @@ class Sync:
             self._refuse_unequal_steps()
         with span("launch"):  # payload, encoding, and handing to the transport
             self._traffic.launch(flights)
+        if self._meetings is not None:
+            self._meetings.ask(flights)
 
     @torch.no_grad()
     def _fused_step(self) -> None:

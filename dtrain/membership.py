@@ -60,6 +60,11 @@ class Membership(Protocol):
         """Raises Regroup when a lost island has come back under a new epoch."""
         ...
 
+    def shared(self, name: str, change: Callable[[str], str]) -> str:
+        """Change a text that all islands share, empty at first, as if nobody else did; returns what it is then. ``change`` may be
+        called again where somebody else was faster."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -108,6 +113,7 @@ class StoreMembership:
     def __init__(self, store: Store, *, node: int, num_nodes: int, rank: int, epoch: int) -> None:
         self._store = store
         self._node, self._num_nodes, self._rank, self._epoch = node, num_nodes, rank, epoch
+        self._texts: set[str] = set()
 
     def gather(self, timeout_s: float, on_wait: OnWait) -> None:
         """Wait until this rank's counterparts on all islands are here; raises PeerLost naming who never came."""
@@ -145,15 +151,26 @@ class StoreMembership:
             if int(epoch) > self._epoch:
                 raise Regroup(int(epoch), int(step))
 
+    def shared(self, name: str, change: Callable[[str], str]) -> str:
+        key = f"{name}/{self._epoch}/{self._rank}"
+        while True:
+            if name not in self._texts and self._store.check([key]):  # a get would wait for a key that is not there
+                self._texts.add(name)
+            before = self._store.get(key).decode() if name in self._texts else ""
+            after = change(before)
+            if after == before or self._store.compare_set(key, before, after).decode() == after:
+                return after
+
     def _key(self, what: str, node: int) -> str:
         return f"{what}/{self._epoch}/{self._rank}/{node}"
 
 
 class Hub:
-    """The notices of islands in one process."""
+    """The notices of islands in one process, and the texts that they share."""
 
     def __init__(self) -> None:
         self.notices: dict[int, Notice] = {}
+        self.texts: dict[str, str] = {}
         self.lock = threading.Lock()
 
 
@@ -176,3 +193,8 @@ class MemoryMembership:
 
     def check_regroup(self) -> None:
         """Islands of one process never regroup."""
+
+    def shared(self, name: str, change: Callable[[str], str]) -> str:
+        with self._hub.lock:
+            text = self._hub.texts[name] = change(self._hub.texts.get(name, ""))
+            return text

@@ -190,6 +190,8 @@ class Part:
     recipe: str
     islands: int
     ranks: int
+    meetings: int | None = None
+    """With another island, where pairs meet when both are ready; None where rounds have their steps."""
 
 
 def write_part(folder: Path, part: Part) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dtrain.recipes import Recipe
-from dtrain.schedule import EVERY
+from dtrain.schedule import EVERY, READY
 
 _WARM_STEPS = 10
 _FEWEST = 20
@@ -61,6 +61,8 @@ def warning(recipe: Recipe, window: Window) -> str | None:
     """What a person should know of a traced window whose rounds are not those of a long run."""
     if recipe.algorithm == "local":
         return None
+    if recipe.schedule == READY:
+        return f'with sync.schedule = "{READY}" a round lands when it is there, and the next starts after it: not in every step'
     if recipe.schedule != EVERY:
         return f'with sync.schedule = "{recipe.schedule}" rounds come ever more often; those here are not those of a long run'
     if window.steps <= recipe.delay_steps:

@@ -75,7 +75,9 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     used = RULES[r.algorithm].axes | {"algorithm"}
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
-    if r.schedule != schedule.EVERY:
+    if r.schedule == schedule.READY:
+        idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
+    elif r.schedule != schedule.EVERY:
         idle["every"] = f'schedule = "{r.schedule}"'
     for axis, value in changes.items():
         if value == getattr(row, axis) or axis in used - idle.keys():
@@ -118,8 +120,32 @@ def check_trains(r: Recipe) -> None:
         raise ValueError(f'sync.recipe = "{r.name}" {why}; to train a model use another recipe, "a2cid2" say')
 
 
+def check_ranks(r: Recipe, num_ranks: int) -> None:
+    """Raises ValueError for a recipe whose islands cannot have so many ranks."""
+    if r.schedule == schedule.READY and num_ranks > 1:
+        raise ValueError(
+            f'islands.ranks = {num_ranks}: with sync.schedule = "{schedule.READY}" each rank would meet when ready, and those '
+            f'of an island have one model; use islands.ranks=1, or sync.schedule = "{schedule.EVERY}"'
+        )
+
+
+def _check_ready(r: Recipe) -> None:
+    if not RULES[r.algorithm].pairs:
+        raise ValueError(
+            f'sync.schedule = "{schedule.READY}" is for meetings of two, and sync.algorithm = "{r.algorithm}" has rounds of all '
+            f'islands; use sync.recipe = "a2cid2", or sync.schedule = "{schedule.EVERY}"'
+        )
+    if r.fragments != 1:
+        raise ValueError(
+            f'sync.fragments = {r.fragments} cannot take turns with sync.schedule = "{schedule.READY}", pairs meet with all '
+            "that they have; use fragments = 1"
+        )
+
+
 def check_together(r: Recipe, num_islands: int) -> None:
     regular = r.schedule == schedule.EVERY
+    if r.schedule == schedule.READY:
+        _check_ready(r)
     if not regular and r.delay == "round":
         raise ValueError(
             f'sync.delay = "round" is as long as a period, and sync.schedule = "{r.schedule}" has none; use a number of steps'
@@ -173,9 +199,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
     if rules.rewrites_gradients and not regular:
         raise ValueError(f'{r.algorithm} exchanges something before each update; sync.schedule = "every" is all it can do')
-    if r.algorithm == "a2cid2" and not regular:
+    if r.algorithm == "a2cid2" and r.schedule not in (schedule.EVERY, schedule.READY):
         raise ValueError(
-            f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every"'
+            f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every", or '
+            '"ready"'
         )
     if r.algorithm in ("choco", "beer") and is_own(r.codec):
         raise ValueError(

@@ -65,9 +65,9 @@ def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:
 
 def of_join(recipe: Recipe, total_steps: int | None) -> Recipe:
     """``with_steps`` for a loop that need not say its length; raises ValueError where it does and nothing would look at it."""
-    if total_steps is not None and recipe.schedule == schedule.EVERY:
+    if total_steps is not None and schedule.parse(recipe.schedule) is None:
         raise ValueError(
-            f'total_steps = {total_steps!r} has no effect with sync.schedule = "{schedule.EVERY}"; leave it out, or use a budget'
+            f'total_steps = {total_steps!r} has no effect with sync.schedule = "{recipe.schedule}"; leave it out, or use a budget'
         )
     return with_steps(recipe, total_steps)
 

@@ -79,6 +79,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "eval_bits_per_byte_islands": [bits_per_byte(part.eval_loss_island, part.bytes_per_token) for part in parts],
         "consensus_distance": _mean(part.consensus_distance for part in parts),
         "corpus_hash": first.corpus_hash,
+        **({} if first.meetings is None else {"meetings": sum(part.meetings or 0 for part in parts) // 2}),
     }
 
 
@@ -129,6 +130,7 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("Loss", _merged(summary), "the islands' models merged into one, on text it never saw; lower is better"),
         ("Each island alone", _alone(summary), "its own model just before the merge"),
         ("Bytes an island sent", _bytes(summary), "against averaging all gradients in fp32 each step (all-reduce)"),
+        *_meetings(summary),
         ("Sent once besides", _once(summary), "to start from equal weights, and to merge at the end"),
         (
             "Waited for the link",
@@ -210,6 +212,11 @@ def _bytes(summary: Summary) -> str:
         return f"{units.show_bytes(sent)}, as much as all-reduce"
     words = f"{_times(ratio)} fewer" if ratio > 1 else f"{_times(1 / ratio)} more"
     return f"{units.show_bytes(sent)} instead of {units.show_bytes(allreduce)}: {words}"
+
+
+def _meetings(summary: Summary) -> list[tuple[str, str, str]]:
+    count = summary.get("meetings")
+    return [] if count is None else [("Meetings", f"{count:,}", "of two islands, as soon as both were ready")]
 
 
 def _once(summary: Summary) -> str:

@@ -2,7 +2,8 @@
 
 ``every`` H steps; or by a budget: R rounds in a run of T steps, few early and many late, with a density that grows as t^p:
     a round starts after step t  <=>  floor(R (t / T)^(p+1)) > floor(R ((t - 1) / T)^(p+1)),    the last one after step T.
-Late rounds are worth more, and one exact merge at the end makes up for most that were left out (arXiv 2507.06542)."""
+Late rounds are worth more, and one exact merge at the end makes up for most that were left out (arXiv 2507.06542).
+Or "ready": after every H-th step at which nothing of an island flies, it looks for a peer that is ready too (``meetings.py``)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 EVERY = "every"
+READY = "ready"
 MOST_GROWTH = 8
 
 
@@ -53,15 +55,15 @@ class Budget(NamedTuple):
 
 
 def parse(name: str) -> Budget | None:
-    """None for "every"; raises ValueError for what is no schedule."""
+    """None for "every" and "ready"; raises ValueError for what is no schedule."""
     word, *rest = name.split(":")
-    if name == EVERY:
+    if name in (EVERY, READY):
         return None
     amount, growth = (rest[0].removesuffix("%"), rest[1] if len(rest) == 2 else "1") if 1 <= len(rest) <= 2 else ("", "")
     if word != "budget" or not amount.isdecimal() or int(amount) < 1 or not growth.isdecimal() or int(growth) > MOST_GROWTH:
         raise ValueError(
             f'schedule = {name!r} is not known; use "every", or "budget:R" or "budget:S%": R rounds in all, or S % of the steps, '
-            f"ever denser; a :p from 0 to {MOST_GROWTH} behind it says how much, 1 when left out"
+            f'ever denser; a :p from 0 to {MOST_GROWTH} behind it says how much, 1 when left out; or "ready", of pairs'
         )
     return Budget(int(amount), rest[0].endswith("%"), int(growth))
 

@@ -13,6 +13,7 @@ from dtrain.core import Flight
 from dtrain.errors import WireError
 from dtrain.spans import mark
 from dtrain.staging import Pool
+from dtrain.topology.row import pair
 from dtrain.transport.base import MERGE, OWN_WORK_S, ROUND, START, Left, Transport, nobody
 from dtrain.wire import refuse_non_finite
 
@@ -66,6 +67,13 @@ class Traffic:
     def lost(self) -> dict[int, str]:
         return self._inbox.lost()
 
+    def meet(self, flights: Sequence[Flight], number: int, peer: int) -> None:
+        """Flights that waited for a partner have one, and the meeting's number."""
+        with self._inbox.changed:
+            for flight in flights:
+                flight.link.row, flight.index, flight.matched = pair(peer), number, True
+            self._inbox.changed.notify_all()
+
     def drop(self, flights: Sequence[Flight]) -> None:
         with self._inbox.changed:
             for flight in flights:
@@ -101,7 +109,7 @@ class Traffic:
                 self._inbox.changed.notify_all()
 
     def _ready(self, flight: Flight) -> bool:
-        return not flight.done and all(self._inbox.has(peer, flight.tag()) for peer in flight.link.expected)
+        return not flight.done and flight.matched and all(self._inbox.has(peer, flight.tag()) for peer in flight.link.expected)
 
     @torch.no_grad()
     def _advance(self, flight: Flight) -> None:
@@ -116,13 +124,14 @@ class Traffic:
                 self._post(flight)
                 for peer, wire_bytes in link.expected.items():
                     self._transport.expect(peer, flight.tag(), wire_bytes)
-                mark(
-                    *(flight.kind, flight.index, flight.bucket),
-                    sent_bytes=sum(wire.numel() for _, wire in link.outbox),
-                    received_bytes=received_bytes,
-                    done=flight.done,
-                )
-                if link.expected:
+                if flight.matched:
+                    mark(
+                        *(flight.kind, flight.index, flight.bucket),
+                        sent_bytes=sum(wire.numel() for _, wire in link.outbox),
+                        received_bytes=received_bytes,
+                        done=flight.done,
+                    )
+                if link.expected or not flight.matched:
                     return
         except Exception as e:  # noqa: BLE001  (raised again by who waits for the flight; a dead thread would hang it)
             flight.error = e

@@ -394,6 +394,7 @@ def _finish(island: _Island) -> None:
         bytes_per_token=island.corpus.bytes_per_token,
         consensus_distance=distance,
         corpus_hash=island.corpus.hash,
+        meetings=sync.core.meetings,
     )
     write_part(island.run / "logs" / f"island{node}", part)
     status.update("done", steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from dtrain.connect import Connection
 from dtrain.core import Flight
@@ -24,6 +25,17 @@ _OK, _LEFT, _LOST, _NON_FINITE, _REGROUP = range(5)
 """What a rank saw while it waited; the highest that any rank saw is the island's outcome."""
 _POLL_S = 0.25
 """How often a wait looks for peers that left or came back; a healthy round on a fast link is over sooner."""
+
+
+class Stats(NamedTuple):
+    """Cumulative counts of the whole island."""
+
+    step: int
+    wait_s: float
+    wire_bytes_sent: int
+    wire_bytes_received: int
+    wire_bytes_start: int
+    wire_bytes_merge: int
 
 
 class Wait:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import own, topology
+from dtrain import own, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.own_name import OWN_AXES, is_own
-from dtrain.recipe_fits import check_trains
+from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import AXES, of_section, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
@@ -95,6 +95,7 @@ def check_answers(job: Job, how: How) -> None:
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
             )
     else:
+        check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)
         refuse_sim(job)
         _check_link(job)
     if how == "script":
@@ -111,6 +112,11 @@ def check_text(job: Job) -> None:
 
 
 def _check_sim(job: Job) -> None:
+    if job.sync.schedule == schedule.READY and job.sim.has_clock and job.sim.clock != "poisson":
+        raise ValueError(
+            f'sync.schedule = "{schedule.READY}" is of islands that meet when both are ready, and a clock of steps has none; '
+            'use sim.clock=poisson, whose pairs meet at random times, or sync.schedule=every'
+        )
     if job.sim.problem == "gpt":
         return
     sim = f'sim.problem = "{job.sim.problem}"'

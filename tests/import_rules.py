@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-PURE = ("topology", "events", "schedule", "methods", "sections", "config", "codec_name", "own_name", "units", "errors")
+PURE = (
+    *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
+    "errors",
+)
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
@@ -22,7 +25,7 @@ LAYERS = (
     ("membership", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "traffic", "wait"),
+        *("loop_fits", "meetings", "traffic", "wait"),
     ),
     (),
     ("launch",),

@@ -46,8 +46,9 @@ def check_plannable(recipe: Recipe) -> None:
     """Raises ValueError for a recipe whose rounds do not come at even distances: a step's mean would mean nothing."""
     check_trains(recipe)
     if recipe.schedule != "every":
+        how = "come when two are ready" if recipe.schedule == "ready" else "come ever faster"
         raise ValueError(
-            f'sync.schedule = "{recipe.schedule}": its rounds come ever faster, and dtrain plan looks at a step like any other; '
+            f'sync.schedule = "{recipe.schedule}": its rounds {how}, and dtrain plan looks at a step like any other; '
             'plan with sync.schedule=every'
         )
 

@@ -113,6 +113,8 @@ def test_a_refusal_that_is_not_about_the_number_of_islands_is_not_hidden(monkeyp
 def test_what_has_no_even_rounds_is_refused() -> None:
     with pytest.raises(ValueError, match=r'sync\.schedule = "budget:20%".* plan with sync\.schedule=every'):
         candidates(resolve("single_merge", {}, 4), 4)
+    with pytest.raises(ValueError, match=r'sync\.schedule = "ready": its rounds come when two are ready.* plan with sync\.sch'):
+        candidates(resolve("a2cid2", {"schedule": "ready"}, 4), 4)
     with pytest.raises(ValueError, match=r'"dadao" .*only simulated'):
         candidates(resolve("dadao", {}, 4), 4)
 

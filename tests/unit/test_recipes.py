@@ -11,10 +11,11 @@ import pytest
 
 from dtrain.assemble import assemble
 from dtrain.config import dump_job, parse_job
+from dtrain.launch.checks import How, check_answers
 from dtrain.launch.run_folder import resolved
 from dtrain.methods import RULES
-from dtrain.recipe_fits import check_values
-from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_section, resolve, with_steps
+from dtrain.recipe_fits import check_ranks, check_values
+from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_join, of_section, resolve, with_steps
 from dtrain.sections import Sync
 
 TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
@@ -92,6 +93,11 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("a2cid2", {"schedule": "budget:9"}, 'equally far apart, and sync.schedule = "budget:9" has others; use "every"'),
         ("allreduce", {"schedule": "budget:9"}, 'sync.schedule = "every" is all it can do'),
         ("local", {"schedule": "budget:9"}, 'sync.schedule = \'budget:9\' has no effect with sync.algorithm = "local"'),
+        ("dpsgd", {"schedule": "ready"}, '"ready" is for meetings of two, and sync.algorithm = "dpsgd" has rounds of all'),
+        ("choco", {"schedule": "ready"}, '"ready" is for meetings of two, and sync.algorithm = "choco" has rounds of all'),
+        ("local", {"schedule": "ready"}, 'sync.schedule = \'ready\' has no effect with sync.algorithm = "local"'),
+        ("a2cid2", {"schedule": "ready", "delay": 3, "every": 3}, 'sync.delay = 3 has no effect with sync.schedule = "ready"'),
+        ("a2cid2", {"schedule": "ready", "fragments": 2}, "sync.fragments = 2 cannot take turns with sync.schedule"),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
     ],
 )
@@ -112,6 +118,37 @@ def test_gossip_needs_two_islands(topology: str) -> None:
     assert resolve("dpsgd", {"topology": topology}, 2).topology == topology
     with pytest.raises(ValueError, match=f'sync.topology = "{topology}" needs at least 2 islands, got 1'):
         resolve("dpsgd", {"topology": topology}, 1)
+
+
+def test_pairs_may_meet_when_both_are_ready_and_then_no_length_is_asked_for() -> None:
+    recipe = resolve("a2cid2", {"schedule": "ready", "every": 2}, 4)
+    assert with_steps(recipe, None) == of_join(recipe, None) == recipe
+    with pytest.raises(ValueError, match=r'^total_steps = 9 has no effect with sync.schedule = "ready"; leave it out'):
+        of_join(recipe, 9)
+    check_ranks(recipe, 1)
+    check_ranks(RECIPES["a2cid2"], 2)
+    with pytest.raises(ValueError, match=r'^islands.ranks = 2: with sync.schedule = "ready" .* use islands.ranks=1,') as caught:
+        check_ranks(recipe, 2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "changes", "said"),
+    [
+        ("run", {"islands": {"ranks": 2}}, "islands.ranks = 2: with sync.schedule"),
+        ("script", {"islands": {"ranks": 2}}, "islands.ranks = 2: with sync.schedule"),
+        ("sim", {"sim": {"problem": "quadratic"}}, "a clock of steps has none; use sim.clock=poisson"),
+        ("sim", {"sim": {"step_s": 0.1}}, "a clock of steps has none; use sim.clock=poisson"),
+    ],
+)
+def test_where_nobody_can_be_ready_is_said_before_anything_starts(how: How, changes: dict[str, object], said: str) -> None:
+    sync = {"recipe": "a2cid2", "schedule": "ready"}
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        check_answers(parse_job({"sync": sync, **changes}), how)
+    assert "\n" not in str(caught.value)
+    poisson = parse_job({"sync": sync, "sim": {"problem": "quadratic", "clock": "poisson"}})
+    check_answers(poisson, "sim")
+    check_answers(parse_job({"sync": sync}), "sim")
 
 
 def test_round_is_a_delay_of_the_whole_period() -> None:

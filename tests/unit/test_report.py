@@ -274,6 +274,14 @@ def test_a_run_whose_metrics_were_emptied_is_drawn_too(tmp_path: Path) -> None:
     assert png_size(tmp_path / "compare.png") == (2475, 690)
 
 
+def test_meetings_are_counted_once_for_both_of_a_pair(tmp_path: Path) -> None:
+    met = [replace(FIRST, meetings=7), replace(SECOND, meetings=7)]
+    summary = report.write_summary(write_run(tmp_path / "run", met), 2)
+    assert summary["meetings"] == 7
+    assert ("Meetings", "7", "of two islands, as soon as both were ready") in report.closing_rows(summary)
+    assert "Meetings" not in [row[0] for row in report.closing_rows(report.summarize([FIRST, SECOND]))]
+
+
 def test_a_summary_that_lacks_something_is_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [FIRST, SECOND])
     summary = report.write_summary(run, 2)
