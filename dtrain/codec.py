@@ -129,8 +129,7 @@ class BoundBlocks:
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         with span("encode", x.element_size() * x.numel() + wire.numel()):
             if self.fmt.kind == "identity":
-                self._wire.values(wire).copy_(x)
-                self._wire.seal_finite(wire)
+                self._wire.put(x, wire)
                 return
             ops, noise = self._wire.operations(wire.device), self._draw(state)
             for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):

@@ -2,13 +2,14 @@
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
 and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
-them, also while it computes. Wires are copied where they are posted, and arrive when the link model says. Only computing and the
+them, also while it computes. Wires arrive when the link model says (virtual_wires.py: without copies, where a method lets them). Only computing and the
 link take time; encoding, mixing and updates take none. What an island does to its parameters does not depend on when wires come,
 so they are those of live islands bit for bit. No wire leaves the process, so checksums are neither written nor read."""
 
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from dtrain.link import Peers
 from dtrain.virtual_clock import VirtualClock
 from dtrain.virtual_link import VirtualLink
 from dtrain.virtual_problem import Problem
+from dtrain.virtual_wires import SharedWires
 from dtrain.wire import without_checksums
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -91,6 +93,8 @@ class Simulation:
         self.clock = VirtualClock()
         self._plan, self._problem, self._lr = plan, problem, lr
         self._link, self._compute_s = link, compute_s
+        self._wires: defaultdict[int, SharedWires] = defaultdict(SharedWires)
+        """By bucket."""
         with without_checksums():
             self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
         if first_step:
@@ -206,6 +210,7 @@ class Simulation:
 
     def _launch(self, island: _Island, flights: Sequence[Flight]) -> None:
         for flight in flights:
+            flight.link.rooms = self._wires[flight.bucket]
             self._advance(island, flight)
 
     def _advance(self, island: _Island, flight: Flight) -> None:
@@ -222,6 +227,8 @@ class Simulation:
             flight.advance()
             if link.outbox:
                 self._post(island, flight)
+            for wire in arrived.values():  # that the method did not keep
+                self._wires[flight.bucket].drop(wire)
             missing = _Missing(flight)
             for peer in link.expected:
                 key = (peer, flight.index, flight.bucket, flight.phase)
@@ -232,17 +239,20 @@ class Simulation:
                 return
 
     def _post(self, island: _Island, flight: Flight) -> None:
-        """Copies, as a wire may be written again before it arrives; one serves all peers."""
-        copies: dict[int, Tensor] = {}
-        now_s, node = self.clock.now_s, island.node
+        """One copy, where there has to be one, serves all peers."""
+        lent: dict[int, Tensor] = {}
+        now_s, node, wires = self.clock.now_s, island.node, self._wires[flight.bucket]
         key = (node, flight.index, flight.bucket, flight.phase)
         for peer, wire in flight.link.outbox:
-            copy = copies.get(id(wire))
-            if copy is None:
-                copy = copies[id(wire)] = wire.clone()
-            wire_bytes = copy.numel()
+            content = lent.get(id(wire))
+            if content is None:
+                receivers = sum(other is wire for _, other in flight.link.outbox)
+                content = lent[id(wire)] = wires.lend(wire, receivers)
+            wire_bytes = content.numel()
             island.account.wire_bytes_sent += wire_bytes
-            self.clock.at(self._link.arrival_s(now_s, node, peer, wire_bytes), self._arrive, (self._islands[peer], key, copy))
+            self.clock.at(
+                self._link.arrival_s(now_s, node, peer, wire_bytes), self._arrive, (self._islands[peer], key, content)
+            )
 
     def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
         island, key, content = wire
