@@ -9,7 +9,7 @@ so they are those of live islands bit for bit. No wire leaves the process, so ch
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,8 +56,8 @@ class _Missing:
 
     __slots__ = ("flight", "wires")
 
-    def __init__(self, flight: Flight) -> None:
-        self.flight, self.wires = flight, 0
+    def __init__(self, flight: Flight, wires: int) -> None:
+        self.flight, self.wires = flight, wires
 
 
 class _Island:
@@ -217,44 +217,41 @@ class Simulation:
 
     def _advance(self, island: _Island, flight: Flight) -> None:
         """As ``Traffic``: hand over what arrived, resume, post what comes out, until wires are awaited or the flight is done."""
-        link, inbox = flight.link, island.inbox
+        link, inbox, account = flight.link, island.inbox, island.account
         while not flight.done:
-            arrived = {}
+            arrived: dict[int, Tensor] = {}
             for peer, wire_bytes in link.expected.items():
                 wire = arrived[peer] = inbox.pop((peer, flight.index, flight.bucket, flight.phase))
-                island.account.wire_bytes_received += wire.numel()
                 if wire.numel() != wire_bytes:
                     raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {wire.numel()} bytes, not {wire_bytes}")
+                account.wire_bytes_received += wire_bytes
             link.inbox = arrived
             flight.advance()
             if link.outbox:
                 self._post(island, flight)
             for wire in arrived.values():  # that the method did not keep
                 self._wires[flight.bucket].drop(wire)
-            missing = _Missing(flight)
-            for peer in link.expected:
-                key = (peer, flight.index, flight.bucket, flight.phase)
-                if key not in inbox:
-                    island.awaited[key] = missing
-                    missing.wires += 1
-            if missing.wires:
-                return
+            if link.expected and not flight.done:
+                index, bucket, phase = flight.index, flight.bucket, flight.phase
+                missing = [key for peer in link.expected if (key := (peer, index, bucket, phase)) not in inbox]
+                if missing:
+                    island.awaited.update(dict.fromkeys(missing, _Missing(flight, len(missing))))
+                    return
 
     def _post(self, island: _Island, flight: Flight) -> None:
         """One copy, where there has to be one, serves all peers."""
-        lent: dict[int, Tensor] = {}
-        now_s, node, wires = self.clock.now_s, island.node, self._wires[flight.bucket]
-        key = (node, flight.index, flight.bucket, flight.phase)
-        for peer, wire in flight.link.outbox:
+        outbox, node = flight.link.outbox, island.node
+        receivers = Counter(id(wire) for _, wire in outbox) if len(outbox) > 1 else None
+        key, lent = (node, flight.index, flight.bucket, flight.phase), dict[int, Tensor]()
+        for peer, wire in outbox:
             content = lent.get(id(wire))
             if content is None:
-                receivers = sum(other is wire for _, other in flight.link.outbox)
-                content = lent[id(wire)] = wires.lend(wire, receivers)
+                number = 1 if receivers is None else receivers[id(wire)]
+                content = lent[id(wire)] = self._wires[flight.bucket].lend(wire, number)
             wire_bytes = content.numel()
             island.account.wire_bytes_sent += wire_bytes
-            self.clock.at(
-                self._link.arrival_s(now_s, node, peer, wire_bytes), self._arrive, (self._islands[peer], key, content)
-            )
+            arrival_s = self._link.arrival_s(self.clock.now_s, node, peer, wire_bytes)
+            self.clock.at(arrival_s, self._arrive, (self._islands[peer], key, content))
 
     def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
         island, key, content = wire

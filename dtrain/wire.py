@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import ModuleType
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import NonFinite, WireError
-from dtrain.kernels import Coded, Format, operations, zones
+from dtrain.kernels import Coded, Format, KeptCoded, operations, zones
 
 HEADER_BYTES = 32
 VERSION = 1
@@ -56,7 +56,7 @@ class _Views(NamedTuple):
     """What lies where in one wire."""
 
     body: Tensor
-    parts: list[Coded]
+    parts: list[KeptCoded]
     """The zones of each run."""
     finite: Tensor
     """What must be finite: the scales, or where there are none the values."""
@@ -110,7 +110,7 @@ class WireFormat:
     def body(self, wire: Tensor) -> Tensor:
         return self._views(wire).body
 
-    def parts(self, wire: Tensor) -> list[Coded]:
+    def parts(self, wire: Tensor) -> Sequence[Coded]:
         """The zones of each run."""
         made = self._made.get(wire.data_ptr())
         return zones(wire[HEADER_BYTES:], self.fmt, self.numels) if made is None else made.parts
@@ -181,8 +181,9 @@ class WireFormat:
         else:
             finite = body.view(torch.float32 if self.fmt.kind == "identity" else torch.bfloat16)
         checksum = wire[_CHECKED:HEADER_BYTES].view(torch.int64)
+        kept = [KeptCoded(*part) for part in zones(body, self.fmt, self.numels)]
         flag = wire[_FLAG : _FLAG + 1]
-        return _Views(body, zones(body, self.fmt, self.numels), finite, flag, checksum, flag.numpy().data if wire.is_cpu else None)
+        return _Views(body, kept, finite, flag, checksum, flag.numpy().data if wire.is_cpu else None)
 
 
 def own_header(cut: int, numel: int) -> bytes:
