@@ -152,9 +152,9 @@ class BoundBlocks:
 
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
         with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
-            for i, run in enumerate(self._cut(x)):
-                ops.mix(run, 1.0, [part[i] for part in parts], weights, self.fmt)
+            ops, parts = self._wire.operations(x.device), list(map(self._wire.parts, wires))
+            for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
+                ops.mix(run, 1.0, codes, weights, self.fmt)
 
     def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
         """wire = C(x - xhat);  xhat += decode(wire);  s += self_weight decode(wire)."""

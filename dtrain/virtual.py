@@ -2,9 +2,10 @@
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
 and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
-them, also while it computes. Wires arrive when the link model says (virtual_wires.py: without copies, where a method lets them). Only computing and the
-link take time; encoding, mixing and updates take none. What an island does to its parameters does not depend on when wires come,
-so they are those of live islands bit for bit. No wire leaves the process, so checksums are neither written nor read."""
+them, also while it computes. Wires arrive when the link model says; a method that asks for room is spared copies of them
+(virtual_wires.py). Only computing and the link take time; encoding, mixing and updates take none. What an island does to its
+parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the process, so
+checksums are neither written nor read."""
 
 from __future__ import annotations
 
@@ -240,18 +241,20 @@ class Simulation:
 
     def _post(self, island: _Island, flight: Flight) -> None:
         """One copy, where there has to be one, serves all peers."""
-        outbox, node = flight.link.outbox, island.node
-        receivers = Counter(id(wire) for _, wire in outbox) if len(outbox) > 1 else None
-        key, lent = (node, flight.index, flight.bucket, flight.phase), dict[int, Tensor]()
+        outbox, wires, node = flight.link.outbox, self._wires[flight.bucket], island.node
+        if len(outbox) == 1:
+            ((_, wire),) = outbox
+            lent = {id(wire): wires.lend(wire, 1)}
+        else:
+            receivers = Counter(id(wire) for _, wire in outbox)
+            posted = {id(wire): wire for _, wire in outbox}
+            lent = {key: wires.lend(wire, receivers[key]) for key, wire in posted.items()}
+        name = (node, flight.index, flight.bucket, flight.phase)
         for peer, wire in outbox:
-            content = lent.get(id(wire))
-            if content is None:
-                number = 1 if receivers is None else receivers[id(wire)]
-                content = lent[id(wire)] = self._wires[flight.bucket].lend(wire, number)
-            wire_bytes = content.numel()
+            wire_bytes = wire.numel()
             island.account.wire_bytes_sent += wire_bytes
             arrival_s = self._link.arrival_s(self.clock.now_s, node, peer, wire_bytes)
-            self.clock.at(arrival_s, self._arrive, (self._islands[peer], key, content))
+            self.clock.at(arrival_s, self._arrive, (self._islands[peer], name, lent[id(wire)]))
 
     def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
         island, key, content = wire

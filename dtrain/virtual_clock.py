@@ -1,8 +1,8 @@
 """What happens next in a simulation? A clock that jumps from one event to the next, without threads and without waiting.
 
 Whoever simulates something puts calls on it: ``at(time, call, argument)``. Events of the same time come in the order in which
-they were put there, so a run depends on nothing but its input. Islands that are alike do the same at the same time: only times are
-kept in order, not events."""
+they were put there, so a run depends on nothing but its input. Islands that are alike do the same at the same time: only times
+are kept in order, not events."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who holds a wire in a simulation? All islands are in one process, so a wire travels as a reference, and is copied only where its
-island may write to it again.
+"""Who holds a wire in a simulation? All islands are in one process, so a wire travels as a reference, and is copied only
+where its island may write to it again.
 
 That memory which nobody holds any more is written next keeps the most of it in the caches: 1,000 islands' states are not."""
 

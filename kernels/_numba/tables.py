@@ -78,7 +78,8 @@ def float_bits(value: float) -> int:
 def wire_table(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> array[int]:
     rows: list[int] = []
     for wire, weight in zip(wires, weights, strict=True):
-        rows += *coded(wire, fmt, numel, "a wire"), float_bits(weight)
+        rows += coded(wire, fmt, numel, "a wire")
+        rows += _FLOAT_BITS(_FLOAT(weight))
     return array("q", rows)
 
 
