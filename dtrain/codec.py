@@ -129,8 +129,7 @@ class BoundBlocks:
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         with span("encode", x.element_size() * x.numel() + wire.numel()):
             if self.fmt.kind == "identity":
-                self._wire.values(wire).copy_(x)
-                self._wire.seal_finite(wire)
+                self._wire.put(x, wire)
                 return
             ops, noise = self._wire.operations(wire.device), self._draw(state)
             for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):
@@ -153,7 +152,7 @@ class BoundBlocks:
 
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
         with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
+            ops, parts = self._wire.operations(x.device), list(map(self._wire.parts, wires))
             for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
                 ops.mix(run, 1.0, codes, weights, self.fmt)
 

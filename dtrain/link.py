@@ -7,10 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
+from dtrain.codec import BoundCodec
 from dtrain.topology import Round
+
+
+class Rooms(Protocol):
+    """Where wires lie that are written, or kept."""
+
+    def room(self, wire: Tensor, codec: BoundCodec) -> Tensor:
+        """See ``Link.room``."""
+        ...
+
+    def keep(self, wire: Tensor, room: Tensor) -> Tensor:
+        """See ``Link.keep``."""
+        ...
+
+
+class _Own:
+    """Each where it always lies: what is posted is copied there, and what arrives here."""
+
+    def room(self, wire: Tensor, codec: BoundCodec) -> Tensor:
+        return wire
+
+    def keep(self, wire: Tensor, room: Tensor) -> Tensor:
+        return room.copy_(wire)
+
+
+_OWN = _Own()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +61,7 @@ class Link:
     checks: dict[int, Callable[[Tensor], None]] = field(default_factory=dict)
     """peer -> what raises WireError where its wire is not what was agreed; run before anyone sees the wire."""
     inbox: dict[int, Tensor] = field(default_factory=dict)
+    rooms: Rooms = _OWN
 
     def post(self, peer: int, wire: Tensor) -> None:
         """Send one wire to a peer in this phase; it may be written again after the next yield."""
@@ -48,6 +76,15 @@ class Link:
     def received(self, peer: int) -> Tensor:
         """The wire a peer posted in the phase that just ended; copy what must outlast the next yield."""
         return self.inbox[peer]
+
+    def room(self, wire: Tensor, codec: BoundCodec) -> Tensor:
+        """Where to write the next wire instead of this one, which peers may still read. Whoever asks, asks each time, and puts
+        what it is given in place of it in State."""
+        return self.rooms.room(wire, codec)
+
+    def keep(self, peer: int, room: Tensor) -> Tensor:
+        """``received``, once, to stay in State, in ``room`` or in place of it; it must not be written to."""
+        return self.rooms.keep(self.inbox.pop(peer), room)
 
     def new_phase(self) -> None:
         self.outbox, self.expected, self.checks = [], {}, {}

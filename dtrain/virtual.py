@@ -2,13 +2,15 @@
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
 and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
-them, also while it computes. Wires are copied where they are posted, and arrive when the link model says. Only computing and the
-link take time; encoding, mixing and updates take none. What an island does to its parameters does not depend on when wires come,
-so they are those of live islands bit for bit. No wire leaves the process, so checksums are neither written nor read."""
+them, also while it computes. Wires arrive when the link model says; a method that asks for room is spared copies of them
+(virtual_wires.py). Only computing and the link take time; encoding, mixing and updates take none. What an island does to its
+parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the process, so
+checksums are neither written nor read."""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from dtrain.link import Peers
 from dtrain.virtual_clock import VirtualClock
 from dtrain.virtual_link import VirtualLink
 from dtrain.virtual_problem import Problem
+from dtrain.virtual_wires import SharedWires
 from dtrain.wire import without_checksums
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -32,6 +35,8 @@ Key = tuple[int, int, int, int]
 """The name of a wire that an island receives: peer, round, bucket, phase."""
 
 _WAIT = -1.0
+_COLLECT_AT = 100_000
+"""Objects more than were freed; at Python's 700, a collection came every 100 rounds of an island."""
 
 
 @dataclass(slots=True)
@@ -52,8 +57,8 @@ class _Missing:
 
     __slots__ = ("flight", "wires")
 
-    def __init__(self, flight: Flight) -> None:
-        self.flight, self.wires = flight, 0
+    def __init__(self, flight: Flight, wires: int) -> None:
+        self.flight, self.wires = flight, wires
 
 
 class _Island:
@@ -91,6 +96,8 @@ class Simulation:
         self.clock = VirtualClock()
         self._plan, self._problem, self._lr = plan, problem, lr
         self._link, self._compute_s = link, compute_s
+        self._wires: defaultdict[int, SharedWires] = defaultdict(SharedWires)
+        """By bucket."""
         with without_checksums():
             self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
         if first_step:
@@ -206,43 +213,48 @@ class Simulation:
 
     def _launch(self, island: _Island, flights: Sequence[Flight]) -> None:
         for flight in flights:
+            flight.link.rooms = self._wires[flight.bucket]
             self._advance(island, flight)
 
     def _advance(self, island: _Island, flight: Flight) -> None:
         """As ``Traffic``: hand over what arrived, resume, post what comes out, until wires are awaited or the flight is done."""
-        link, inbox = flight.link, island.inbox
+        link, inbox, account = flight.link, island.inbox, island.account
         while not flight.done:
-            arrived = {}
+            arrived: dict[int, Tensor] = {}
             for peer, wire_bytes in link.expected.items():
                 wire = arrived[peer] = inbox.pop((peer, flight.index, flight.bucket, flight.phase))
-                island.account.wire_bytes_received += wire.numel()
                 if wire.numel() != wire_bytes:
                     raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {wire.numel()} bytes, not {wire_bytes}")
+                account.wire_bytes_received += wire_bytes
             link.inbox = arrived
             flight.advance()
             if link.outbox:
                 self._post(island, flight)
-            missing = _Missing(flight)
-            for peer in link.expected:
-                key = (peer, flight.index, flight.bucket, flight.phase)
-                if key not in inbox:
-                    island.awaited[key] = missing
-                    missing.wires += 1
-            if missing.wires:
-                return
+            for wire in arrived.values():  # that the method did not keep
+                self._wires[flight.bucket].drop(wire)
+            if link.expected and not flight.done:
+                index, bucket, phase = flight.index, flight.bucket, flight.phase
+                missing = [key for peer in link.expected if (key := (peer, index, bucket, phase)) not in inbox]
+                if missing:
+                    island.awaited.update(dict.fromkeys(missing, _Missing(flight, len(missing))))
+                    return
 
     def _post(self, island: _Island, flight: Flight) -> None:
-        """Copies, as a wire may be written again before it arrives; one serves all peers."""
-        copies: dict[int, Tensor] = {}
-        now_s, node = self.clock.now_s, island.node
-        key = (node, flight.index, flight.bucket, flight.phase)
-        for peer, wire in flight.link.outbox:
-            copy = copies.get(id(wire))
-            if copy is None:
-                copy = copies[id(wire)] = wire.clone()
-            wire_bytes = copy.numel()
+        """One copy, where there has to be one, serves all peers."""
+        outbox, wires, node = flight.link.outbox, self._wires[flight.bucket], island.node
+        if len(outbox) == 1:
+            ((_, wire),) = outbox
+            lent = {id(wire): wires.lend(wire, 1)}
+        else:
+            receivers = Counter(id(wire) for _, wire in outbox)
+            posted = {id(wire): wire for _, wire in outbox}
+            lent = {key: wires.lend(wire, receivers[key]) for key, wire in posted.items()}
+        name = (node, flight.index, flight.bucket, flight.phase)
+        for peer, wire in outbox:
+            wire_bytes = wire.numel()
             island.account.wire_bytes_sent += wire_bytes
-            self.clock.at(self._link.arrival_s(now_s, node, peer, wire_bytes), self._arrive, (self._islands[peer], key, copy))
+            arrival_s = self._link.arrival_s(self.clock.now_s, node, peer, wire_bytes)
+            self.clock.at(arrival_s, self._arrive, (self._islands[peer], name, lent[id(wire)]))
 
     def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
         island, key, content = wire
@@ -271,11 +283,15 @@ class Simulation:
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """Python's collector looks at nothing that was made before: at a thousand islands' state it would look each time, in vain."""
+    """Python's collector looks at nothing that was made before, and seldom at what is made now: a thousand islands have thousands
+    of flights and wires under way at any time, none of them garbage."""
+    kept = gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(_COLLECT_AT, *kept[1:])
     try:
         yield
     finally:
+        gc.set_threshold(*kept)
         gc.unfreeze()
 
 

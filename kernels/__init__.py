@@ -2,7 +2,7 @@
 ``dispatch.py``; what their bytes mean is ``WIRE.md``."""
 
 from dtrain.kernels.dispatch import BACKENDS, OPERATIONS, backend, operations, prepare
-from dtrain.kernels.operands import MAX_BLOCK, MIN_BLOCK, SUM_TILE, Adam, Coded, Format, Noise, Piece, Public, zones
+from dtrain.kernels.operands import MAX_BLOCK, MIN_BLOCK, SUM_TILE, Adam, Coded, Format, KeptCoded, Noise, Piece, Public, zones
 
 __all__ = [
     "BACKENDS",
@@ -13,6 +13,7 @@ __all__ = [
     "Adam",
     "Coded",
     "Format",
+    "KeptCoded",
     "Noise",
     "Piece",
     "Public",

@@ -52,6 +52,14 @@ class Coded(NamedTuple):
 
     codes: Tensor
     scales: Tensor
+    seen = None
+
+
+class KeptCoded(Coded):
+    """Of a wire that stays where it is: the CPU's kernels note here what they found, and need not check it for each call."""
+
+    seen: tuple[Format, int, int, int] | None
+    """For which format and elements it was checked, and the addresses."""
 
 
 class Noise(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dtrain.link import Link
 
 def arrivals(codec: BoundCodec, in_degree: int, device: torch.device) -> State:
     """Room for as many wires as a round can bring; a weight of 0 marks one that this round has not."""
-    wires = {f"in{k}": codec.new_wire(device) for k in range(in_degree)}
+    wires = {_in(k): codec.new_wire(device) for k in range(in_degree)}
     return wires | {"weights": torch.zeros(in_degree, dtype=torch.float64)}
 
 
@@ -32,11 +33,17 @@ def fly(state: State, link: Link, codec: BoundCodec) -> Iterator[None]:
     yield
     weights = state["weights"].numpy()  # the same memory; an element is written in a third of the time
     for k, (peer, weight) in enumerate(link.row.recvs):
-        state[f"in{k}"].copy_(link.received(peer))
+        name = _in(k)
+        state[name] = link.keep(peer, state[name])
         weights[k] = weight
 
 
 def arrived(state: State) -> tuple[list[Tensor], list[float]]:
     """The wires of the round that lands, and their weights."""
     weights = state["weights"].tolist()
-    return [state[f"in{k}"] for k, w in enumerate(weights) if w], [w for w in weights if w]
+    return [state[_in(k)] for k, w in enumerate(weights) if w], [w for w in weights if w]
+
+
+@cache
+def _in(k: int) -> str:
+    return f"in{k}"

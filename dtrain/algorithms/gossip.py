@@ -32,7 +32,8 @@ def gossip(codec: Codec, mixing: Mixing, gamma: float = 1.0) -> Method:
             return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
-            bound.encode(b.x, state["own"], state)
+            state["own"] = own = link.room(state["own"], bound)
+            bound.encode(b.x, own, state)
             yield from fly(state, link, bound)
 
         def to_mix(state: State) -> tuple[list[Tensor], list[float]]:

@@ -39,7 +39,8 @@ def push_sum(codec: Codec, mixing: Mixing) -> Method:
             base, w = state["base"], float(state["w"][peers.node])
             b.x.copy_(torch.lerp(base, b.x.float(), 1 / w))
             base.copy_(b.x)
-            bound.encode(b.x, state["own"], state)
+            state["own"] = own = link.room(state["own"], bound)
+            bound.encode(b.x, own, state)
             yield from fly(state, link, bound)
 
         def land(b: Bucket, state: State) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from dtrain.kernels._numba.compiled import kernel
 from dtrain.kernels._numba.formats import AHEAD, _ABS, _INFINITE, called, inlined, mix_lanes, read32
 from dtrain.kernels._numba.memory import (
@@ -168,6 +170,7 @@ def check_sum(arguments):
 
 @kernel
 def not_finite(arguments):
+    """The flag of a single unit is written, that of several raised."""
     n, x, half, flag = _four(arguments)
     counter = arguments + 32
     room = _x_room()
@@ -191,5 +194,6 @@ def not_finite(arguments):
                 most = largest(most, wider16(load_i16x32(room)) << 16 & _ABS)
             else:
                 most = largest(most, load_i32x32(room) & _ABS)
-        if largest_lane(most) >= _INFINITE:
-            store_byte(flag, 1)
+        found = largest_lane(most) >= _INFINITE
+        if found or n <= UNIT:
+            store_byte(flag, np.int64(found))

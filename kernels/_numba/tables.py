@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.kernels._numba.compiled import addresses
-from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, SCALES, Coded, Format, Noise
+from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, SCALES, Coded, Format, KeptCoded, Noise
 
 MASK32 = 0xFFFFFFFF
 _FLOAT, _FLOAT_BITS = struct.Struct("<f").pack, struct.Struct("<I").unpack
@@ -31,6 +31,8 @@ def state(t: Tensor, numel: int, what: str) -> int:
 
 def values(t: Tensor, numel: int, what: str) -> tuple[int, int]:
     """The address of an fp32 or bf16 tensor, and whether it is bf16."""
+    if t.dtype is torch.float32 and t.numel() == numel and t.is_contiguous() and t.is_cpu:
+        return t.data_ptr(), 0
     half = t.dtype is torch.bfloat16
     return place(t, numel, torch.bfloat16 if half else torch.float32, what), int(half)
 
@@ -52,9 +54,15 @@ def format_numbers(fmt: Format) -> tuple[int, ...]:
 
 def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:
     """The addresses of codes and scales."""
+    seen = wire.seen
+    if seen is not None and seen[0] is fmt and seen[1] == numel:
+        return seen[2:]
     code_bytes, num_scales = _sizes(fmt, numel)
     codes = place(wire.codes, code_bytes, torch.uint8, f"{what}'s codes")
-    return codes, place(wire.scales, num_scales, torch.bfloat16, f"{what}'s scales") if num_scales else 0
+    scales = place(wire.scales, num_scales, torch.bfloat16, f"{what}'s scales") if num_scales else 0
+    if isinstance(wire, KeptCoded):
+        wire.seen = fmt, numel, codes, scales
+    return codes, scales
 
 
 @lru_cache
@@ -68,12 +76,10 @@ def float_bits(value: float) -> int:
 
 
 def wire_table(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> array[int]:
-    code_bytes, num_scales = _sizes(fmt, numel)
     rows: list[int] = []
-    for (codes, scales), weight in zip(wires, weights, strict=True):
-        rows.append(place(codes, code_bytes, torch.uint8, "a wire's codes"))
-        rows.append(place(scales, num_scales, torch.bfloat16, "a wire's scales") if num_scales else 0)
-        rows.append(float_bits(weight))
+    for wire, weight in zip(wires, weights, strict=True):
+        rows += coded(wire, fmt, numel, "a wire")
+        rows += _FLOAT_BITS(_FLOAT(weight))
     return array("q", rows)
 
 
