@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch._C._distributed_c10d import TCPStore
 
@@ -123,7 +123,8 @@ class _Child:
         self._ended = ended
         self._outputs = (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115  (closed when they are read)
         news, said = os.pipe()
-        _nurseries()[(island + rank) % 2].start(arguments, env, (*(file.fileno() for file in self._outputs), said))
+        stdout, stderr = self._outputs
+        _nurseries()[(island + rank) % 2].start(arguments, env, (stdout.fileno(), stderr.fileno(), said))
         os.close(said)
         self._news = os.fdopen(news, encoding="ascii")
         self._pid = int(self._news.readline())
@@ -149,18 +150,20 @@ class _Child:
     def result(self) -> Result:
         self._reader.join()
         assert self._status is not None
-        texts = []
-        for file in self._outputs:
-            with file:
-                file.seek(0)
-                texts.append(file.read().decode())
-        return Result(self.island, self.rank, self._status, *texts, self._ended_at)
+        stdout, stderr = (_text(file) for file in self._outputs)
+        return Result(self.island, self.rank, self._status, stdout, stderr, self._ended_at)
 
     def _read(self) -> None:
         with self._news as news:
             self._status = int(news.readline())
         self._ended_at = time.monotonic()
         self._ended.put(self)
+
+
+def _text(file: IO[bytes]) -> str:
+    with file:
+        file.seek(0)
+        return file.read().decode()
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
 from dtrain.launch.processes import PARENT_VARIABLE, die_with_parent
 
@@ -28,7 +29,10 @@ ROOT = Path(__file__).parents[2]
 MOST_BYTES = 1 << 20
 """Of a request: an environment and a few calls."""
 
-Request = dict[str, dict[str, str] | list[str]]
+
+class Request(TypedDict):
+    arguments: list[str]
+    env: dict[str, str]
 
 
 class Nursery:
@@ -90,7 +94,7 @@ def _keep(request: Request, stdout: int, stderr: int, said: int) -> None:
         os.close(ours)
     os.environ.clear()
     os.environ.update({**request["env"], PARENT_VARIABLE: str(keeper)})
-    arguments = list(request["arguments"])
+    arguments = request["arguments"]
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -29,7 +29,7 @@ from tests.dist.job import (
     until,
 )
 
-JOB = (*SMALL, "train.steps=150", "train.checkpoint_every=20", "sync.every=10", "sync.delay=5", "train.batch=4")
+JOB = (*SMALL, "train.steps=150", "train.checkpoint_every=40", "sync.every=10", "sync.delay=5", "train.batch=4")
 
 
 def processes_of_island(launcher: int, island: int) -> list[int]:
