@@ -146,5 +146,4 @@ def _linear(features_in: int, features_out: int) -> nn.Linear:
 
 
 def _embedding(vocab: int, width: int) -> nn.Embedding:
-    """Not by ``skip_init``, which for an embedding imports torch._dynamo: a second of the start of ``dtrain eval``."""
-    return nn.Embedding.from_pretrained(torch.empty(vocab, width), freeze=False)
+    return cast(nn.Embedding, skip_init(nn.Embedding, vocab, width, device=torch.get_default_device()))
