@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -122,7 +123,7 @@ def recipes(
     runs = bench.wanted(job, entries, *each, num_islands, done)
     rows_file.parent.mkdir(parents=True, exist_ok=True)
     console, failed = Console(width=140, highlight=False), 0
-    for found in bench.run_all(runs, rows_file, at_once or os.cpu_count() or 1, print):
+    for found in bench.run_all(runs, rows_file, at_once or os.cpu_count() or 1, _say):
         if isinstance(found, bench.Failed):
             failed += 1
             console.print(Text(f"FAILED {found.wanted.entry.name}, seed {found.wanted.seed}: {found.said}"), soft_wrap=True)
@@ -138,6 +139,11 @@ def recipes(
         console.print(Text(f"drawn: {out}"), soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    """In one piece, as runs side by side speak from threads; print() writes the end of its line by itself."""
+    sys.stdout.write(f"{line}\n")
 
 
 def _numbers(option: str, text: str, kind: type[Number], above: float) -> list[Number]:

@@ -2,8 +2,8 @@
 
     python -m dtrain.kernels._triton.compile [--few] [--jobs N] [--json FILE]
 
---few compiles every kernel for every target, but what differs only by format, type or rounding less often:
-``specializations.few`` for sm_90, ``one_each`` for the others."""
+--few compiles every kernel for every target, and every constant and type that a kernel is launched with for one of them:
+``specializations.dealt``, the dearest forms to sm_90."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.knobs import nvidia
 
 from dtrain.kernels._triton.launch import Launch, options
-from dtrain.kernels._triton.specializations import few, launches, one_each
+from dtrain.kernels._triton.specializations import dealt, few, launches
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -68,7 +68,8 @@ def wanted(small: bool) -> tuple[tuple[Launch, str, GPUTarget], ...]:
     """What is compiled, with the operation that launches it, always in one order: processes name it by number."""
     found = launches((64,), (4096,))
     if small:
-        some = [(few(found) if target == MOST_TELLING else one_each(found), target) for target in TARGETS]
+        targets = sorted(TARGETS, key=lambda target: target != MOST_TELLING)
+        some = list(zip(dealt(found, len(targets)), targets, strict=True))
     else:
         more = few(launches((32, 4096), (64,)))
         some = [(found | more if target == MOST_TELLING else found, target) for target in TARGETS]

@@ -47,6 +47,34 @@ def one_each(found: dict[Launch, str]) -> dict[Launch, str]:
     return {launch: found[launch] for launch in dearest.values()}
 
 
+def each_value(found: dict[Launch, str]) -> dict[Launch, str]:
+    """So few that every kernel is there in its dearest form, and with every constant and type that it is launched with."""
+    chosen, left = one_each(found), {launch: _values(launch) for launch in found}
+    missing = set[tuple[str, str, object]]().union(*left.values()).difference(*(_values(launch) for launch in chosen))
+    while missing:
+        # Of those that add as many values, the dearest, then the first: an order that does not depend on hashes.
+        best = max(left, key=lambda launch: (len(left[launch] & missing), _dear(launch)))
+        chosen[best] = found[best]
+        missing -= left[best]
+    return chosen
+
+
+def dealt(found: dict[Launch, str], hands: int) -> list[dict[Launch, str]]:
+    """``each_value`` over so many hands: every kernel in each hand, every value in some hand, the dearest forms in the first."""
+    kernels: dict[str, list[Launch]] = {}
+    for launch in each_value(found):
+        kernels.setdefault(launch.name, []).append(launch)
+    return [
+        {launch: found[launch] for forms in kernels.values() for launch in forms[hand::hands] or [forms[hand % len(forms)]]}
+        for hand in range(hands)
+    ]
+
+
+def _values(launch: Launch) -> set[tuple[str, str, object]]:
+    named = (*launch.constants, *launch.signature)
+    return {(launch.name, name, value) for name, value in named}
+
+
 def _dear(launch: Launch) -> bool:
     types = [t for name, t in launch.signature if name in ("x", "values", "y")]
     narrow = "*bf16" in types or not _of(launch, "ELEMENT", tl.float32) or launch.name in ONLY_FP32

@@ -5,27 +5,28 @@ The children's clock (time.monotonic) is this process's clock, so moments can be
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
 import queue
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch._C._distributed_c10d import TCPStore
 
 from dtrain.config import Job
 from dtrain.launch.meeting import listen, serve
 from tests.dist.child import RESULT, SCENARIO
+from tests.dist.nursery import ROOT, Nursery
 
-ROOT = Path(__file__).parents[2]
 _STACKS_S = 5.0
 """A child that hangs is asked for the stacks of its threads first (SIGABRT and faulthandler), and has this long to print them."""
 
@@ -101,7 +102,7 @@ def run_islands(
         for island in range(num_islands):
             for rank in range(ranks):
                 place = _environment(island, num_islands, rank, ranks, meet, masters[island][1] if masters else "", run)
-                children.append(_Child(island, rank, _command(script, run), {**shared, **place}, ended))
+                children.append(_Child(island, rank, _arguments(script, run), {**shared, **place}, ended))
         hung = _wait(children, ended, time.monotonic() + timeout_s, all_go_on=lost_s is not None)
     finally:
         for child in children:
@@ -113,18 +114,21 @@ def run_islands(
 
 
 class _Child:
-    """One process and the thread that reads what it prints until it has ended."""
+    """One process and the thread that waits until it has ended."""
 
     def __init__(
-        self, island: int, rank: int, command: Sequence[str], env: Mapping[str, str], ended: queue.SimpleQueue[_Child]
+        self, island: int, rank: int, arguments: list[str], env: Mapping[str, str], ended: queue.SimpleQueue[_Child]
     ) -> None:
         self.island, self.rank = island, rank
         self._ended = ended
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
-        )
-        self._output = ("", "")
+        self._outputs = (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115  (closed when they are read)
+        news, said = os.pipe()
+        stdout, stderr = self._outputs
+        _nurseries()[(island + rank) % 2].start(arguments, env, (stdout.fileno(), stderr.fileno(), said))
+        os.close(said)
+        self._news = os.fdopen(news, encoding="ascii")
+        self._pid = int(self._news.readline())
+        self._status: int | None = None
         self._ended_at = 0.0
         self._reader = threading.Thread(target=self._read, name=f"child-{island}-{rank}")
         self._reader.start()
@@ -135,20 +139,40 @@ class _Child:
 
     @property
     def failed(self) -> bool:
-        return self._process.returncode != 0
+        return self._status != 0
 
     def send(self, number: signal.Signals) -> None:
         """Signal it; one that has ended is left alone."""
-        self._process.send_signal(number)
+        if self._status is None:
+            with suppress(ProcessLookupError):  # it ended just now
+                os.kill(self._pid, number)
 
     def result(self) -> Result:
         self._reader.join()
-        return Result(self.island, self.rank, self._process.returncode, *self._output, self._ended_at)
+        assert self._status is not None
+        stdout, stderr = (_text(file) for file in self._outputs)
+        return Result(self.island, self.rank, self._status, stdout, stderr, self._ended_at)
 
     def _read(self) -> None:
-        self._output = self._process.communicate()
+        with self._news as news:
+            self._status = int(news.readline())
         self._ended_at = time.monotonic()
         self._ended.put(self)
+
+
+def _text(file: IO[bytes]) -> str:
+    with file:
+        file.seek(0)
+        return file.read().decode()
+
+
+@functools.cache
+def _nurseries() -> tuple[Nursery, Nursery]:
+    """From the first use to this process's end."""
+    nurseries = Nursery(), Nursery()
+    for nursery in nurseries:
+        atexit.register(nursery.close)
+    return nurseries
 
 
 def _wait(
@@ -190,7 +214,6 @@ def _environment(
         "DTRAIN_EPOCH": "0",
         "DTRAIN_RESUME_STEP": "0",
         "DTRAIN_RUN": str(run),
-        "DTRAIN_PARENT": str(os.getpid()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
@@ -204,17 +227,18 @@ def _environment(
     return out
 
 
-def _command(script: Script, run: Path) -> list[str]:
+def _arguments(script: Script, run: Path) -> list[str]:
+    """Python's, in each child."""
     if isinstance(script, str):
         path = run / "script.py"
         path.write_text(script, encoding="utf-8")
-        return [sys.executable, str(path)]
+        return [str(path)]
     named = script if isinstance(script, Mapping) else {_parts(script)[0].__name__: script}
     calls = []
     for name, function in named.items():
         plain, arguments = _parts(function)
         calls.append([name, plain.__module__, plain.__name__, arguments])
-    return [sys.executable, "-m", "tests.dist.child", json.dumps(calls)]
+    return ["-m", "tests.dist.child", json.dumps(calls)]
 
 
 def _parts(function: Function) -> tuple[Any, dict[str, Any]]:

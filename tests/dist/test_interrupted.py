@@ -5,8 +5,8 @@ The others wait where one can see it and go on, or the job ends resumably; nothi
 from __future__ import annotations
 
 import os
+import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,11 +18,9 @@ from dtrain.launch.cli import run_command
 from dtrain.sim import simulate
 from tests.dist.job import (
     QUICKSTART,
-    ROOT,
     SMALL,
     alive,
     assert_same_weights,
-    command,
     descendants,
     logs,
     run,
@@ -31,7 +29,7 @@ from tests.dist.job import (
     until,
 )
 
-JOB = (*SMALL, "train.steps=150", "train.checkpoint_every=20", "sync.every=10", "sync.delay=5", "train.batch=4")
+JOB = (*SMALL, "train.steps=150", "train.checkpoint_every=40", "sync.every=10", "sync.delay=5", "train.batch=4")
 
 
 def processes_of_island(launcher: int, island: int) -> list[int]:
@@ -96,22 +94,6 @@ def test_an_island_that_stays_away_ends_the_job_resumably(tmp_path: Path, calm: 
 CTRL_C_S = 5.0
 
 
-def resume_refused(run_folder: Path) -> str:
-    """The one line with which a resume ends."""
-    done = subprocess.run(
-        command(run_folder.parent, run_folder.name, "--resume"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 2, done.stdout + done.stderr + logs(run_folder)
-    (line,) = done.stderr.splitlines()
-    return line
-
-
 @pytest.mark.timeout(240)
 def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreign(tmp_path: Path, calm: Path) -> None:
     stopped = tmp_path / "stopped"
@@ -135,15 +117,15 @@ def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreig
     data = next(folder.glob("*.distcp"))
     whole = data.read_bytes()
     data.write_bytes(whole[:-1000])
-    line = resume_refused(stopped)
-    assert line.startswith("dtrain: island 1: checkpoint ")
-    assert f"is damaged: {data.name} is not what was written; remove " in line
+    # In this process, which is quicker: an island looks at its checkpoint in the same way. That an error of a live one is its
+    # last word and ends the command with one line is asked in test_launch_local and test_worker.
+    with pytest.raises(ValueError, match=rf"^checkpoint .*is damaged: {re.escape(data.name)} is not what was written; remove "):
+        simulate(load_job(stopped / "job.toml"), stopped, resume_step=step)
     data.write_bytes(whole)
 
     own = checkpoint.load_island(stopped, step, 1)
     smaller = {key: value for key, value in own.items() if not key.startswith("model.blocks.1.")}
     checkpoint.save_island(stopped, step, 1, smaller, rank=0, num_ranks=1)
-    # In this process, which is quicker: the island looks at its checkpoint in the same way.
     with pytest.raises(ValueError, match=r"island1 holds another model: blocks\.1\..*; resume with the \[model\] section"):
         simulate(load_job(stopped / "job.toml"), stopped, resume_step=step)
     assert checkpoint.newest_commit(stopped) == step, "nothing was removed"

@@ -126,9 +126,9 @@ def _distance(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
 def test_the_harness_shows_what_a_child_printed(tmp_path: Path) -> None:
     """A child that fails, and one that hangs, are ended and their last words are in the failure."""
     script = (
-        "import os, sys, threading\n"
+        "import os, threading\n"
         "print('my words', flush=True)\n"
-        "sys.exit(3) if os.environ['DTRAIN_ISLAND'] == '0' else threading.Event().wait()\n"
+        "os._exit(3) if os.environ['DTRAIN_ISLAND'] == '0' else threading.Event().wait()\n"
     )
     with pytest.raises(AssertionError, match=r"(?s)still running .*island 1.*exit status 3.*my words.*script\.py"):
         run_islands(script, 2, run=tmp_path, timeout_s=5, lost_s=60)

@@ -57,18 +57,23 @@ def test_every_command_of_the_readme_runs(
     known = {"run", "plan", "profile", "sim", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
     assert {words[1] for words in listed} == known
     (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
-    dtrain(tmp_path, ["run", "launch/jobs/quickstart.toml", "--fresh-name", *SMALLER])  # what make train leaves behind
+    # What make train leaves behind; in this process, which is quicker and the same to the bit (test_same_bits).
+    assert run_command(["sim", "launch/jobs/quickstart.toml", *SMALLER]) == 0, capsys.readouterr().err
     said: dict[str, str] = {}
     for words in listed:
         if words[1] == "profile":
             said[words[1]] = dtrain(tmp_path, [*words[1:], "--steps", "8", *(key for key in SMALLER if "steps" not in key)])
+        elif words[1:3] == ["run", "launch/jobs/gossip.toml"]:
+            # In this process; a live run of what that job says is a slow test (test_same_bits, fused).
+            assert run_command(["sim", *words[2:], *SMALLER, "train.checkpoint_every=0"]) == 0, capsys.readouterr().err
         elif words[1] == "run":
-            said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else SMALLER)])
+            said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else ("--fresh-name", *SMALLER))])  # as make train
         elif words[1:3] == ["bench", "recipes"]:
             (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
             said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
         else:  # in this process, which has imported torch already
             smaller = [key for key in SMALLER if not (key.startswith("sync.") and "sim.clock=poisson" in words)]  # which has no rounds
+            smaller.append("train.checkpoint_every=0")  # nothing is resumed, and sixteen islands would write sixteen
             assert run_command([*words[1:], *(smaller if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]

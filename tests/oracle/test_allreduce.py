@@ -7,17 +7,18 @@ multiple of 64 bytes), so after each of 20 steps the parameters must agree to th
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
 from dtrain.connect import Connection
+from tests.dist import harness
 from tests.islands import run_islands
 
 STEPS, CLIP, BATCH = 20, 0.5, 8
@@ -48,9 +49,9 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def ddp_rank(rank: int, folder: str) -> None:
+def ddp_rank(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rank = dist.get_rank()
     model = DistributedDataParallel(make_model())
     optimizer = make_optimizer(model)
     norms, seen = [], []
@@ -61,14 +62,14 @@ def ddp_rank(rank: int, folder: str) -> None:
         optimizer.step()
         seen.append(flat(model))
     torch.save((torch.stack(seen), torch.stack(norms)), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """(steps, parameters) of real DDP in two processes."""
     folder: Path = tmp_path_factory.mktemp("ddp")
-    spawn(ddp_rank, args=(str(folder),), nprocs=2)
+    ranks = harness.run_islands(functools.partial(ddp_rank, folder=str(folder)), 1, 2, run=folder)
+    assert [r.status for r in ranks] == [0, 0], harness.show(ranks)
     (seen, norms), (others, _) = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(seen, others)
     assert float(norms.min()) > CLIP  # the clip acts in every step

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtrain.kernels import OPERATIONS
-from dtrain.kernels._triton.specializations import few, launches, one_each
+from dtrain.kernels._triton.launch import Launch
+from dtrain.kernels._triton.specializations import dealt, few, launches, one_each
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
@@ -50,6 +52,20 @@ def test_every_operation_launches_a_kernel_that_is_compiled() -> None:
     assert set(found.values()) == set(OPERATIONS)
     assert set(map(str, one_each(found))) <= set(map(str, few(found)))
     assert {launch.name for launch in one_each(found)} == {launch.name for launch in found}
+
+
+def test_every_target_is_dealt_every_kernel_and_some_target_every_value() -> None:
+    found = launches((64,), (4096,))
+    hands = dealt(found, len(TARGETS))
+    for hand in hands:
+        assert {launch.name for launch in hand} == {launch.name for launch in found}
+    assert set(one_each(found)) <= set(hands[0]), "the dearest, all on one target"
+
+    def values(some: Iterable[Launch]) -> set[tuple[object, ...]]:
+        return {(launch.name, *pair) for launch in some for pair in (*launch.constants, *launch.signature)}
+
+    assert values(launch for hand in hands for launch in hand) == values(found)
+    assert sum(map(len, hands)) < 70, "a second of a core each"
 
 
 def test_a_second_compilation_of_one_name_would_be_seen() -> None:
