@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -97,3 +98,19 @@ def test_the_files_to_read_open_with_a_question_and_methods_with_their_equations
 
 def test_nothing_is_left_to_be_filled_in() -> None:
     assert re.findall(r"^.*\b(?:RESULTS|TODO|TBD|FIXME|XXX)\b.*$", README, flags=re.MULTILINE) == []
+
+
+def test_the_speeds_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "tests/bench/results/speed.json").read_text(encoding="utf-8"))
+    cells = {(cell["rate"], cell["recipe"]): cell for cell in measured["cells"]}
+    (header,) = [line for line in README.splitlines() if line.startswith("| link of an island |")]
+    recipes = [name.strip() for name in header.strip("|").split("|")[1:]]
+    shown = dict[tuple[str, str], str]()
+    for rate, *numbers in table("link of an island"):
+        for recipe, number in zip(recipes, numbers, strict=True):
+            shown[rate.replace(" ", "").replace("/s", "").lower(), recipe] = number
+    assert shown == {key: f"{cell['measured_ms']:,.0f} ({cell['predicted_ms']:,.0f})" for key, cell in cells.items()}
+    errors = [abs(cell["error"]) for cell in cells.values()]
+    assert f"within 15 % in {sum(error <= 0.15 for error in errors)} of {len(errors)}" in README.replace("\n", " ")
+    assert f"{100 * max(errors):.0f} % at worst" in README
+    assert all(verdict["right"] for verdict in measured["fastest"])
