@@ -19,6 +19,8 @@ from dtrain.link import Link, Peers
 from dtrain.transport.base import ROUND, Tag
 from dtrain.wire import same_header
 
+_SPACED = ("rounds at steps that all share", "meetings of two that are ready")
+
 
 class Flight:
     """A generator whose wires are under way: one round of one bucket, or an exchange of the start or the merge."""
@@ -123,9 +125,10 @@ class Core:
 
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
-        lane.land_step = step + self.plan.delay_steps
-        if self.plan.graph is not None:  # its number comes with its partner, whose steps are others
-            lane.flight.matched, lane.flight.step = False, 0
+        if self.plan.graph is None:
+            lane.land_step = step + self.plan.delay_steps
+        else:  # its number comes with its partner, whose steps are others
+            lane.land_step, lane.flight.matched, lane.flight.step = step, False, 0
         lane.round += 1
         return lane.flight
 
@@ -166,7 +169,8 @@ class Core:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each
         step."""
-        out = {key: torch.tensor(n) for key, n in (("step", self.step), ("edges", self.plan.edges), ("total_steps", self._total))}
+        numbers = {"step": self.step, "edges": self.plan.edges, "total_steps": self._total, "ready": self._ready}
+        out = {key: torch.tensor(n) for key, n in numbers.items()}
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             out[f"{name}.round"] = torch.tensor(lane.round)
@@ -178,9 +182,18 @@ class Core:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
-        # A state without them is older than graphs from files, and than budgets.
-        saved = {"edges": torch.tensor(self.plan.edges), "total_steps": torch.tensor(0), **saved}
-        for key, value in self.state_dict().items():
+        own = self.state_dict()
+        # A state without them is older than graphs from files, budgets, and a word on meetings, of which then its keys speak.
+        like_own = all(key in own for key in saved if key.startswith("bucket"))
+        missing = {"edges": self.plan.edges, "total_steps": 0, "ready": self._ready if like_own else 0}
+        saved = {key: torch.tensor(n) for key, n in missing.items()} | saved
+        if int(saved["ready"]) != self._ready:
+            was, now = _SPACED[1 - self._ready], _SPACED[self._ready]
+            raise ValueError(
+                f'the saved state is of {was}, and sync.schedule = "{self.plan.recipe.schedule}" has {now}; resume with the '
+                "schedule that it was saved with"
+            )
+        for key, value in own.items():
             if key not in saved or saved[key].shape != value.shape:
                 have = tuple(saved[key].shape) if key in saved else "none"
                 raise ValueError(
@@ -212,6 +225,8 @@ class Core:
 
     def _refuse_crossing(self, saved: dict[str, Tensor]) -> None:
         """Another ``every`` is fine, unless a round would start while one of its bucket still flies."""
+        if self.plan.graph is not None:  # nothing starts there while something flies
+            return
         for lane in self.lanes:
             land_step = int(saved[f"bucket{lane.bucket.index}.land_step"])
             early = [step for step in range(int(saved["step"]) + 1, land_step) if self.starts(lane, step)]
@@ -221,6 +236,11 @@ class Core:
                     f"and sync.every = {self.plan.control.every} starts the next after step {early[0]}; resume with the every "
                     "that it was saved with"
                 )
+
+    @property
+    def _ready(self) -> int:
+        """1 where pairs meet when both are ready, 0 where rounds have their steps."""
+        return int(self.plan.graph is not None)
 
     @property
     def _total(self) -> int:

@@ -92,7 +92,7 @@ class Sync:
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
         self._fused = fused_steps(self.core, optimizers, self._flat) if self._ranks.num_ranks == 1 else None
-        self._meetings = None if plan.graph is None else Meetings(self.core, plan.graph, connection, self._traffic)
+        self._meetings = None if plan.graph is None else Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
         if self._fused is not None:
             self._release = take_over(optimizers[0], self._fused_step, self._release)
@@ -158,7 +158,7 @@ class Sync:
         """The exact average of all islands in the model while the block runs; all islands enter it after the same
         number of steps."""
         self.settle()
-        restore = self._exact.keep()
+        restore = self._exact.keep(self.core)
         try:
             self._average()
             yield self._model
@@ -191,7 +191,7 @@ class Sync:
         counted; leaves the model alone."""
         waited_s = self._wait.waited_s
         self.settle()
-        restore = self._exact.keep()
+        restore = self._exact.keep(self.core)
         try:
             distance = self._average()
         finally:

@@ -15,7 +15,7 @@ from dtrain import own
 from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
 from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
 from dtrain.connect import Connection
-from dtrain.core import Flight
+from dtrain.core import Core, Flight
 from dtrain.corrected import correct, moments
 from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
@@ -79,10 +79,14 @@ class Exact:
         self._ranks.share([*frozen, *buffers])
         self._averaged = averaged_buffers(self._model)
 
-    def keep(self) -> Callable[[], None]:
-        """Copies of all that an average changes; the call puts them back."""
-        tensors = [*(b.x for b in self._buckets), *self._averaged]
+    @torch.no_grad()
+    def keep(self, core: Core) -> Callable[[], None]:
+        """Make the parameters what ``merge`` would average, that of rounds in flight apart; the call puts all that changes back,
+        here and in an average."""
+        rests = [value for lane in core.lanes if lane.algorithm.rest is not None for value in lane.state.values()]
+        tensors = [*(b.x for b in self._buckets), *self._averaged, *rests]
         saved = [x.clone() for x in tensors]
+        core.rest()
 
         @torch.no_grad()
         def restore() -> None:

@@ -1,4 +1,4 @@
-"""Who meets whom next, where pairs meet as soon as both are ready? A pure rule over one desk that all islands share.
+"""Who meets whom next, where pairs meet as soon as both are ready? A pure rule over one desk that all islands know.
 
 An island that is ready asks. It is paired at once with a ready neighbour where both accept each other: of these the one that it
 met least recently, and of equals the one that has waited longest. At first an island is patient: it accepts the older half of its
@@ -6,11 +6,11 @@ neighbours alone, by when it last met them. Islands that compute equally fast wo
 would fall apart into pairs. After one more step it accepts any. Who ended meets nobody, and who has no other neighbours meets
 nobody again. No island starves: who is not chosen grows older for each of its neighbours, until it is the one that they accept.
 
-The desk is a text, so that a store keeps it and an island changes it alone (``Membership.shared``)."""
+The desk follows from the islands' words, which all hear in one order (``words.py``): each keeps it for itself, and all have the
+same."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -124,26 +124,23 @@ def graph_of(edges: Sequence[tuple[int, int]], num_nodes: int) -> Graph:
     return {node: tuple(sorted(peers)) for node, peers in out.items()}
 
 
-# ---- the desk as a text
+# ---- words
 
 
-def write(desk: Desk) -> str:
-    ready = [[node, *asked] for node, asked in desk.ready.items()]
-    met = [[node, *meeting] for node, meeting in desk.met.items()]
-    last = [[*edge, number] for edge, number in desk.last.items()]
-    return json.dumps([desk.meetings, desk.asks, ready, met, sorted(desk.ended), last], separators=(",", ":"))
+def word(node: int, said: str) -> str:
+    """What ``node`` tells all islands: ask, hurry, withdraw or end."""
+    return f"{node} {said}"
 
 
-def read(text: str) -> Desk:
-    """What ``write`` wrote; an empty text is a desk before its first ask."""
-    if not text:
-        return Desk()
-    meetings, asks, ready, met, ended, last = json.loads(text)
-    return Desk(
-        meetings,
-        asks,
-        {node: Ask(order, patient) for node, order, patient in ready},
-        {node: Meeting(number, peer) for node, number, peer in met},
-        frozenset(ended),
-        {(a, b): number for a, b, number in last},
-    )
+def heard(desk: Desk, told: str, graph: Graph) -> Desk:
+    """The desk after a ``word``."""
+    node, said = told.split()
+    match said:
+        case "ask":
+            return ask(desk, int(node), graph)
+        case "hurry":
+            return hurry(desk, int(node), graph)
+        case "withdraw":
+            return withdraw(desk, int(node))
+        case _:
+            return end(desk, int(node))

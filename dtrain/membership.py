@@ -1,15 +1,16 @@
 """Which islands are there, which have left, and who is back?
 
 The launcher owns a TCPStore, the meeting point. Islands announce themselves in it, and say good-bye; the launcher
-writes ``regroup`` when an island that was lost is started again. Islands of one process share a MemoryMembership
+says which of them were lost, and when those are started again. Islands of one process share a MemoryMembership
 instead."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,11 @@ from typing import NamedTuple, Protocol
 from torch._C._distributed_c10d import Store, TCPStore
 
 from dtrain.errors import PeerLost, Regroup
+from dtrain.words import MemoryWords, StoreWords, Words, forget
 
 SAY_EVERY_S = 1.0
+HEARD_ALL = sys.maxsize
+_LOST = "lost"
 
 OnWait = Callable[[tuple[int, ...], float, float], None]
 """(islands waited for, seconds so far, limit in seconds): called about once a second while the island waits."""
@@ -51,6 +55,8 @@ class Notice(NamedTuple):
 class Membership(Protocol):
     failed_may_return: bool
     """Whether an island that failed may be started again, so that it is worth waiting for."""
+    words: Words
+    """What islands say to all others."""
 
     def announce(self, notice: Notice) -> None: ...
 
@@ -60,9 +66,16 @@ class Membership(Protocol):
         """Raises Regroup when a lost island has come back under a new epoch."""
         ...
 
-    def shared(self, name: str, change: Callable[[str], str]) -> str:
-        """Change a text that all islands share, empty at first, as if nobody else did; returns what it is then. ``change`` may be
-        called again where somebody else was faster."""
+    def lost(self) -> tuple[int, ...]:
+        """Islands that ended without having done their part, and are not started again yet."""
+        ...
+
+    def beat(self, heard: int) -> None:
+        """Show life, and that this island has heard so many words; HEARD_ALL where it will hear no more."""
+        ...
+
+    def beats(self) -> Mapping[int, int]:
+        """How often each island has shown life; none of them where one never did."""
         ...
 
 
@@ -113,7 +126,10 @@ class StoreMembership:
     def __init__(self, store: Store, *, node: int, num_nodes: int, rank: int, epoch: int) -> None:
         self._store = store
         self._node, self._num_nodes, self._rank, self._epoch = node, num_nodes, rank, epoch
-        self._texts: set[str] = set()
+        self.words: Words = StoreWords(store, _words(epoch))
+        self._there: set[str] = set()
+        """Keys that others set, and have set."""
+        self._shown = 0
 
     def gather(self, timeout_s: float, on_wait: OnWait) -> None:
         """Wait until this rank's counterparts on all islands are here; raises PeerLost naming who never came."""
@@ -140,37 +156,80 @@ class StoreMembership:
     def notices(self) -> dict[int, Notice]:
         out = {}
         for n in range(self._num_nodes):
-            if n != self._node and self._store.check([self._key("notice", n)]):
-                step, merges, merging, failed = map(int, self._store.get(self._key("notice", n)).decode().split(":"))
+            told = None if n == self._node else self._get(self._key("notice", n))
+            if told is not None:
+                step, merges, merging, failed = map(int, told.split(":"))
                 out[n] = Notice(step, merges, merging == 1, failed == 1)
         return out
 
     def check_regroup(self) -> None:
-        if self._store.check(["regroup"]):
-            epoch, step = self._store.get("regroup").decode().split(":")
+        told = self._get("regroup")
+        if told is not None:
+            epoch, step = told.split(":")
             if int(epoch) > self._epoch:
                 raise Regroup(int(epoch), int(step))
 
-    def shared(self, name: str, change: Callable[[str], str]) -> str:
-        key = f"{name}/{self._epoch}/{self._rank}"
-        while True:
-            if name not in self._texts and self._store.check([key]):  # a get would wait for a key that is not there
-                self._texts.add(name)
-            before = self._store.get(key).decode() if name in self._texts else ""
-            after = change(before)
-            if after == before or self._store.compare_set(key, before, after).decode() == after:
-                return after
+    def lost(self) -> tuple[int, ...]:
+        told = self._get(_LOST)
+        epoch, _, islands = (told or ":").partition(":")
+        return tuple(map(int, islands.split(","))) if islands and int(epoch) == self._epoch else ()
+
+    def beat(self, heard: int) -> None:
+        self._shown += 1
+        self._store.set(self._key("beat", self._node), f"{self._shown}:{heard}")
+
+    def beats(self) -> Mapping[int, int]:
+        return {n: shown for n, (shown, _) in enumerate(_beats(self._store, self._num_nodes, self._epoch, self._rank))}
+
+    def _get(self, key: str) -> str | None:
+        """None where nobody has set it yet: to get it then would wait for it."""
+        if key not in self._there:
+            if not self._store.check([key]):
+                return None
+            self._there.add(key)
+        return self._store.get(key).decode()
 
     def _key(self, what: str, node: int) -> str:
-        return f"{what}/{self._epoch}/{self._rank}/{node}"
+        return _key(what, self._epoch, self._rank, node)
+
+
+def _key(what: str, epoch: int, rank: int, node: int) -> str:
+    return f"{what}/{epoch}/{rank}/{node}"
+
+
+def _words(epoch: int) -> str:
+    return f"words/{epoch}"
+
+
+def _beats(store: Store, num_nodes: int, epoch: int, rank: int) -> list[tuple[int, int]]:
+    """How often each island has shown life, and how many words it had heard; nothing before all have."""
+    keys = [_key("beat", epoch, rank, node) for node in range(num_nodes)]
+    told = [beat.decode().split(":") for beat in store.multi_get(keys)] if store.check(keys) else []
+    return [(int(shown), int(heard)) for shown, heard in told]
+
+
+# ---- what the launcher says and does
+
+
+def tell_lost(store: Store, epoch: int, islands: Sequence[int]) -> None:
+    """All that are lost in this epoch."""
+    store.set(_LOST, f"{epoch}:" + ",".join(map(str, islands)))
+
+
+def forget_words(store: Store, num_nodes: int, epoch: int, forgotten: int) -> int:
+    """Drop the words that all islands have heard, the first ``forgotten`` of which are dropped; returns how many are then. The
+    store would grow by 1 GB in a week of 10 words a second."""
+    heard = min((heard for _, heard in _beats(store, num_nodes, epoch, 0)), default=0)
+    return forget(store, _words(epoch), forgotten, heard)
 
 
 class Hub:
-    """The notices of islands in one process, and the texts that they share."""
+    """What islands of one process say of themselves, and to each other."""
 
     def __init__(self) -> None:
         self.notices: dict[int, Notice] = {}
-        self.texts: dict[str, str] = {}
+        self.words = MemoryWords()
+        self.beats: dict[int, int] = {}
         self.lock = threading.Lock()
 
 
@@ -180,6 +239,7 @@ class MemoryMembership:
     failed_may_return = False
 
     def __init__(self, hub: Hub, node: int) -> None:
+        self.words: Words = hub.words
         self._hub = hub
         self._node = node
 
@@ -194,7 +254,13 @@ class MemoryMembership:
     def check_regroup(self) -> None:
         """Islands of one process never regroup."""
 
-    def shared(self, name: str, change: Callable[[str], str]) -> str:
+    def lost(self) -> tuple[int, ...]:
+        return ()
+
+    def beat(self, heard: int) -> None:
         with self._hub.lock:
-            text = self._hub.texts[name] = change(self._hub.texts.get(name, ""))
-            return text
+            self._hub.beats[self._node] = self._hub.beats.get(self._node, 0) + 1
+
+    def beats(self) -> Mapping[int, int]:
+        with self._hub.lock:
+            return dict(self._hub.beats)

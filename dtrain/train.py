@@ -74,9 +74,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         while True:
             try:
                 connection = connect(place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait)
-                train_island(
-                    job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe
-                )
+                train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
             except Regroup as again:
                 epoch, resume_step = again.epoch, again.step
@@ -183,9 +181,10 @@ def _begin(
     moved = (heldout[0].to(device), heldout[1].to(device))
     first_step = int(saved.get("first_step", start))
     rho = rho_of(recipe, job.train.sam_rho)
-    sam = SAM(optimizer, rho=rho) if rho else None
     return _Island(
-        *(job, corpus, run, status, connection, model, trained, optimizer, sam, sync, moved, device, clock, first_step, computing)
+        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, trained=trained, optimizer=optimizer,
+        sam=SAM(optimizer, rho=rho) if rho else None, sync=sync, heldout=moved, device=device, clock=clock, first_step=first_step,
+        computing=computing,
     )
 
 

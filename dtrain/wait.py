@@ -38,6 +38,25 @@ class Stats(NamedTuple):
     wire_bytes_merge: int
 
 
+class _Silence:
+    """For how long has nothing been heard of an island that is waited for? Who is still on its way to an exact average and shows
+    life is only slow, as an island may be where pairs meet when both are ready."""
+
+    def __init__(self) -> None:
+        self._heard_at = time.monotonic()
+        """When the last of those on their way showed life; who had come before could not be heard of."""
+        self._beats: dict[int, int] = {}
+        self._alive_at: dict[int, float] = {}
+
+    def of_s(self, missing: Sequence[int], coming: Mapping[int, int]) -> dict[int, float]:
+        """``coming``: how often each of those that are on their way has shown life so far."""
+        now = time.monotonic()
+        for n, shown in coming.items():
+            if self._beats.get(n) != shown:
+                self._beats[n], self._alive_at[n], self._heard_at = shown, now, now
+        return {n: now - (self._alive_at[n] if n in coming else self._heard_at) for n in missing}
+
+
 class Wait:
     """Waits for flights and remembers for how long, and how many bytes the island had moved by then."""
 
@@ -76,7 +95,7 @@ class Wait:
     def own(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
         membership, timeout_s = self._connection.membership, self._connection.timeout_s
-        begun, say_at_s = time.monotonic(), SAY_EVERY_S
+        begun, say_at_s, silence = time.monotonic(), SAY_EVERY_S, _Silence()
         while not self._traffic.wait(flights, _POLL_S):
             membership.check_regroup()
             waited_s = time.monotonic() - begun
@@ -93,19 +112,26 @@ class Wait:
                 raise PeerLost(
                     gone, f"it left the job after step {notices[gone[0]].step}, and this island averages models with it"
                 )
+            silent_s = silence.of_s(missing, self._coming(missing, notices, averages))
             ended = {n: notice for n, notice in notices.items() if notice.ends_rounds(merges)}
             beyond = [f for f in flights if not f.done and any(f.step > notice.step for notice in ended.values())]
             if beyond:
                 self._say_left(step, ended)
                 self._traffic.drop(beyond)
-            elif waited_s > timeout_s:
-                reasons = "; ".join(dict.fromkeys(text for n, text in self._traffic.lost().items() if n in missing))
+            elif late := [n for n, s in silent_s.items() if s > timeout_s]:
+                reasons = "; ".join(dict.fromkeys(text for n, text in self._traffic.lost().items() if n in late))
                 raise PeerLost(
-                    missing, f"nothing came from it for {timeout_s:g} s" + (f" ({reasons})" if reasons else "")
+                    late, f"nothing came from it for {timeout_s:g} s" + (f" ({reasons})" if reasons else "")
                 )
             elif waited_s > say_at_s:
-                self._connection.on_wait(missing, waited_s, timeout_s)
+                self._connection.on_wait(missing, max(silent_s.values()), timeout_s)
                 say_at_s = waited_s + SAY_EVERY_S
+
+    def _coming(self, missing: Sequence[int], notices: Mapping[int, Notice], averages: Sequence[int]) -> dict[int, int]:
+        """Of the missing, those that have not come to the averages; and how often they have shown life, where islands do."""
+        beats = self._connection.membership.beats() if averages else {}
+        come = {n for n, notice in notices.items() if notice.merging and notice.merges >= min(averages, default=0)}
+        return {n: beats[n] for n in missing if n in beats and n not in come}
 
     def island_bytes(self) -> dict[str, float]:
         """Payload bytes by BYTE_KEYS; with several ranks, as of the last wait, when they were added up."""

@@ -88,6 +88,8 @@ def check_answers(job: Job, how: How) -> None:
     """``check_input`` but for what is trained on, which takes longest to look at."""
     if not (how == "sim" and job.sim.clock == "poisson"):
         check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
+    if how != "sim" or not job.sim.has_clock:
+        _refuse_barriers(job)
     if how == "sim":
         _check_sim(job)
         if job.islands.ranks != 1:
@@ -111,8 +113,18 @@ def check_text(job: Job) -> None:
     check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
 
 
+def _refuse_barriers(job: Job) -> None:
+    recipe, every = of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.train.consensus_every
+    if recipe.schedule == schedule.READY and every:
+        raise ValueError(
+            f'train.consensus_every = {every}: all islands wait for each other in each exact average, and with sync.schedule = '
+            f'"{schedule.READY}" nobody is to wait for a slow one; leave it out, or use sync.schedule=every'
+        )
+
+
 def _check_sim(job: Job) -> None:
-    if job.sync.schedule == schedule.READY and job.sim.has_clock and job.sim.clock != "poisson":
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    if recipe.schedule == schedule.READY and job.sim.has_clock and job.sim.clock != "poisson":
         raise ValueError(
             f'sync.schedule = "{schedule.READY}" is of islands that meet when both are ready, and a clock of steps has none; '
             'use sim.clock=poisson, whose pairs meet at random times, or sync.schedule=every'
@@ -124,7 +136,6 @@ def _check_sim(job: Job) -> None:
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
     for key in ("moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
-    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     if job.sim.clock == "poisson":
         from dtrain.event_run import check_events  # torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,11 +91,27 @@ class Fleet:
     step: int  # that a start goes on from
     progress: Progress
     epoch: int = 0
+    told: tuple[int, list[int]] | None = None  # the epoch, and the islands that were lost in it
+    forgotten: int = 0  # words that islands said in this epoch, and all have heard
     views: list[IslandView] = field(default_factory=list)
 
     def start(self, island: Island) -> None:
         island.agent = islands.start(self.launch, island.index, self.epoch, self.step)
         island.failed_at = None
+
+    def tell_lost(self, seen: Sequence[Seen], store: TCPStore) -> None:
+        """To islands that would not find out by waiting for them."""
+        from dtrain.membership import tell_lost
+
+        lost = [each.island for each in seen if each.state == "failed"]
+        if self.told != (self.epoch, lost):
+            tell_lost(store, self.epoch, lost)
+            self.told = self.epoch, lost
+
+    def forget_words(self, store: TCPStore) -> None:
+        from dtrain.membership import forget_words
+
+        self.forgotten = forget_words(store, len(self.islands), self.epoch, self.forgotten)
 
     def seen(self, now: float) -> list[Seen]:
         views = self.progress.read()
@@ -110,6 +126,7 @@ class Fleet:
         commit(self.launch)
         self.step = set_back(self.launch.run)
         self.epoch += 1
+        self.forgotten = 0
         store.set("regroup", f"{self.epoch}:{self.step}")
         for index in indices:
             self.islands[index].restarts += 1
@@ -186,8 +203,10 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
         now = time.monotonic()
         if now - committed_at > _COMMIT_EVERY_S:
             commit(launch)
+            fleet.forget_words(store)
             committed_at = now
         seen = fleet.seen(now)
+        fleet.tell_lost(seen, store)
         view.show(fleet.views, now)
         for line in printed.lines(fleet.epoch):
             view.line(line)

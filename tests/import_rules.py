@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "transport", "spans", "staging"),
     ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "own", "own_codec", "own_topology"),
-    ("membership", "island"),
+    ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
         *("loop_fits", "meetings", "traffic", "wait"),
@@ -42,7 +42,7 @@ KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link"
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
 # islands meet at (meeting) and calls torchrun (agent).
 DISTRIBUTED_USERS = (
-    *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "engine"),
+    *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "words", "engine"),
     *("checkpoint", "train"),
     *("launch.meeting", "launch.agent", "launch.local"),
 )

@@ -46,3 +46,23 @@ def test_a_killed_island_comes_back_and_all_go_on_from_the_checkpoint(tmp_path: 
     steps = {island: [line["step"] for line in lines if line["island"] == island] for island in range(3)}
     assert all(of == sorted(set(of)) and of[-1] == 150 for of in steps.values())
     assert json.loads((run / "summary.json").read_text())["meetings"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_killed_island_comes_back_long_before_the_end(tmp_path: Path) -> None:
+    """The launcher says that it was lost and the others stand still; with their steps alone they would know at the last merge."""
+    run, steps = tmp_path / "early", 20_000
+    with job.started(tmp_path, "early", *job.SMALL, *READY, f"train.steps={steps}", "train.checkpoint_every=20") as process:
+        job.until(lambda: job.steps_written(run) >= 120, "120 lines of metrics")
+        kill_island(process.pid, 1)
+        output = tmp_path / "early.out"
+        again = "island 1 was lost and is started again"
+        job.until(lambda: again in output.read_text() or process.poll() is not None, "island 1 to be started again")
+        assert again in output.read_text(), output.read_text() + job.logs(run)
+        written = job.steps_written(run)
+        job.until(lambda: job.steps_written(run) >= written + 90 or process.poll() is not None, "all to go on")
+        assert process.poll() is None, job.logs(run)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+        newest = {island: max(line["step"] for line in lines if line["island"] == island) for island in range(3)}
+        assert max(newest.values()) < steps // 2, newest

@@ -7,8 +7,7 @@ import random
 import networkx as nx
 import pytest
 
-from dtrain import matchmaker
-from dtrain.matchmaker import Ask, Desk, Graph, Meeting, accepted, ask, end, graph_of, hurry, is_alone, read, withdraw, write
+from dtrain.matchmaker import Ask, Desk, Graph, Meeting, accepted, ask, end, graph_of, heard, hurry, is_alone, withdraw, word
 
 RING = graph_of([(0, 1), (1, 2), (2, 3), (0, 3)], 4)
 TRIANGLE = graph_of([(0, 1), (0, 2), (1, 2)], 3)
@@ -84,7 +83,6 @@ def test_in_any_order_all_meet_again_and_again_over_edges_that_join_them(name: s
             desk = withdraw(desk, node) if draw.random() < 0.05 else hurry(desk, node, graph)
         else:
             desk = ask(desk, node, graph)
-        desk = read(write(desk))
         if desk.meetings > before.meetings:
             assert desk.meetings == before.meetings + 1
             peer = desk.met[node].peer
@@ -116,11 +114,14 @@ def test_islands_that_step_alike_do_not_fall_apart_into_pairs(name: str) -> None
     assert nx.is_connected(nx.Graph(list(met)))
 
 
-def test_a_desk_is_a_text_and_an_empty_text_is_an_empty_desk() -> None:
-    assert read("") == Desk()
-    desk = end(hurry(ask(ask(ask(Desk(), 2, RING), 1, RING), 0, RING), 0, RING), 3)
-    assert read(write(desk)) == desk
-    assert isinstance(read(write(desk)).ready[0], matchmaker.Ask)
+def test_a_desk_follows_from_the_words_that_were_said() -> None:
+    said = ((2, "ask"), (1, "ask"), (0, "ask"), (0, "withdraw"), (0, "ask"), (0, "hurry"), (3, "end"))
+    desk = Desk()
+    for node, what in said:
+        desk = heard(desk, word(node, what), RING)
+    met = ask(ask(Desk(), 2, RING), 1, RING)
+    assert desk == end(hurry(ask(withdraw(ask(met, 0, RING), 0), 0, RING), 0, RING), 3)
+    assert (desk.met[2].peer, set(desk.ready), desk.ended) == (1, {0}, {3})
 
 
 def test_the_graph_names_each_neighbour_on_both_sides() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +140,8 @@ def test_pairs_may_meet_when_both_are_ready_and_then_no_length_is_asked_for() ->
         ("script", {"islands": {"ranks": 2}}, "islands.ranks = 2: with sync.schedule"),
         ("sim", {"sim": {"problem": "quadratic"}}, "a clock of steps has none; use sim.clock=poisson"),
         ("sim", {"sim": {"step_s": 0.1}}, "a clock of steps has none; use sim.clock=poisson"),
+        ("run", {"train": {"consensus_every": 5}}, "train.consensus_every = 5: all islands wait for each other"),
+        ("sim", {"train": {"consensus_every": 5}}, "train.consensus_every = 5: all islands wait for each other"),
     ],
 )
 def test_where_nobody_can_be_ready_is_said_before_anything_starts(how: How, changes: dict[str, object], said: str) -> None:
@@ -149,6 +152,17 @@ def test_where_nobody_can_be_ready_is_said_before_anything_starts(how: How, chan
     poisson = parse_job({"sync": sync, "sim": {"problem": "quadratic", "clock": "poisson"}})
     check_answers(poisson, "sim")
     check_answers(parse_job({"sync": sync}), "sim")
+
+
+def test_a_row_of_ones_own_may_be_what_says_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from dataclasses import replace\nfrom dtrain.recipes import RECIPES\n"
+        'ROW = replace(RECIPES["a2cid2"], name="mine", schedule="ready")\n'
+    )
+    job = parse_job({"sync": {"recipe": "mine.py:ROW"}, "sim": {"problem": "quadratic"}})
+    with pytest.raises(ValueError, match=r"a clock of steps has none; use sim\.clock=poisson"):
+        check_answers(job, "sim")
 
 
 def test_round_is_a_delay_of_the_whole_period() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -50,3 +51,34 @@ def test_one_that_would_be_crossed_is_refused(saved_at: int, every: int, starts:
         resumed.load_state_dict(in_flight_at(saved_at))
     assert resumed.step == 0
     assert not resumed.in_flight()
+
+
+def pairs(schedule: str) -> Core:
+    flat = flatten([("x", nn.Parameter(torch.zeros(6)))])
+    buckets = make_buckets(flat, num_fragments=1, bucket_bytes=None, num_ranks=1, with_grad=False)
+    return Core(assemble(resolve("a2cid2", {"schedule": schedule}, 4), 0, 4), buckets, Peers(0, 4))
+
+
+@pytest.mark.parametrize(("of", "to"), [("every", "ready"), ("ready", "every")])
+@pytest.mark.parametrize("before_the_key", [False, True])
+def test_rounds_at_steps_do_not_go_on_as_meetings_of_who_is_ready_nor_the_other_way(
+    of: str, to: str, before_the_key: bool
+) -> None:
+    """The tensors of one are among those of the other. A state without the key says by its tensors which it is."""
+    state = {key: value for key, value in pairs(of).state_dict().items() if key != "ready" or not before_the_key}
+    pairs(of).load_state_dict(state)
+    said = "is of another recipe," if before_the_key and of == "ready" else f'sync.schedule = "{to}" has'
+    with pytest.raises(ValueError, match=rf"^the saved state .*{said} .*; resume with ") as e:
+        pairs(to).load_state_dict(state)
+    assert "\n" not in str(e.value)
+
+
+def test_a_meeting_that_flies_crosses_no_round_whatever_the_rows_delay() -> None:
+    """A row of one's own may say a delay of 4: no step of a ready pair is 4 after another."""
+    ready = pairs("ready")
+    plan = dataclasses.replace(ready.plan, delay_steps=4)
+    cores = [Core(plan, [lane.bucket for lane in ready.lanes], Peers(0, 4)) for _ in range(2)]
+    cores[0].step = 10
+    cores[0].start_rounds()
+    cores[1].load_state_dict(cores[0].state_dict())
+    assert cores[1].in_flight()
