@@ -120,7 +120,7 @@ class Sync(Section):
     schedule: str | None = Field(
         None,
         description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
-        'growth p behind it, "budget:20%:2", makes their density t^p, t without it; or "ready": pairs (a2cid2) meet when both are',
+        'growth p behind it, "budget:20%:2", makes their density t^p, t without; or "ready": pairs (a2cid2) meet when both are',
     )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
