@@ -254,6 +254,19 @@ def test_all_may_settle_at_once_again_and_again() -> None:
     assert sum(counts) > 0
 
 
+def meet_once_on_a_path(connection: Connection, sync: Sync, step: Callable[[], None], met: threading.Barrier) -> None:
+    """Islands 0 and 1 meet once, and 2 nobody; all end after step 4."""
+    step()
+    step()
+    if connection.node != 2:
+        step()
+        until(lambda: wires_are_here(sync))
+    met.wait(LONG_S)
+    while sync.step < 4:
+        step()
+    sync.drain()
+
+
 def test_a_merge_takes_the_mean_that_meetings_keep() -> None:
     """That of x + a/2. On a path of three, islands 0 and 1 meet once and 2 does not; e of 0, an end, is smaller than e of 1, so x
     alone has another mean then."""
@@ -262,15 +275,7 @@ def test_a_merge_takes_the_mean_that_meetings_keep() -> None:
     def island(connection: Connection) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
         sync, step, model = loop(connection, **PATH, every=3)
         with sync:
-            step()
-            step()
-            if connection.node != 2:
-                step()
-                until(lambda: wires_are_here(sync))
-            met.wait(LONG_S)
-            while sync.step < 4:
-                step()
-            sync.drain()
+            meet_once_on_a_path(connection, sync, step, met)
             x = model.flat().numpy().copy()
             sync.merge()
             return x, model.flat().numpy().copy(), sync.core.meetings or 0

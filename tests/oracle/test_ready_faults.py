@@ -17,7 +17,7 @@ from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.membership import Membership, Notice
 from dtrain.words import Words
 from tests.islands import run_islands
-from tests.oracle.test_ready import LONG_S, PATH, RING, U, landed, loop, start_of, until, wires_are_here
+from tests.oracle.test_ready import LONG_S, PATH, RING, U, landed, loop, meet_once_on_a_path, start_of, until
 
 
 class Watched:
@@ -196,15 +196,7 @@ def test_a_look_at_the_average_takes_the_mean_that_meetings_keep_and_leaves_all_
     def island(connection: Connection) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         sync, step, model = loop(connection, **PATH, every=3)
         with sync:
-            step()
-            step()
-            if connection.node != 2:
-                step()
-                until(lambda: wires_are_here(sync))
-            met.wait(LONG_S)
-            while sync.step < 4:
-                step()
-            sync.drain()
+            meet_once_on_a_path(connection, sync, step, met)
             assert landed(sync) == (connection.node != 2)
             before: dict[str, Tensor] = {key: value.clone() for key, value in sync.state_dict().items() if "bucket" in key}
             x = model.flat().numpy().copy()
