@@ -93,11 +93,15 @@ def test_an_island_that_stays_away_ends_the_job_resumably(tmp_path: Path, calm: 
 
 CTRL_C_S = 5.0
 
+# A round then waits a quarter of a second: 11 of them lie between the checkpoint and the last step, so that a test that is kept
+# off the cores meets the job alive, and the run takes 3 s more.
+LONG = ("link.rtt=500ms",)
+
 
 @pytest.mark.timeout(240)
 def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreign(tmp_path: Path, calm: Path) -> None:
     stopped = tmp_path / "stopped"
-    with started(tmp_path, "stopped", *JOB) as process:
+    with started(tmp_path, "stopped", *JOB, *LONG) as process:
         until(lambda: (checkpoint.newest_commit(stopped) or 0) >= 40, "a checkpoint at step 40")
         everyone = descendants(process.pid)
         assert len(everyone) >= 4, "a torchrun and a rank for each of two islands"
@@ -131,7 +135,7 @@ def test_after_ctrl_c_the_run_goes_on_unless_its_checkpoint_is_damaged_or_foreig
     assert checkpoint.newest_commit(stopped) == step, "nothing was removed"
 
     checkpoint.save_island(stopped, step, 1, own, rank=0, num_ranks=1)
-    assert_same_weights(calm, run(tmp_path, "stopped", "--resume"))
+    assert_same_weights(calm, run(tmp_path, "stopped", "--resume", "link.rtt=0ms"))
 
 
 SCRIPT = """
