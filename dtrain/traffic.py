@@ -38,6 +38,8 @@ class Traffic:
         # What the caller queued on its stream is done before a wire is read, and it reads what this thread decoded after it.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._active: list[Flight] = []
+        self._resumed: Flight | None = None
+        """What the thread is resuming, and posting the wires of."""
         self._open = True
         self._thread = threading.Thread(target=self._run, name="dtrain-traffic", daemon=True)
         self._thread.start()
@@ -75,10 +77,12 @@ class Traffic:
             self._inbox.changed.notify_all()
 
     def drop(self, flights: Sequence[Flight]) -> None:
+        """Give up those that are not done. Afterwards they write nothing, post nothing and expect nothing."""
         with self._inbox.changed:
-            for flight in flights:
-                for peer in tuple(flight.link.expected):
-                    if not flight.done and not self._inbox.has(peer, flight.tag()):
+            self._inbox.changed.wait_for(lambda: self._resumed not in flights)
+            for flight in [f for f in flights if not f.done]:
+                for peer in flight.link.expected:
+                    if not self._inbox.has(peer, flight.tag()):
                         self._transport.forget(peer, flight.tag())
                 flight.drop()
             self._active = [f for f in self._active if not f.done]
@@ -99,14 +103,22 @@ class Traffic:
                 if not self._open:
                     return
                 ready = [f for f in self._active if self._ready(f)]
-            with torch.cuda.stream(self._stream):
-                for flight in ready:
-                    if not self._open:
-                        return
-                    self._advance(flight)
-            with self._inbox.changed:
-                self._active = [f for f in self._active if not f.done]
-                self._inbox.changed.notify_all()
+            for flight in ready:
+                if not self._open:
+                    return
+                self._resume(flight)
+
+    def _resume(self, flight: Flight) -> None:
+        with self._inbox.changed:
+            if flight.done:  # it was dropped
+                return
+            self._resumed = flight
+        with torch.cuda.stream(self._stream):
+            self._advance(flight)
+        with self._inbox.changed:
+            self._resumed = None
+            self._active = [f for f in self._active if not f.done]
+            self._inbox.changed.notify_all()
 
     def _ready(self, flight: Flight) -> bool:
         return not flight.done and flight.matched and all(self._inbox.has(peer, flight.tag()) for peer in flight.link.expected)

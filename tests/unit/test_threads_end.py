@@ -42,6 +42,43 @@ def test_a_flight_at_work_is_waited_for() -> None:
     assert flown.done
 
 
+def test_a_flight_at_work_is_given_up_after_it() -> None:
+    """It is given up in the middle of its second part, which posts, writes and expects: all of that before, nothing after."""
+    inside, go_on = threading.Event(), threading.Event()
+    link = Link(0, 2, Round(0.5, (PEER,), ((PEER, 0.5),)))
+    wire, written = torch.zeros(WIRE_BYTES, dtype=torch.uint8), list[str]()
+
+    def flight() -> Iterator[None]:
+        link.expect(PEER, WIRE_BYTES)
+        yield
+        inside.set()
+        assert go_on.wait(LONG_S)
+        written.append("second part")
+        link.post(PEER, wire)
+        link.expect(PEER, WIRE_BYTES)
+        yield
+        written.append("third part")
+
+    hub = LocalHub(2)
+    traffic = Traffic(hub.transport(0), torch.device("cpu"))
+    flown = Flight(flight(), link, kind=ROUND, index=0, bucket=0, step=1)
+    traffic.launch([flown])
+    peer = hub.transport(PEER)
+    peer.post(0, flown.tag(), wire)
+    assert inside.wait(LONG_S)
+    giver = threading.Thread(target=lambda: (traffic.drop([flown]), written.append("given up")))
+    giver.start()
+    assert not flown.done
+    go_on.set()
+    giver.join(LONG_S)
+    assert written == ["second part", "given up"]
+    assert flown.dropped
+    assert peer.inbox.has(0, Tag(ROUND, 0, 0, 1))
+    peer.post(0, Tag(ROUND, 0, 0, 1), wire)
+    traffic.close(drain_s=0.0)
+    assert "third part" not in written
+
+
 def test_a_wire_that_is_held_back_is_let_go_of() -> None:
     """With a round trip of two minutes nothing leaves before close, and nothing is posted after it."""
     hub = LocalHub(2)
