@@ -86,6 +86,15 @@ def test_plain_operations(half: bool) -> None:
             cases.check(name, _numba, operands, offset=numel % 3, what=f"{numel}")
 
 
+@pytest.mark.parametrize(("first", "flag"), [(36, 5), (-4, 5), (32, 72), (32, -1)])
+def test_an_identity_wire_that_is_too_short_is_refused(first: int, flag: int) -> None:
+    """The kernel would write behind it."""
+    wire = torch.zeros(32 + 4 * 10, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="72 bytes"):
+        _numba.put_identity(torch.ones(10), wire, first, flag)
+    assert not wire.any()
+
+
 def test_many_threads_write_what_one_does(threads: str) -> None:
     x = cases.values(pool.LEAST_SHARED + 77)
     for fmt in (Format("int8", 64), Format("topk", 4096, 64, 2)):
