@@ -131,7 +131,7 @@ class BoundBlocks:
             if self.fmt.kind == "identity":
                 self._wire.put(x, wire)
                 return
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):
                 ops.encode(run, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
@@ -139,27 +139,27 @@ class BoundBlocks:
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         """residual += x;  wire = C(residual);  residual -= decode(wire)."""
         with moving("encode", x, residual, residual, wire):
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
         with moving("decode", wire, y, y):
-            ops = self._wire.operations(wire.device)
+            ops = self._wire.operations(wire)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.decode_add(part, y[a:b], weight, self.fmt)
 
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
         with moving("decode", x, x, *wires):
-            ops, parts = self._wire.operations(x.device), list(map(self._wire.parts, wires))
-            for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
-                ops.mix(run, 1.0, codes, weights, self.fmt)
+            ops, parts = self._wire.operations(x), [self._wire.parts(wire) for wire in wires]
+            for i, run in enumerate(self._cut(x)):
+                ops.mix(run, 1.0, [part[i] for part in parts], weights, self.fmt)
 
     def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
         """wire = C(x - xhat);  xhat += decode(wire);  s += self_weight decode(wire)."""
         with moving("encode", x, xhat, xhat, s, s, wire):
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.choco_encode(x[a:b], xhat[a:b], s[a:b], self_weight, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
@@ -169,14 +169,14 @@ class BoundBlocks:
     ) -> None:
         """s += sum_j weights_j decode(wires_j);  x += gamma (s - xhat)."""
         with moving("decode", x, x, xhat, s, s, *wires):
-            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
+            ops, parts = self._wire.operations(x), [self._wire.parts(wire) for wire in wires]
             for i, (a, b) in enumerate(self._runs):
                 ops.choco_mix(x[a:b], xhat[a:b], s[a:b], gamma, [part[i] for part in parts], weights, self.fmt)
 
     def adam(self, update: Update) -> None:
         """The optimizer's step alone."""
         with span("optimizer", adam_bytes(update.pieces)):
-            self._wire.operations(update.grad_scale.device).accum_adam(*update)
+            self._wire.operations(update.grad_scale).accum_adam(*update)
 
     def gossip_adam(
         self, update: Update, wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State
@@ -184,7 +184,7 @@ class BoundBlocks:
         """``mix``, the optimizer's step, and ``encode``, in one pass over the parameters."""
         with span("gossip_adam", adam_bytes(update.pieces) + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
-            self._wire.operations(wire.device).gossip_adam(
+            self._wire.operations(wire).gossip_adam(
                 *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
@@ -198,7 +198,7 @@ class BoundBlocks:
         with span("gossip_adam", adam_bytes(update.pieces) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
             public = [Public(xhat[a:b], s[a:b]) for a, b in self._spans]
-            self._wire.operations(wire.device).choco_gossip_adam(
+            self._wire.operations(wire).choco_gossip_adam(
                 *(update.pieces, public, update.adam, update.grad_scale, gamma, self_weight, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )

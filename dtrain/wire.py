@@ -86,7 +86,6 @@ class WireFormat:
         cut = zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
         number = CODEC_NUMBERS[fmt.kind]
         self._header = _STRUCT.pack(_MAGIC, VERSION, number, 0, fmt.block, fmt.k, fmt.bits, 0, cut, self.numel)
-        self._operations: dict[torch.device, ModuleType] = {}
         self._made: dict[int, _Views] = {}
         """Address of a wire that ``new`` made -> its views, which keep the memory. Cutting them anew for each encoding took
         15 us, as long as all that is done to 10,000 elements."""
@@ -108,10 +107,13 @@ class WireFormat:
         self._made[wire.data_ptr()] = self._cut(wire)
         return wire
 
-    def operations(self, device: torch.device) -> ModuleType:
-        """``dtrain.kernels.operations``, looked up once."""
-        found = self._operations.get(device)
-        return found or self._operations.setdefault(device, operations(device))
+    def operations(self, near: Tensor) -> ModuleType:
+        """``dtrain.kernels.operations`` where a tensor lies; for a CPU looked up once."""
+        return self._on_cpu if near.is_cpu else operations(near.device)
+
+    @cached_property
+    def _on_cpu(self) -> ModuleType:
+        return operations(_CPU)
 
     def body(self, wire: Tensor) -> Tensor:
         return self._views(wire).body
@@ -124,7 +126,7 @@ class WireFormat:
     def put(self, x: Tensor, wire: Tensor) -> None:
         """Write the numbers of an identity wire, those of all runs one behind the other, and ``seal_finite``."""
         assert self.fmt.kind == "identity"
-        self.operations(wire.device).put_identity(x, wire, HEADER_BYTES, _FLAG)
+        self.operations(wire).put_identity(x, wire, HEADER_BYTES, _FLAG)
         views = self._views(wire)
         self._sum(views)
         _refuse(views)
@@ -140,12 +142,12 @@ class WireFormat:
         _refuse(views)
 
     def _seal(self, views: _Views) -> None:
-        self.operations(views.body.device).flag_non_finite(views.finite, views.flag)
+        self.operations(views.body).flag_non_finite(views.finite, views.flag)
         self._sum(views)
 
     def _sum(self, views: _Views) -> None:
         if self._checksums:
-            self.operations(views.body.device).checksum(views.body, _WORDS, self._start, views.checksum)
+            self.operations(views.body).checksum(views.body, _WORDS, self._start, views.checksum)
 
     def check(self, wire: Tensor) -> None:
         """Raises WireError, saying which, where a wire that arrived (host memory) differs from what was agreed."""

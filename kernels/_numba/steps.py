@@ -122,11 +122,11 @@ def checksum(data: Tensor, first_word: int, start: int, out: Tensor) -> None:
 
 
 def put_identity(x: Tensor, wire: Tensor, first: int, flag: int) -> None:
-    n = x.numel()
+    n, wire_bytes = x.numel(), wire.numel()
     at, half = floats(x, n, "x")
-    if not (0 <= flag < wire.numel() and 0 <= first <= wire.numel() - 4 * n):
-        raise ValueError(f"{n} values from byte {first} on and a flag at {flag} do not fit into a wire of {wire.numel()} bytes")
-    start = place(wire, wire.numel(), torch.uint8, "the wire")
+    if not (0 <= flag < wire_bytes and 0 <= first <= wire_bytes - 4 * n):
+        raise ValueError(f"{n} values from byte {first} on and a flag at {flag} do not fit into a wire of {wire_bytes} bytes")
+    start = place(wire, wire_bytes, torch.uint8, "the wire")
     if not 0 < n <= flat.UNIT:  # else the kernel writes it whatever it finds
         wire[flag].zero_()
     run(flat.put, (n, at, half, start + first, start + flag), n)

@@ -75,12 +75,13 @@ def float_bits(value: float) -> int:
     return _FLOAT_BITS(_FLOAT(value))[0]
 
 
-def wire_table(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> array[int]:
+def wire_rows(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> list[int]:
+    """``WIRE_FIELDS`` numbers a wire."""
     rows: list[int] = []
     for wire, weight in zip(wires, weights, strict=True):
         rows += coded(wire, fmt, numel, "a wire")
-        rows.append(float_bits(weight))
-    return array("q", rows)
+        rows += _FLOAT_BITS(_FLOAT(weight))
+    return rows
 
 
 def body_table(wires: Sequence[Tensor], weights: Sequence[float], num_bytes: int) -> array[int]:

@@ -193,9 +193,9 @@ def test_offsets_beyond_32_bits() -> None:
 
     y, expected_y = x.clone(), x.clone()
     reference.mix(expected_y, 0.5, [expected], [0.25], fmt)
-    table = array("q", [codes - skipped, scales - 2 * skipped // 64, float_bits(0.25)])
-    rest = (y.data_ptr() - 4 * skipped, 0, 0, 0, float_bits(0.5), address(table), 1, units)
-    arguments = array("q", (*begin, *rest))
+    rest = (y.data_ptr() - 4 * skipped, 0, 0, 0, float_bits(0.5), 1, units)
+    table = (codes - skipped, scales - 2 * skipped // 64, float_bits(0.25))
+    arguments = array("q", (*begin, *rest, *table))
     kernels.mix.call(address(arguments))
     assert torch.equal(y, expected_y)
 
