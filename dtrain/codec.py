@@ -16,8 +16,8 @@ from dtrain import codec_name
 from dtrain.bucket import Layout
 from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
 from dtrain.own_name import is_own
-from dtrain.spans import span
-from dtrain.wire import WireFormat
+from dtrain.spans import moving, span
+from dtrain.wire import wire_format
 
 State = dict[str, Tensor]
 
@@ -112,7 +112,7 @@ class BoundBlocks:
         self._seed = node * _NODE_STRIDE
         self._spans = tuple((s.start, s.stop) for s in layout.spans)
         self._numel = layout.numel
-        self._wire = WireFormat(fmt, tuple(b - a for a, b in self._runs))
+        self._wire = wire_format(fmt, tuple(b - a for a, b in self._runs))
         self.wire_bytes = self._wire.wire_bytes
         self.fuses = fmt.kind != "topk"
         """Whether ``gossip_adam`` and its CHOCO form write this format."""
@@ -127,39 +127,39 @@ class BoundBlocks:
         self._wire.check(wire)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        with span("encode", x.element_size() * x.numel() + wire.numel()):
+        with moving("encode", x, wire):
             if self.fmt.kind == "identity":
                 self._wire.put(x, wire)
                 return
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for a, run, part in zip(self._starts, self._cut(x), self._wire.parts(wire), strict=True):
                 ops.encode(run, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
     def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
         """residual += x;  wire = C(residual);  residual -= decode(wire)."""
-        with span("encode", (x.element_size() + 8) * x.numel() + wire.numel()):
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+        with moving("encode", x, residual, residual, wire):
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        with span("decode", wire.numel() + 8 * y.numel()):
-            ops = self._wire.operations(wire.device)
+        with moving("decode", wire, y, y):
+            ops = self._wire.operations(wire)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.decode_add(part, y[a:b], weight, self.fmt)
 
     def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
-        with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = self._wire.operations(x.device), list(map(self._wire.parts, wires))
-            for run, codes in zip(self._cut(x), zip(*parts, strict=True), strict=True):
-                ops.mix(run, 1.0, codes, weights, self.fmt)
+        with moving("decode", x, x, *wires):
+            ops, parts = self._wire.operations(x), [self._wire.parts(wire) for wire in wires]
+            for i, run in enumerate(self._cut(x)):
+                ops.mix(run, 1.0, [part[i] for part in parts], weights, self.fmt)
 
     def choco_encode(self, x: Tensor, xhat: Tensor, s: Tensor, self_weight: float, wire: Tensor, state: State) -> None:
         """wire = C(x - xhat);  xhat += decode(wire);  s += self_weight decode(wire)."""
-        with span("encode", (x.element_size() + 16) * x.numel() + wire.numel()):
-            ops, noise = self._wire.operations(wire.device), self._draw(state)
+        with moving("encode", x, xhat, xhat, s, s, wire):
+            ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
                 ops.choco_encode(x[a:b], xhat[a:b], s[a:b], self_weight, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
@@ -168,15 +168,15 @@ class BoundBlocks:
         self, x: Tensor, xhat: Tensor, s: Tensor, gamma: float, wires: Sequence[Tensor], weights: Sequence[float]
     ) -> None:
         """s += sum_j weights_j decode(wires_j);  x += gamma (s - xhat)."""
-        with span("decode", (2 * x.element_size() + 12) * x.numel() + len(wires) * self.wire_bytes):
-            ops, parts = self._wire.operations(x.device), [self._wire.parts(wire) for wire in wires]
+        with moving("decode", x, x, xhat, s, s, *wires):
+            ops, parts = self._wire.operations(x), [self._wire.parts(wire) for wire in wires]
             for i, (a, b) in enumerate(self._runs):
                 ops.choco_mix(x[a:b], xhat[a:b], s[a:b], gamma, [part[i] for part in parts], weights, self.fmt)
 
     def adam(self, update: Update) -> None:
         """The optimizer's step alone."""
         with span("optimizer", adam_bytes(update.pieces)):
-            self._wire.operations(update.grad_scale.device).accum_adam(*update)
+            self._wire.operations(update.grad_scale).accum_adam(*update)
 
     def gossip_adam(
         self, update: Update, wires: Sequence[Tensor], weights: Sequence[float], wire: Tensor, state: State
@@ -184,7 +184,7 @@ class BoundBlocks:
         """``mix``, the optimizer's step, and ``encode``, in one pass over the parameters."""
         with span("gossip_adam", adam_bytes(update.pieces) + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
-            self._wire.operations(wire.device).gossip_adam(
+            self._wire.operations(wire).gossip_adam(
                 *(update.pieces, update.adam, update.grad_scale, 1.0, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )
@@ -198,7 +198,7 @@ class BoundBlocks:
         with span("gossip_adam", adam_bytes(update.pieces) + 16 * self._numel + (len(wires) + 1) * self.wire_bytes):
             bodies = [self._wire.body(w) for w in wires]
             public = [Public(xhat[a:b], s[a:b]) for a, b in self._spans]
-            self._wire.operations(wire.device).choco_gossip_adam(
+            self._wire.operations(wire).choco_gossip_adam(
                 *(update.pieces, public, update.adam, update.grad_scale, gamma, self_weight, bodies, weights),
                 *(self._wire.body(wire), self.fmt, self._draw(state)),
             )

@@ -25,6 +25,10 @@ _SPACED = ("rounds at steps that all share", "meetings of two that are ready")
 class Flight:
     """A generator whose wires are under way: one round of one bucket, or an exchange of the start or the merge."""
 
+    __slots__ = (
+        *("_generator", "bucket", "done", "dropped", "error", "index", "kind", "link", "matched", "overdue", "phase", "step"),
+    )
+
     def __init__(self, generator: Iterator[None], link: Link, *, kind: int, index: int, bucket: int, step: int) -> None:
         self.link = link
         self.kind = kind
@@ -62,6 +66,8 @@ class Flight:
 
 class Lane:
     """One bucket with its algorithm, state, and the round that flies."""
+
+    __slots__ = ("algorithm", "bucket", "flight", "land_step", "round", "state")
 
     def __init__(self, bucket: Bucket, algorithm: Algorithm) -> None:
         self.bucket = bucket

@@ -57,8 +57,8 @@ class _Missing:
 
     __slots__ = ("flight", "wires")
 
-    def __init__(self, flight: Flight, wires: int) -> None:
-        self.flight, self.wires = flight, wires
+    def __init__(self, flight: Flight) -> None:
+        self.flight, self.wires = flight, 0
 
 
 class _Island:
@@ -98,7 +98,7 @@ class Simulation:
         self._link, self._compute_s = link, compute_s
         self._wires: defaultdict[int, SharedWires] = defaultdict(SharedWires)
         """By bucket."""
-        with without_checksums():
+        with without_checksums(), _frozen():
             self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
         if first_step:
             self._start_after(first_step)
@@ -218,25 +218,27 @@ class Simulation:
 
     def _advance(self, island: _Island, flight: Flight) -> None:
         """As ``Traffic``: hand over what arrived, resume, post what comes out, until wires are awaited or the flight is done."""
-        link, inbox, account = flight.link, island.inbox, island.account
+        link, inbox, index, bucket = flight.link, island.inbox, flight.index, flight.bucket
         while not flight.done:
-            arrived: dict[int, Tensor] = {}
             for peer, wire_bytes in link.expected.items():
-                wire = arrived[peer] = inbox.pop((peer, flight.index, flight.bucket, flight.phase))
+                wire = link.inbox[peer] = inbox.pop((peer, index, bucket, flight.phase))
                 if wire.numel() != wire_bytes:
-                    raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {wire.numel()} bytes, not {wire_bytes}")
-                account.wire_bytes_received += wire_bytes
-            link.inbox = arrived
+                    raise WireError(f"island {peer} sent, for bucket {bucket}, {wire.numel()} bytes, not {wire_bytes}")
+                island.account.wire_bytes_received += wire_bytes
             flight.advance()
             if link.outbox:
                 self._post(island, flight)
-            for wire in arrived.values():  # that the method did not keep
-                self._wires[flight.bucket].drop(wire)
+            if link.inbox:  # what the method did not keep
+                for wire in link.inbox.values():
+                    self._wires[bucket].drop(wire)
+                link.inbox = {}
             if link.expected and not flight.done:
-                index, bucket, phase = flight.index, flight.bucket, flight.phase
-                missing = [key for peer in link.expected if (key := (peer, index, bucket, phase)) not in inbox]
-                if missing:
-                    island.awaited.update(dict.fromkeys(missing, _Missing(flight, len(missing))))
+                missing, phase = _Missing(flight), flight.phase
+                for peer in link.expected:
+                    if (key := (peer, index, bucket, phase)) not in inbox:
+                        island.awaited[key] = missing
+                        missing.wires += 1
+                if missing.wires:
                     return
 
     def _post(self, island: _Island, flight: Flight) -> None:

@@ -34,8 +34,8 @@ _CPU = torch.device("cpu")
 class _Making(threading.local):
     """What the WireFormats that this thread makes are like."""
 
-    shared: dict[tuple[Format, tuple[int, ...]], dict[int, _Views]] | None = None
-    """What stays in the process: the wires of WireFormats of one kind, and no checksums."""
+    shared: dict[tuple[Format, tuple[int, ...]], WireFormat] | None = None
+    """What stays in the process: one for all wires of a kind, and no checksums."""
 
 
 _making = _Making()
@@ -43,13 +43,21 @@ _making = _Making()
 
 @contextmanager
 def without_checksums() -> Iterator[None]:
-    """WireFormats that this thread makes in the block seal without, for good: their wires must be such as nobody checks, as
-    they do not leave the process. Those that are alike know each other's wires."""
+    """What ``wire_format`` gives this thread in the block seals without, for good: its wires must be such as nobody checks, as
+    they do not leave the process. It is one for all codecs that are alike, so they know each other's wires."""
     kept, _making.shared = _making.shared, {}
     try:
         yield
     finally:
         _making.shared = kept
+
+
+def wire_format(fmt: Format, numels: tuple[int, ...]) -> WireFormat:
+    """``numels``: elements of each run (WIRE.md)."""
+    if _making.shared is None:
+        return WireFormat(fmt, numels, checksums=True)
+    found = _making.shared.get((fmt, numels))
+    return found or _making.shared.setdefault((fmt, numels), WireFormat(fmt, numels, checksums=False))
 
 
 class _Views(NamedTuple):
@@ -69,19 +77,16 @@ class _Views(NamedTuple):
 class WireFormat:
     """The wires of one bucket: what their header says, where the parts of their body lie."""
 
-    def __init__(self, fmt: Format, numels: tuple[int, ...]) -> None:
-        """``numels``: elements of each run (WIRE.md)."""
+    def __init__(self, fmt: Format, numels: tuple[int, ...], *, checksums: bool) -> None:
         self.fmt, self.numels = fmt, numels
         self.numel = sum(numels)
-        self._checksums = _making.shared is None
+        self._checksums = checksums
         self.num_scales = sum(fmt.num_scales(n) for n in numels)
         self.wire_bytes = HEADER_BYTES + 2 * self.num_scales + sum(fmt.code_bytes(n) for n in numels)
         cut = zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
         number = CODEC_NUMBERS[fmt.kind]
         self._header = _STRUCT.pack(_MAGIC, VERSION, number, 0, fmt.block, fmt.k, fmt.bits, 0, cut, self.numel)
-        self._operations: dict[torch.device, ModuleType] = {}
-        shared = _making.shared
-        self._made: dict[int, _Views] = {} if shared is None else shared.setdefault((fmt, numels), {})
+        self._made: dict[int, _Views] = {}
         """Address of a wire that ``new`` made -> its views, which keep the memory. Cutting them anew for each encoding took
         15 us, as long as all that is done to 10,000 elements."""
 
@@ -102,10 +107,13 @@ class WireFormat:
         self._made[wire.data_ptr()] = self._cut(wire)
         return wire
 
-    def operations(self, device: torch.device) -> ModuleType:
-        """``dtrain.kernels.operations``, looked up once."""
-        found = self._operations.get(device)
-        return found or self._operations.setdefault(device, operations(device))
+    def operations(self, near: Tensor) -> ModuleType:
+        """``dtrain.kernels.operations`` where a tensor lies; for a CPU looked up once."""
+        return self._on_cpu if near.is_cpu else operations(near.device)
+
+    @cached_property
+    def _on_cpu(self) -> ModuleType:
+        return operations(_CPU)
 
     def body(self, wire: Tensor) -> Tensor:
         return self._views(wire).body
@@ -118,28 +126,28 @@ class WireFormat:
     def put(self, x: Tensor, wire: Tensor) -> None:
         """Write the numbers of an identity wire, those of all runs one behind the other, and ``seal_finite``."""
         assert self.fmt.kind == "identity"
+        self.operations(wire).put_identity(x, wire, HEADER_BYTES, _FLAG)
         views = self._views(wire)
-        views.finite.copy_(x)
-        self._seal_finite(wire, views)
+        self._sum(views)
+        _refuse(views)
 
     def seal(self, wire: Tensor) -> None:
         """Note in the header whether the body holds inf or NaN, and its checksum. Nothing waits for a GPU."""
-        self._seal(wire, self._views(wire))
+        self._seal(self._views(wire))
 
     def seal_finite(self, wire: Tensor) -> None:
         """``seal``; on a CPU a body with inf or NaN raises NonFinite."""
-        self._seal_finite(wire, self._views(wire))
+        views = self._views(wire)
+        self._seal(views)
+        _refuse(views)
 
-    def _seal_finite(self, wire: Tensor, views: _Views) -> None:
-        self._seal(wire, views)
-        if views.flagged is not None and views.flagged[0]:
-            raise NonFinite("the payload holds inf or NaN")
+    def _seal(self, views: _Views) -> None:
+        self.operations(views.body).flag_non_finite(views.finite, views.flag)
+        self._sum(views)
 
-    def _seal(self, wire: Tensor, views: _Views) -> None:
-        ops = self.operations(wire.device)
-        ops.flag_non_finite(views.finite, views.flag)
+    def _sum(self, views: _Views) -> None:
         if self._checksums:
-            ops.checksum(views.body, _WORDS, self._start, views.checksum)
+            self.operations(views.body).checksum(views.body, _WORDS, self._start, views.checksum)
 
     def check(self, wire: Tensor) -> None:
         """Raises WireError, saying which, where a wire that arrived (host memory) differs from what was agreed."""
@@ -184,6 +192,11 @@ class WireFormat:
         kept = [KeptCoded(*part) for part in zones(body, self.fmt, self.numels)]
         flag = wire[_FLAG : _FLAG + 1]
         return _Views(body, kept, finite, flag, checksum, flag.numpy().data if wire.is_cpu else None)
+
+
+def _refuse(views: _Views) -> None:
+    if views.flagged is not None and views.flagged[0]:
+        raise NonFinite("the payload holds inf or NaN")
 
 
 def own_header(cut: int, numel: int) -> bytes:

@@ -83,7 +83,7 @@ def default_cases(dtypes: tuple[str, ...], fmt: Format) -> list[Case]:
                 for every, closes in ((1, True), (4, False))
             ),
             *(Case(op, dtype) for op in ("outer_step", "sum_of_squares", "scale")),
-            *(Case("checksum", "uint8"), Case("flag_non_finite", dtype)),
+            *(Case("checksum", "uint8"), Case("flag_non_finite", dtype), Case("put_identity", dtype)),
         ]
     return list(dict.fromkeys(out))
 
@@ -221,6 +221,8 @@ class _Maker:
                 return self.state(1, -(-n // 4)).view(torch.uint8)[:n], 6, 12345, self.zeros(1, torch.int64)
             case "flag_non_finite":
                 return self.x(1), self.zeros(1, torch.uint8)
+            case "put_identity":
+                return self.x(1), self.zeros(32 + 4 * n, torch.uint8), 32, 5
             case op:
                 raise ValueError(f"there is no case for the operation {op}")
 

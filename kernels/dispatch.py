@@ -30,7 +30,7 @@ OPERATIONS = (
     *("cast_bf16", "add_bf16", "topk_chunks", "topk_add", "encode", "decode_add"),
     *("encode_difference", "encode_feedback", "choco_encode", "choco_mix", "mix"),
     *("accum_adam", "gossip_adam", "choco_gossip_adam", "outer_step"),
-    *("sum_of_squares", "scale", "checksum", "flag_non_finite"),
+    *("sum_of_squares", "scale", "checksum", "flag_non_finite", "put_identity"),
 )
 """What every backend has, with the signatures of ``reference.py``."""
 

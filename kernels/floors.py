@@ -71,6 +71,7 @@ FLOORS: dict[str, Callable[[Sizes], int]] = {
     "scale": lambda s: 2 * s.x,
     "checksum": lambda s: s.numel,
     "flag_non_finite": lambda s: s.x,
+    "put_identity": lambda s: s.x + 4 * s.numel,
 }
 """A checksum's elements are bytes. Scalars (a flag, a factor) are left out."""
 

@@ -58,7 +58,7 @@ class Coded(NamedTuple):
 class KeptCoded(Coded):
     """Of a wire that stays where it is: the CPU's kernels note here what they found, and need not check it for each call."""
 
-    seen: tuple[Format, int, int, int] | None
+    seen: tuple[Format, int, tuple[int, int]] | None
     """For which format and elements it was checked, and the addresses."""
 
 

@@ -352,6 +352,14 @@ def flag_non_finite(values: Tensor, flag: Tensor) -> None:
     flag.copy_(~values.isfinite().all())
 
 
+def put_identity(x: Tensor, wire: Tensor, first: int, flag: int) -> None:
+    """x (n) into a whole identity wire (uint8): its values in fp32 from byte ``first`` on, a multiple of 4, and byte ``flag`` = 1
+    where any of them is inf or NaN, else 0."""
+    values = wire[first : first + 4 * x.numel()].view(torch.float32)
+    values.copy_(x)
+    flag_non_finite(values, wire[flag : flag + 1])
+
+
 def _scaled(x: Tensor, scales: Tensor, block: int, measure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Fill scales with bf16(measure(rows)); returns the rows, zeroed where the scale is not finite, and 1 / scale."""
     rows = in_rows(x, block)

@@ -197,3 +197,4 @@ def plain_operands(n: int, half: bool) -> Iterator[tuple[str, tuple[object, ...]
     yield "checksum", (values(n).view(torch.uint8)[: 4 * n - 1], 6, 0, torch.zeros(1, dtype=torch.int64))
     for _, extreme in extremes(n):
         yield "flag_non_finite", (extreme.to(kind), torch.full((1,), 7, dtype=torch.uint8))
+        yield "put_identity", (extreme.to(kind), torch.full((4 * n + 40,), 7, dtype=torch.uint8), 32, 5)

@@ -337,12 +337,23 @@ def flag_non_finite() -> None:
                 compare("flag_non_finite", lambda m, n=n, d=dtype, z=finite: (m.hard(n, d, finite=z), m.empty(1, torch.uint8)))
 
 
+def put_identity() -> None:
+    for n in (0, *SIZES):
+        for dtype in (torch.float32, torch.bfloat16):
+            for finite in (True, False):
+
+                def make(m: Arena, n: int = n, d: torch.dtype = dtype, z: bool = finite) -> tuple[Any, ...]:
+                    return m.hard(n, d, finite=z), m.empty(4 * n + 36, torch.uint8, unit=4), 32, 5
+
+                compare("put_identity", make)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{f"quantize_{kind}": (lambda kind=kind: quantize(kind)) for kind in BLOCKS},
     **{f"dequantize_add_{kind}": (lambda kind=kind: dequantize(kind)) for kind in BLOCKS},
     **{f.__name__: f for f in (cast_bf16, add_bf16, topk_chunks, topk_add, encode, decode_add, encode_difference)},
     **{f.__name__: f for f in (encode_feedback, choco_encode, accum_adam, outer_step, sum_of_squares, scale)},
-    **{f.__name__: f for f in (checksum, flag_non_finite)},
+    **{f.__name__: f for f in (checksum, flag_non_finite, put_identity)},
     **{name: (lambda name=name: mix(name)) for name in ("mix", "choco_mix")},
     **{name: (lambda name=name: gossip_adam(name)) for name in ("gossip_adam", "choco_gossip_adam")},
 }

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.algorithms.arrivals import Arrivals
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.events.a2cid2 import Momentum, momentum
@@ -34,13 +34,14 @@ def a2cid2(codec: Codec, mixing: Mixing, every: int, delay_steps: int) -> Method
 
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
+        arrivals = Arrivals(bound, 1)
         eta, alpha = momentum_of(peers.num_nodes)
 
         def init(b: Bucket) -> State:
             own = {"ahead": torch.zeros(b.x.numel(), device=b.x.device), "own": bound.new_wire(b.x.device)}
             # Of the last round's start, and up to which x and x~ have flowed.
             times = {name: torch.zeros(1, dtype=torch.int64) for name in ("started", "flowed")}
-            return own | times | arrivals(bound, 1, b.x.device) | bound.init(b.x.device)
+            return own | times | arrivals.init(b.x.device) | bound.init(b.x.device)
 
         def flow(b: Bucket, state: State, now: int) -> None:
             elapsed = now - int(state["flowed"])
@@ -54,11 +55,11 @@ def a2cid2(codec: Codec, mixing: Mixing, every: int, delay_steps: int) -> Method
             state["started"] += every
             flow(b, state, int(state["started"]))
             bound.encode(b.x, state["own"], state)
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         def land(b: Bucket, state: State) -> None:
             flow(b, state, int(state["started"]) + flight_steps)
-            wires, _ = arrived(state)
+            wires, _ = arrivals.arrived(state)
             for wire in wires:
                 bound.mix(b.x, [state["own"], wire], [-0.5, 0.5])
                 bound.mix(state["ahead"], [state["own"], wire], [0.5 - alpha, alpha - 0.5])

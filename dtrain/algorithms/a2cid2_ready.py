@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.algorithms.arrivals import Arrivals
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.events.a2cid2 import momentum
@@ -33,19 +33,20 @@ def a2cid2_ready(codec: Codec, mixing: Mixing) -> Method:
 
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
+        arrivals = Arrivals(bound, 1)
         e, alpha = constants(peers.node, peers.num_nodes)
 
         def init(b: Bucket) -> State:
             own = {"ahead": torch.zeros(b.x.numel(), device=b.x.device), "own": bound.new_wire(b.x.device)}
-            return own | arrivals(bound, 1, b.x.device) | bound.init(b.x.device)
+            return own | arrivals.init(b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.encode(b.x, state["own"], state)
             yield  # until there is a partner: link.row is it
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         def land(b: Bucket, state: State) -> None:
-            (wire,), _ = arrived(state)
+            (wire,), _ = arrivals.arrived(state)
             bound.mix(b.x, [state["own"], wire], [-0.5, 0.5])
             bound.mix(state["ahead"], [state["own"], wire], [0.5 - alpha, alpha - 0.5])
             b.x.add_(state["ahead"], alpha=(1 - e) / 2)

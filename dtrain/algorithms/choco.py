@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.algorithms.arrivals import Arrivals
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Blocks, State, Update
 from dtrain.link import Link, Peers
@@ -22,18 +22,19 @@ from dtrain.topology import Mixing
 def choco(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
+        arrivals = Arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes))
 
         def init(b: Bucket) -> State:
             x = b.x.to(torch.float32)
             own = {"xhat": x.clone(), "s": x.clone(), "own": bound.new_wire(b.x.device)}
-            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals.init(b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             bound.choco_encode(b.x, state["xhat"], state["s"], link.row.self_weight, state["own"], state)
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         def land(b: Bucket, state: State) -> None:
-            bound.choco_mix(b.x, state["xhat"], state["s"], gamma, *arrived(state))
+            bound.choco_mix(b.x, state["xhat"], state["s"], gamma, *arrivals.arrived(state))
 
         def fused(b: Bucket, state: State, link: Link, update: Update, landing: bool) -> Iterator[None]:
             if not landing:
@@ -41,9 +42,9 @@ def choco(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
                 yield from send(b, state, link)
                 return
             bound.choco_gossip_adam(
-                *(update, state["xhat"], state["s"], gamma, link.row.self_weight, *arrived(state), state["own"], state)
+                *(update, state["xhat"], state["s"], gamma, link.row.self_weight, *arrivals.arrived(state), state["own"], state)
             )
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         return Algorithm(init, send, land, fused=fused if bound.fuses else None)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.algorithms.arrivals import Arrivals
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import BoundBlocks, Codec, State, Update
 from dtrain.link import Link, Peers
@@ -26,18 +26,19 @@ from dtrain.topology import Mixing
 def gossip(codec: Codec, mixing: Mixing, gamma: float = 1.0) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
+        arrivals = Arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes))
 
         def init(b: Bucket) -> State:
             own = {name: bound.new_wire(b.x.device) for name in ("own", "next")}
-            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals.init(b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             state["own"] = own = link.room(state["own"], bound)
             bound.encode(b.x, own, state)
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         def to_mix(state: State) -> tuple[list[Tensor], list[float]]:
-            wires, weights = arrived(state)
+            wires, weights = arrivals.arrived(state)
             weights = [gamma * w for w in weights]
             return [state["own"], *wires], [-sum(weights), *weights]
 
@@ -49,7 +50,7 @@ def gossip(codec: Codec, mixing: Mixing, gamma: float = 1.0) -> Method:
             wires, weights = to_mix(state) if landing else ([], [])
             bound.gossip_adam(update, wires, weights, state["next"], state)
             state["own"], state["next"] = state["next"], state["own"]
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         return Algorithm(init, send, land, fused=fused if isinstance(bound, BoundBlocks) and bound.fuses else None)
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from dtrain.algorithm import Algorithm, Method
-from dtrain.algorithms.arrivals import arrivals, arrived, fly
+from dtrain.algorithms.arrivals import Arrivals
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.link import Link, Peers
@@ -28,12 +28,13 @@ def push_sum(codec: Codec, mixing: Mixing) -> Method:
 
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         bound = codec.bind(layout, peers.node)
+        arrivals = Arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes))
         p, row = columns(peers.num_nodes), mixing.rows(0, peers.node, peers.num_nodes)
 
         def init(b: Bucket) -> State:
             weights = torch.ones(peers.num_nodes, dtype=torch.float64)
             own = {"own": bound.new_wire(b.x.device), "base": b.x.to(torch.float32).clone(), "w": weights}
-            return own | arrivals(bound, mixing.in_degree(peers.node, peers.num_nodes), b.x.device) | bound.init(b.x.device)
+            return own | arrivals.init(b.x.device) | bound.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             base, w = state["base"], float(state["w"][peers.node])
@@ -41,11 +42,11 @@ def push_sum(codec: Codec, mixing: Mixing) -> Method:
             base.copy_(b.x)
             state["own"] = own = link.room(state["own"], bound)
             bound.encode(b.x, own, state)
-            yield from fly(state, link, bound)
+            yield from arrivals.fly(state, link)
 
         def land(b: Bucket, state: State) -> None:
             w, after = state["w"], p @ state["w"]
-            wires, _ = arrived(state)
+            wires, _ = arrivals.arrived(state)
             a = [share * float(w[j] / after[peers.node]) for j, share in row.recvs]
             state["base"].sub_(b.x)
             bound.mix(b.x, [state["own"], *wires], [-sum(a), *a])

@@ -47,6 +47,7 @@ def _scale(scales, i, weight):
 
 def decode_identity(codes, scales, weight: float, blocks, groups, k, bits, valid, src, half, src_weight: float, dst):
     for g in range(blocks * groups):
+        fetch2(codes + 128 * g + AHEAD)
         store(dst + 128 * g, _mixed(src, half, src_weight, g) + load_f32x32(codes + 128 * g) * weight)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.kernels._numba import kernels, rows
 from dtrain.kernels._numba.pool import run
-from dtrain.kernels._numba.tables import address, coded, float_bits, format_numbers, noise_numbers, state, values, wire_table
+from dtrain.kernels._numba.tables import coded, float_bits, format_numbers, noise_numbers, state, values, wire_rows
 from dtrain.kernels.operands import Coded, Format, Noise
 
 _NONE = torch.empty(0, dtype=torch.bfloat16)
@@ -50,9 +50,9 @@ def choco_encode(
 
 def mix(x: Tensor, self_weight: float, wires: Sequence[Coded], weights: Sequence[float], fmt: Format) -> None:
     n = x.numel()
-    table = wire_table(wires, weights, fmt, n)
-    args = (n, *values(x, n, "x"), 0, 0, float_bits(self_weight), address(table), len(wires))
-    run(kernels.mix, (0, *format_numbers(fmt), *args), n)
+    table = wire_rows(wires, weights, fmt, n)
+    args = (0, *format_numbers(fmt), n, *values(x, n, "x"), 0, 0, float_bits(self_weight), len(wires))
+    run(kernels.mix, args, n, table)
 
 
 def decode_add(wire: Coded, y: Tensor, weight: float, fmt: Format) -> None:
@@ -64,9 +64,9 @@ def choco_mix(
     x: Tensor, xhat: Tensor, s: Tensor, gamma: float, wires: Sequence[Coded], weights: Sequence[float], fmt: Format
 ) -> None:
     n = x.numel()
-    table = wire_table(wires, weights, fmt, n)
-    args = (n, *values(x, n, "x"), state(xhat, n, "xhat"), state(s, n, "s"), float_bits(gamma), address(table), len(wires))
-    run(kernels.mix, (1, *format_numbers(fmt), *args), n)
+    table = wire_rows(wires, weights, fmt, n)
+    args = (n, *values(x, n, "x"), state(xhat, n, "xhat"), state(s, n, "s"), float_bits(gamma), len(wires))
+    run(kernels.mix, (1, *format_numbers(fmt), *args), n, table)
 
 
 # ---- one format each

@@ -13,7 +13,8 @@ from dtrain.kernels._numba.memory import (
 )  # fmt: skip
 from dtrain.kernels._numba.rows import borrow, give_back, read8, write8, write32
 from dtrain.kernels._numba.simd import (
-    bits8, bits32, count8, doubles32, fma, largest, largest_lane, longs8, select, to_double, tree_of_lanes, wider16, wider32,
+    as_bits, bits8, bits32, count8, doubles32, fma, largest, largest_lane, longs8, select, to_double, tree_of_lanes, wider16,
+    wider32,
 )  # fmt: skip
 from dtrain.kernels.operands import SUM_TILE
 
@@ -23,7 +24,7 @@ TENSOR_FIELDS = 4
 
 _x_room, _sent_room, _anchor_room = stack(128), stack(128), stack(128)
 _momentum_room, _delta_room = stack(128), stack(128)
-_three, _four, _ten = longs(3), longs(4), longs(10)
+_three, _four, _five, _ten = longs(3), longs(4), longs(5), longs(10)
 
 
 @called
@@ -166,6 +167,36 @@ def check_sum(arguments):
             words = wider32(mix_lanes(load_i32x8(room) ^ mix_lanes(index)))
             total += select(count8() < bits8(hi - whole), words, 0)
         add_shared(out, tree_of_lanes(total))
+
+
+@kernel
+def put(arguments):
+    """Values into an identity wire, and its flag: as ``not_finite``, of what is copied."""
+    n, x, half, out, flag = _five(arguments)
+    counter = arguments + 40
+    room = _x_room()
+    step = 64 if half else 128
+    while True:
+        lo = take(counter) * UNIT
+        if lo >= n:
+            return
+        length = min(UNIT, n - lo)
+        start, to = x + (lo << (2 - half)), out + 4 * lo
+        most = bits32(0)
+        for g in range(length // 32):
+            v = read32(start + step * g, half)
+            store(to + 128 * g, v)
+            most = largest(most, as_bits(v) & _ABS)
+        rest = length % 32
+        if rest:
+            borrow(room, start + step * (length // 32), rest, 32, half)
+            v = read32(room, half)
+            store(room, v)
+            copy_bytes(to + 128 * (length // 32), room, 4 * rest)
+            most = largest(most, as_bits(v) & _ABS)
+        found = largest_lane(most) >= _INFINITE
+        if found or n <= UNIT:
+            store_byte(flag, np.int64(found))
 
 
 @kernel

@@ -25,7 +25,7 @@ PIECE_FIELDS = 14
 _y_room, _out_room = stack(4 * MAX_BLOCK), stack(4 * MAX_BLOCK)
 _x_room, _g_room, _m_room, _v_room, _a_room = (stack(4 * MAX_BLOCK) for _ in range(5))
 _hat_room, _s_room = stack(4 * MAX_BLOCK), stack(4 * MAX_BLOCK)
-_encode_arguments, _mix_arguments, _step_arguments = longs(19), longs(16), longs(29)
+_encode_arguments, _mix_arguments, _step_arguments = longs(19), longs(15), longs(29)
 
 
 @called
@@ -103,11 +103,12 @@ def _mix_part(choco, fmt, x, x_half, xhat, s, alpha, wires, num_wires, code_offs
 
 @kernel
 def mix(arguments):
+    """The wires' rows of ``WIRE_FIELDS`` numbers lie behind the counter."""
     (
-        choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, factor, wires, num_wires,
+        choco, encode_at, decode_at, block, code_bytes, scale_bytes, k, bits, n, x, x_half, xhat, s, factor, num_wires,
     ) = _mix_arguments(arguments)  # fmt: skip
     fmt = (encode_at, decode_at, block // 32, code_bytes, scale_bytes, k, bits)
-    alpha, counter = bits_float(factor), arguments + 8 * 16
+    alpha, counter, wires = bits_float(factor), arguments + 8 * 15, arguments + 8 * 16
     size = 2 - x_half
     y, x_room, hat_room, s_room = _y_room(), _x_room(), _hat_room(), _s_room()
     while True:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -121,9 +121,9 @@ def num_threads() -> int:
     return torch.get_num_threads()
 
 
-def run(kernel: Kernel, arguments: tuple[int, ...], numel: int) -> None:
-    """Call the kernel on as many threads as torch uses."""
-    with_counter = array("q", (*arguments, 0))
+def run(kernel: Kernel, arguments: tuple[int, ...], numel: int, table: Sequence[int] = ()) -> None:
+    """Call the kernel on as many threads as torch uses. ``table``: numbers that it looks for behind the counter."""
+    with_counter = array("q", (*arguments, 0, *table))
     threads = num_threads() if numel >= LEAST_SHARED else 1
     if threads == 1:
         kernel.call(with_counter.buffer_info()[0])

@@ -121,6 +121,17 @@ def checksum(data: Tensor, first_word: int, start: int, out: Tensor) -> None:
     run(flat.check_sum, (n, at, first_word, result), n // 4)
 
 
+def put_identity(x: Tensor, wire: Tensor, first: int, flag: int) -> None:
+    n, wire_bytes = x.numel(), wire.numel()
+    at, half = floats(x, n, "x")
+    if not (0 <= flag < wire_bytes and 0 <= first <= wire_bytes - 4 * n):
+        raise ValueError(f"{n} values from byte {first} on and a flag at {flag} do not fit into a wire of {wire_bytes} bytes")
+    start = place(wire, wire_bytes, torch.uint8, "the wire")
+    if not 0 < n <= flat.UNIT:  # else the kernel writes it whatever it finds
+        wire[flag].zero_()
+    run(flat.put, (n, at, half, start + first, start + flag), n)
+
+
 def flag_non_finite(values: Tensor, flag: Tensor) -> None:
     n = values.numel()
     at, half = floats(values, n, "values")

@@ -56,12 +56,12 @@ def coded(wire: Coded, fmt: Format, numel: int, what: str) -> tuple[int, int]:
     """The addresses of codes and scales."""
     seen = wire.seen
     if seen is not None and seen[0] is fmt and seen[1] == numel:
-        return seen[2:]
+        return seen[2]
     code_bytes, num_scales = _sizes(fmt, numel)
     codes = place(wire.codes, code_bytes, torch.uint8, f"{what}'s codes")
     scales = place(wire.scales, num_scales, torch.bfloat16, f"{what}'s scales") if num_scales else 0
     if isinstance(wire, KeptCoded):
-        wire.seen = fmt, numel, codes, scales
+        wire.seen = fmt, numel, (codes, scales)
     return codes, scales
 
 
@@ -75,12 +75,13 @@ def float_bits(value: float) -> int:
     return _FLOAT_BITS(_FLOAT(value))[0]
 
 
-def wire_table(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> array[int]:
+def wire_rows(wires: Sequence[Coded], weights: Sequence[float], fmt: Format, numel: int) -> list[int]:
+    """``WIRE_FIELDS`` numbers a wire."""
     rows: list[int] = []
     for wire, weight in zip(wires, weights, strict=True):
         rows += coded(wire, fmt, numel, "a wire")
         rows += _FLOAT_BITS(_FLOAT(weight))
-    return array("q", rows)
+    return rows
 
 
 def body_table(wires: Sequence[Tensor], weights: Sequence[float], num_bytes: int) -> array[int]:

@@ -28,7 +28,7 @@ from dtrain.kernels._triton.mix import (
 )
 from dtrain.kernels._triton.outer import outer_step
 from dtrain.kernels._triton.tensors import scale, sum_of_squares
-from dtrain.kernels._triton.wire import checksum, flag_non_finite
+from dtrain.kernels._triton.wire import checksum, flag_non_finite, put_identity
 
 __all__ = [
     "accum_adam",
@@ -51,6 +51,7 @@ __all__ = [
     "gossip_adam",
     "mix",
     "outer_step",
+    "put_identity",
     "quantize_e3m0",
     "quantize_int4",
     "quantize_int8",

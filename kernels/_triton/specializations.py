@@ -119,6 +119,7 @@ def _calls(blocks: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Call]:
         yield "sum_of_squares", partial(_triton.sum_of_squares, [x], torch.zeros(1, dtype=torch.float64))
         yield "scale", partial(_triton.scale, [x], one)
         yield "flag_non_finite", partial(_triton.flag_non_finite, x, flag)
+        yield "put_identity", partial(_triton.put_identity, x, torch.zeros(32 + 4 * n, dtype=torch.uint8), 32, 5)
     yield "checksum", partial(_triton.checksum, flag, 0, 0, total)
 
 

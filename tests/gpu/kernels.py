@@ -104,7 +104,8 @@ CASES: dict[str, list[Case]] = {
     "accum_adam": [Case("accum_adam", d, None, 0, every, closes)
                    for d in ("fp32", "bf16") for every, closes in ((1, True), (4, False), (4, True))],
     **{op: _fused(op) for op in ("gossip_adam", "choco_gossip_adam")},
-    **{op: [Case(op, "fp32"), Case(op, "bf16")] for op in ("outer_step", "sum_of_squares", "scale", "flag_non_finite")},
+    **{op: [Case(op, "fp32"), Case(op, "bf16")]
+       for op in ("outer_step", "sum_of_squares", "scale", "flag_non_finite", "put_identity")},
     "checksum": [Case("checksum", "uint8")],
 }  # fmt: skip
 

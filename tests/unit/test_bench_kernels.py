@@ -57,6 +57,7 @@ BY_HAND = {
     "scale": (Sizes(1000, 2), 4000),
     "checksum": (Sizes(1000, 1), 1000),
     "flag_non_finite": (Sizes(1000, 2), 2000),
+    "put_identity": (Sizes(1000, 2), 2000 + 4000),
 }
 
 

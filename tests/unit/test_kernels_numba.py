@@ -86,6 +86,15 @@ def test_plain_operations(half: bool) -> None:
             cases.check(name, _numba, operands, offset=numel % 3, what=f"{numel}")
 
 
+@pytest.mark.parametrize(("first", "flag"), [(36, 5), (-4, 5), (32, 72), (32, -1)])
+def test_an_identity_wire_that_is_too_short_is_refused(first: int, flag: int) -> None:
+    """The kernel would write behind it."""
+    wire = torch.zeros(32 + 4 * 10, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="72 bytes"):
+        _numba.put_identity(torch.ones(10), wire, first, flag)
+    assert not wire.any()
+
+
 def test_many_threads_write_what_one_does(threads: str) -> None:
     x = cases.values(pool.LEAST_SHARED + 77)
     for fmt in (Format("int8", 64), Format("topk", 4096, 64, 2)):
@@ -184,9 +193,9 @@ def test_offsets_beyond_32_bits() -> None:
 
     y, expected_y = x.clone(), x.clone()
     reference.mix(expected_y, 0.5, [expected], [0.25], fmt)
-    table = array("q", [codes - skipped, scales - 2 * skipped // 64, float_bits(0.25)])
-    rest = (y.data_ptr() - 4 * skipped, 0, 0, 0, float_bits(0.5), address(table), 1, units)
-    arguments = array("q", (*begin, *rest))
+    rest = (y.data_ptr() - 4 * skipped, 0, 0, 0, float_bits(0.5), 1, units)
+    table = (codes - skipped, scales - 2 * skipped // 64, float_bits(0.25))
+    arguments = array("q", (*begin, *rest, *table))
     kernels.mix.call(address(arguments))
     assert torch.equal(y, expected_y)
 

@@ -12,7 +12,7 @@ import torch
 from dtrain import spans
 from dtrain.bucket import whole
 from dtrain.codec import by_name
-from dtrain.spans import Recorder, mark, record, span
+from dtrain.spans import Recorder, mark, moving, record, span
 from dtrain.transport.base import ROUND
 from dtrain.wire import HEADER_BYTES
 
@@ -26,7 +26,7 @@ def recorder() -> Iterator[Recorder]:
 
 
 def test_nothing_is_made_where_nobody_profiles() -> None:
-    assert span("encode", 4) is span("decode"), "one object does for all"
+    assert span("encode", 4) is span("decode") is moving("decode", torch.zeros(1)), "one object does for all"
     with span("encode"):
         mark(ROUND, 0, 0, sent_bytes=1, received_bytes=0, done=False)
     assert spans._recorder is None
@@ -50,6 +50,13 @@ def test_spans_nest_on_the_wall_clock_and_know_their_thread(recorder: Recorder) 
     assert outer.begun_ns <= noted.at_ns <= outer.ended_ns
     # A millisecond for a clock that is being corrected meanwhile.
     assert before - 1_000_000 <= outer.begun_ns <= outer.ended_ns <= time.time_ns() + 1_000_000
+
+
+def test_what_a_part_moves_is_the_bytes_of_its_operands_each_as_often_as_it_is_named(recorder: Recorder) -> None:
+    x, wire = torch.zeros(10, dtype=torch.bfloat16), torch.zeros(7, dtype=torch.uint8)
+    with moving("decode", x, x, wire):
+        pass
+    assert [(s.name, s.moved_bytes) for s in recorder.spans] == [("decode", 2 * 20 + 7)]
 
 
 def test_a_span_ends_where_its_block_fails(recorder: Recorder) -> None:
