@@ -63,13 +63,12 @@ def windows(part: Simulation, steps: int, owners: Sequence[int], own: int, least
     failure: Failure | None = None
     part.begin(steps)
     while True:
-        said = _said(part, owners, others, failure)
+        earliest_s, said = _said(part, owners, others, failure)
         heard = yield said
         failures = [f for f in (failure, *(f for _, f in heard)) if f is not None]
         if failures:
             return min(failures, key=lambda f: f.time_s)
-        earliest = [earliest_s for earliest_s, _ in heard]
-        time_s = min(*earliest, *(one.earliest_s for one in said.values()))
+        time_s = min([earliest_s, *(theirs_s for theirs_s, _ in heard)])
         if time_s == math.inf:
             return None
         failure = _turn(part, time_s, time_s + least_s)
@@ -86,12 +85,14 @@ def _turn(part: Simulation, time_s: float, until_s: float) -> Failure | None:
     return None
 
 
-def _said(part: Simulation, owners: Sequence[int], others: Sequence[int], failure: Failure | None) -> dict[int, Said]:
-    """A wire that goes to several islands of a share is one parcel."""
+def _said(
+    part: Simulation, owners: Sequence[int], others: Sequence[int], failure: Failure | None
+) -> tuple[float, dict[int, Said]]:
+    """``earliest_s``, and all that is to be said. A wire that goes to several islands of a share is one parcel."""
     away, part.away = part.away, []
     earliest_s = min([part.clock.next_s, *(wire.arrival_s for wire in away)])
     parcels: defaultdict[int, dict[tuple[Key, int], Parcel]] = defaultdict(dict)
     for wire in away:
         parcel = parcels[owners[wire.peer]].setdefault((wire.key, id(wire.wire)), Parcel(wire.key, wire.wire))
         parcel.to.append((wire.arrival_s, wire.peer))
-    return {other: Said(earliest_s, failure, list(parcels[other].values())) for other in others}
+    return earliest_s, {other: Said(earliest_s, failure, list(parcels[other].values())) for other in others}

@@ -5,11 +5,10 @@ Shares are threads here, over the sockets that they have between processes."""
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
@@ -17,15 +16,17 @@ from torch import Tensor
 
 from dtrain.algorithm import Algorithm
 from dtrain.assemble import Plan, assemble
-from dtrain.errors import NonFinite, PeerLost
+from dtrain.bucket import Bucket
+from dtrain.errors import NonFinite, PeerLost, WireError
+from dtrain.link import Link
 from dtrain.recipes import resolve, with_steps
-from dtrain.virtual import Account, Simulation
+from dtrain.virtual import Simulation
 from dtrain.virtual_link import LinkModel, VirtualLink, Way
-from dtrain.virtual_problem import Quadratic, drawn_quadratic
-from dtrain.virtual_sockets import Line, carry
+from dtrain.virtual_problem import Still, drawn_quadratic
+from dtrain.virtual_sockets import Gone, Line, carry
 from dtrain.virtual_windows import Failure, windows
 
-NUMEL, STEPS, LR, ISLANDS = 150, 9, 0.125, 6
+NUMEL, STEPS, LR, ISLANDS = 150, 7, 0.125, 6
 SHAPES = [("left", (70,)), ("right", (NUMEL - 70,))]
 
 RECIPES: Mapping[str, tuple[str, dict[str, object]]] = {
@@ -51,9 +52,14 @@ LINKS: Mapping[str, tuple[LinkModel, Mapping[int, float]]] = {
     # Times are multiples of 2^-10 s, and many events of unlike islands meet: 1,024 bytes take an eighth of a second.
     "a rate": (LinkModel(Way(65_536.0, 0.0)), UNLIKE),
     "a rate and a way": (LinkModel(Way(65_536.0, 0.25)), UNLIKE),
-    "noise": (LinkModel(Way(20_000.0, 0.1), jitter_s=0.3, loss=0.2, between={(0, 1): Way(5_000.0, 1.0), (2, 5): Way(None, 0.02)}), UNLIKE),
-    "noise without a way": (LinkModel(Way(20_000.0, 0.0), jitter_s=0.3, loss=0.2), SAME),
+    "noise": (
+        LinkModel(Way(20_000.0, 0.1), jitter_s=0.3, loss=0.2, between={(0, 1): Way(5_000.0, 1.0), (2, 5): Way(None, 0.02)}),
+        UNLIKE,
+    ),
 }
+ALL_APART = LinkModel(Way(20_000.0, 0.0), jitter_s=0.3, loss=0.2), SAME
+"""A window has one event."""
+FEW_EVENTS = ("a step late", "two phases")
 SPLITS = ([0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1], [0, 1, 2, 2, 1, 0], [1, 0, 0, 0, 0, 0])
 
 
@@ -69,7 +75,9 @@ def planned(recipe: str, axes: Mapping[str, object]) -> Plan:
     return assemble(with_steps(resolve(recipe, {"bucket_bytes": 256, **axes}, ISLANDS), STEPS), 5, ISLANDS)
 
 
-def shared(parts: Sequence[Simulation], owners: Sequence[int], model: LinkModel) -> list[Failure | None]:
+def shared(
+    parts: Sequence[Simulation], owners: Sequence[int], model: LinkModel, steps: int = STEPS
+) -> list[Failure | None]:
     ends: dict[tuple[int, int], Line] = {}
     for a, b in combinations(range(len(parts)), 2):
         one, other = socket.socketpair()
@@ -77,23 +85,21 @@ def shared(parts: Sequence[Simulation], owners: Sequence[int], model: LinkModel)
 
     def live(own: int) -> Failure | None:
         lines = [ends[own, other] for other in range(len(parts)) if other != own]
-        return carry(windows(parts[own], STEPS, owners, own, model.least_s), lines, own, parts[own])
+        try:
+            return carry(windows(parts[own], steps, owners, own, model.least_s), lines, own, parts[own])
+        finally:  # so that nobody waits for a share that has failed
+            for line in lines:
+                line.close()
 
     with ThreadPoolExecutor(len(parts)) as threads:
         found = [threads.submit(live, own) for own in range(len(parts))]
-        ended = [one.result(timeout=60) for one in found]
-    for line in ends.values():
-        line.close()
-    return ended
-
-
-Told = tuple[list[Tensor], list[Account], list[float]]
+        return [one.result(timeout=60) for one in found]
 
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_shares_are_the_whole_bit_for_bit(case: str) -> None:
     """Parameters, accounts, and what was sent again; whatever the link, whoever is slow, and whoever is where."""
-    for turn, (model, compute_s) in enumerate(LINKS.values()):
+    for turn, (model, compute_s) in enumerate([*LINKS.values(), *([ALL_APART] if case in FEW_EVENTS else [])]):
         whole, link = made(planned(*RECIPES[case]), model, compute_s, range(ISLANDS))
         virtual_s = whole.run(STEPS)
         owners = SPLITS[(turn + list(RECIPES).index(case)) % len(SPLITS)]
@@ -107,3 +113,107 @@ def test_shares_are_the_whole_bit_for_bit(case: str) -> None:
                 assert account == whole.accounts[node], f"island {node}"
                 assert of_part.resent_bytes[node] == link.resent_bytes[node]
         assert max(account.ended_s for part, _ in parts for account in part.accounts) == virtual_s
+
+
+def own_method(send: Callable[[Bucket, Link], Iterator[None]], num_islands: int, axes: Mapping[str, object]) -> Plan:
+    """A plan whose rounds are ``send``, and whose landing is nothing."""
+
+    def bind(layout: object, peers: object) -> Algorithm:
+        return Algorithm(lambda b: {}, lambda b, state, link: send(b, link), lambda b, state: None)
+
+    return replace(assemble(resolve("dpsgd", {"delay": 0, **axes}, num_islands), 0, num_islands), method=bind)
+
+
+def wire(wire_bytes: int) -> Tensor:
+    return torch.zeros(wire_bytes, dtype=torch.uint8)
+
+
+def test_wires_of_one_time_are_taken_in_the_order_of_their_islands() -> None:
+    """Islands 0 and 1 post to island 2 at once, one in each bucket, and 2 answers each, over one uplink: 0 first, whichever of
+    the two lives with 2. 800 and 80 bytes at 6,400 bit/s take 1 and 0.1 s."""
+
+    def send(b: Bucket, link: Link) -> Iterator[None]:
+        asks = b.index
+        if link.node == asks:
+            link.post(2, wire(8))
+        if link.node == 2:
+            link.expect(asks, 8)
+        yield
+        if link.node == 2:
+            link.post(asks, wire(800 if asks == 0 else 80))
+        if link.node == asks:
+            link.expect(2, 800 if asks == 0 else 80)
+        yield
+
+    plan, model = own_method(send, 3, {"bucket_bytes": 16}), LinkModel(Way(6400.0, 0.0))
+    for owners in ([0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 1, 0]):
+        parts = [
+            Simulation(
+                plan, 3, [("x", (4,)), ("y", (4,))], Still(8), lr=0.0, link=VirtualLink(model, 3, 0), compute_s=lambda node: 1.0,
+                nodes=[node for node in range(3) if owners[node] == share],
+            )
+            for share in range(max(owners) + 1)
+        ]  # fmt: skip
+        assert shared(parts, owners, model, steps=1) == [None] * len(parts)
+        waited_s = {node: account.waited_s for part in parts for node, account in zip(part.nodes, part.accounts, strict=True)}
+        assert waited_s == pytest.approx({0: 0.01 + 1.0, 1: 0.01 + 1.0 + 0.1, 2: 0.01}, rel=1e-12)
+
+
+class Odd(Exception):
+    """One that cannot be copied."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+@pytest.mark.parametrize(
+    ("error", "arrives"),
+    [
+        (NonFinite("inf"), NonFinite("inf")),
+        (WireError("9 bytes, not 8"), WireError("9 bytes, not 8")),
+        (PeerLost([3, 4], "gone"), PeerLost([3, 4], "gone")),
+        (Odd(1, 2), RuntimeError("Odd: 1 and 2")),
+    ],
+)
+def test_the_first_error_in_virtual_time_is_everybodys(error: Exception, arrives: Exception) -> None:
+    """Island 1 fails in its second step, at 1 s; island 0 in its first, at 2 s. In one window of 5 s they are one."""
+
+    def send(b: Bucket, link: Link) -> Iterator[None]:
+        rounds[link.node] += 1
+        if link.node == 0:
+            raise NonFinite("too late")
+        if rounds[link.node] == 2:
+            raise error
+        yield
+
+    model, plan = LinkModel(Way(None, 10.0)), own_method(send, 2, {})
+    for owners in ([0, 1], [1, 0]):
+        rounds = [0, 0]
+        parts = [
+            Simulation(
+                plan, 2, [("x", (4,))], Still(4), lr=0.0, link=VirtualLink(model, 2, 0), compute_s=[2.0, 0.5].__getitem__,
+                nodes=[owners.index(share)],
+            )
+            for share in range(2)
+        ]  # fmt: skip
+        for share, failure in enumerate(shared(parts, owners, model)):
+            assert failure is not None
+            assert failure.time_s == 1.0
+            own = owners[1] == share
+            want = error if own else arrives
+            assert (type(failure.error), str(failure.error)) == (type(want), str(want))
+            if isinstance(want, PeerLost):
+                assert getattr(failure.error, "islands", None) == (3, 4)
+            assert own or "raise error" in "".join(failure.error.__notes__), "where it was raised"
+
+
+def test_whoever_is_left_learns_that_another_is_gone() -> None:
+    one, other = socket.socketpair()
+    line = Line(1, one)
+    other.sendall(b"half a length"[:4])
+    other.close()
+    with pytest.raises(Gone):
+        line.receive()
+    with pytest.raises(Gone):
+        line.send(bytes(1 << 22))
+    line.close()
