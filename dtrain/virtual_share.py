@@ -19,7 +19,7 @@ _ROUND_S, _ELEMENT_S = 60e-6, 7e-9
 """Of an island's step with a round of gossip, and of each of its parameters: 130 us for 10,000."""
 _WINDOW_S = 2e-3
 """Work of one process in a window that is worth two shares' waking each other, which takes 0.1 ms."""
-_COUNTED_WIRES = 50_000
+_COUNTED_WIRES = 20_000
 
 
 def owners_of(job: Job, numel: int) -> list[int]:

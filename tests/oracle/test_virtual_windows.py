@@ -28,6 +28,7 @@ from dtrain.virtual_windows import Failure, windows
 
 NUMEL, STEPS, LR, ISLANDS = 150, 6, 0.125, 6
 SHAPES = [("left", (70,)), ("right", (NUMEL - 70,))]
+"""Two buckets of at most 320 bytes."""
 
 RECIPES: Mapping[str, tuple[str, dict[str, object]]] = {
     "at once": ("dpsgd", {"delay": 0}),
@@ -71,7 +72,7 @@ def made(plan: Plan, model: LinkModel, compute_s: Mapping[int, float], nodes: Se
 
 
 def planned(recipe: str, axes: Mapping[str, object]) -> Plan:
-    return assemble(with_steps(resolve(recipe, {"bucket_bytes": 256, **axes}, ISLANDS), STEPS), 5, ISLANDS)
+    return assemble(with_steps(resolve(recipe, {"bucket_bytes": 320, **axes}, ISLANDS), STEPS), 5, ISLANDS)
 
 
 def shared(

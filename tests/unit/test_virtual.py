@@ -92,7 +92,7 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
             )
         ),
         (["sim", "sim.processes=2"], "job.toml: sim.processes = 2 has no effect without sim.step_s"),
-        (["sim", "sim.problem=ridge", "sim.clock=poisson", "sim.processes=2"], "job.toml: sim.processes = 2 has no effect without"),
+        (["sim", "sim.problem=ridge", "sim.clock=poisson", "sim.processes=2"], "job.toml: sim.processes = 2 has no eff"),
         (["sim", "sim.step_s=1", "sim.processes=3"], "job.toml: sim.processes = 3 of 2 islands; use as many as there are"),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run, profile and plan; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run, profile and plan"),

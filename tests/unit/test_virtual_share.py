@@ -48,8 +48,7 @@ def leaving(topology: str, graph: str | None, num_islands: int, num_shares: int,
 
 
 def test_few_wires_leave_a_share() -> None:
-    """On a ring, those at the ends of blocks; of hops 1, 2, ..., 512, those of hop 1, as islands two apart share."""
-    assert leaving("ring", None, 1000, 2, 1) == 4
-    assert leaving("ring", None, 1000, 3, 1) == 6
-    assert leaving("one_peer_exponential", None, 1000, 2, 10) == 1000
-    assert leaving("graph", "rings:4", 1000, 4, 1) < 40
+    """On a ring, those at the ends of blocks; of hops 1, 2, ..., 64, those of hop 1, as islands two apart share."""
+    assert leaving("ring", None, 100, 2, 1) == 4
+    assert leaving("ring", None, 100, 3, 1) == 6
+    assert leaving("one_peer_exponential", None, 100, 2, 7) == 100
