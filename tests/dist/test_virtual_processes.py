@@ -115,7 +115,7 @@ def test_no_process_is_left_after_ctrl_c(
 @pytest.mark.slow  # two starts of a process, 3 s each
 @pytest.mark.parametrize(
     ("fails", "said"),
-    [(True, "enough"), (False, "lost island 1: island 3 expects a wire from it in step 3, and none was posted")],
+    [(True, "enough"), (False, "lost island 1: island 3 expects a wire from it in step 2, and none was posted")],
 )
 def test_what_befalls_an_island_elsewhere_is_what_the_command_says(
     fails: bool, said: str, started: list[int], capsys: pytest.CaptureFixture[str]
