@@ -33,6 +33,8 @@ class Job(Section):
         if sim.stragglers > count or (sim.stragglers >= 1 and sim.stragglers % 1) or 0 < sim.stragglers * count <= 0.5:
             said = f"use a whole number up to {count}, or a share below 1 that is more than half an island"
             raise ValueError(f"sim.stragglers = {sim.stragglers:g} of {count} islands; {said}")
+        if sim.processes > count:
+            raise ValueError(f"sim.processes = {sim.processes} of {count} islands; use as many as there are islands, or fewer")
         beyond = max((high for _, high in units.links(sim.links)), default=0)
         if beyond >= count:
             raise ValueError(f"sim.links = {sim.links!r} names island {beyond}; the last of {count} is island {count - 1}")

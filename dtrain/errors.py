@@ -19,6 +19,10 @@ class PeerLost(RuntimeError):
         names = ", ".join(str(i) for i in self.islands)
         super().__init__(f"lost island {names}: {reason}" if names else reason)
 
+    def __reduce__(self) -> tuple[type[PeerLost], tuple[tuple[int, ...], str], dict[str, object]]:
+        """An exception is copied by what its base was given, which is not what it takes."""
+        return PeerLost, (self.islands, self.reason), self.__dict__
+
 
 class Regroup(Exception):
     """A lost island came back: every island goes back to ``step`` and links up again as ``epoch``."""

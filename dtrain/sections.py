@@ -235,6 +235,10 @@ class Sim(Section):
         "", description='rate and rtt between two islands where they are others: "0-1:10mbit/80ms, 0-2:none/5ms"'
     )
 
+    processes: int = Field(
+        0, ge=0, description="that share the islands of a virtual clock; 0: as many of this machine's cores as make a run shorter"
+    )
+
     @field_validator("jitter")
     @classmethod
     def _jitter_parses(cls, value: str) -> str:
@@ -254,11 +258,11 @@ class Sim(Section):
             ("clock", 'sim.problem, "quadratic" say', self.problem != "gpt"),
             ("meetings", 'sim.clock = "poisson"', self.clock == "poisson"),
             ("rates", 'sim.clock = "poisson"', self.clock == "poisson"),
-            *((key, 'sim.clock = "steps"', self.clock == "steps") for key in ("step_s", *NETWORK)),
+            *((key, 'sim.clock = "steps"', self.clock == "steps") for key in ("step_s", "processes", *NETWORK)),
             ("step_noise", "sim.step_s", self.step_s > 0),
             ("stragglers", "sim.step_s", self.step_s > 0),
             ("straggler_factor", "sim.stragglers", self.stragglers > 0),
-            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in NETWORK),
+            *((key, "sim.step_s, which starts a virtual clock", self.has_clock) for key in ("processes", *NETWORK)),
         ):
             value = getattr(self, key)
             if value != type(self).model_fields[key].default and not met:

@@ -23,7 +23,7 @@ from dtrain.train import cpu_threads, train_island
 _POLL_S = 0.2
 
 
-def _cores() -> int:
+def cores() -> int:
     """That this process may run on; not every system has a say in it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -39,7 +39,7 @@ def simulate(job: Job, run: Path, *, resume_step: int) -> None:
     corpus = load_corpus(job.data.source)
     # As many islands compute at once as there are cores: 8 islands that take each other's core and cache after each operation
     # need 1.2 times the time (a GPT of 180 thousand parameters, 2 cores).
-    computing = threading.Semaphore(max(1, _cores() // cpu_threads(job)))
+    computing = threading.Semaphore(max(1, cores() // cpu_threads(job)))
     cpu, errors = torch.device("cpu"), list[Exception]()
 
     def island(connection: Connection) -> None:

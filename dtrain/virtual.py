@@ -1,10 +1,10 @@
-"""How are a thousand islands run on one core? Their Cores in turn, on a virtual clock, without a thread.
+"""How are a thousand islands run on one core, or each of a few? Their Cores in turn, on a virtual clock, without a thread.
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
 and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
 them, also while it computes. Wires arrive when the link model says; a method that asks for room is spared copies of them
 (virtual_wires.py). Only computing and the link take time; encoding, mixing and updates take none. What an island does to its
-parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the process, so
+parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the machine, so
 checksums are neither written nor read."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,22 @@ class Account:
     wire_bytes_received: int = 0
     rounds: int = 0
     """That landed, or rewrote gradients; one a bucket."""
+
+
+class Away(NamedTuple):
+    """A wire to an island that does not live here."""
+
+    arrival_s: float
+    peer: int
+    key: Key
+    wire: Tensor
+
+
+class Stuck(NamedTuple):
+    """An island that waits for a wire that nobody posts."""
+
+    node: int
+    error: PeerLost
 
 
 class _Missing:
@@ -91,26 +108,35 @@ class Simulation:
         link: VirtualLink,
         compute_s: Callable[[int], float],
         first_step: int = 0,
+        nodes: Sequence[int] | None = None,
     ) -> None:
-        """``compute_s``: island -> seconds that its next step takes."""
+        """``compute_s``: island -> seconds that its next step takes. ``nodes``: islands that live here, in order; None: all."""
         self.clock = VirtualClock()
         self._plan, self._problem, self._lr = plan, problem, lr
         self._link, self._compute_s = link, compute_s
         self._wires: defaultdict[int, SharedWires] = defaultdict(SharedWires)
         """By bucket."""
+        self.away: list[Away] = []
+        """Posted to islands that do not live here; whoever takes them along says so (``sent``)."""
         with without_checksums(), _frozen():
-            self._islands = [self._island(node, num_islands, shapes) for node in range(num_islands)]
+            here = range(num_islands) if nodes is None else nodes
+            self._islands = {node: self._island(node, num_islands, shapes) for node in here}
         if first_step:
             self._start_after(first_step)
 
     @property
+    def nodes(self) -> list[int]:
+        """The islands that live here."""
+        return list(self._islands)
+
+    @property
     def accounts(self) -> list[Account]:
-        return [island.account for island in self._islands]
+        return [island.account for island in self._islands.values()]
 
     @property
     def parameters(self) -> list[Tensor]:
         """Each island's, flat."""
-        return [island.x for island in self._islands]
+        return [island.x for island in self._islands.values()]
 
     @torch.no_grad()
     def run(self, steps: int) -> float:
@@ -118,13 +144,18 @@ class Simulation:
         a round is there.
 
         Raises PeerLost where a method waits for a wire that nobody posts, and NonFinite."""
-        for island in self._islands:
-            island.life = self._life(island, steps)
-            self.clock.at(0.0, self._go_on, island)
-        with _frozen():
+        self.begin(steps)
+        with frozen():
             self.clock.run()
-        self._refuse_stuck()
+        if (stuck := self.stuck()) is not None:
+            raise stuck.error
         return max(account.ended_s for account in self.accounts)
+
+    def begin(self, steps: int) -> None:
+        """Put all islands on the clock, for steps up to ``steps``."""
+        for island in self._islands.values():
+            island.life = self._life(island, steps)
+            self.clock.at(0.0, island.node, self._go_on, island)
 
     def _island(self, node: int, num_islands: int, shapes: Shapes) -> _Island:
         recipe = self._plan.recipe
@@ -146,13 +177,13 @@ class Simulation:
     def _start_after(self, first_step: int) -> None:
         """Rounds have the numbers that they have in a run from step 0, as a round's peers follow from its number. What flew then
         is not there: it lands, and is waited for, in nobody's account."""
-        core = self._islands[0].core
+        core = next(iter(self._islands.values())).core
         exchanged = first_step if self._plan.rewrites_gradients and core.peers.num_nodes > 1 else 0
         begun = [
             sum(core.starts(lane, step) for step in range(1, first_step + 1)) + (exchanged if lane.algorithm.grad else 0)
             for lane in core.lanes
         ]
-        for island in self._islands:
+        for island in self._islands.values():
             island.core.step = first_step
             for lane, number in zip(island.core.lanes, begun, strict=True):
                 lane.round = number
@@ -207,7 +238,7 @@ class Simulation:
         if seconds == _WAIT:
             island.wait_began_s = self.clock.now_s
         else:
-            self.clock.at(self.clock.now_s + seconds, self._go_on, island)
+            self.clock.at(self.clock.now_s + seconds, island.node, self._go_on, island)
 
     # ---- wires
 
@@ -243,7 +274,7 @@ class Simulation:
 
     def _post(self, island: _Island, flight: Flight) -> None:
         """One copy, where there has to be one, serves all peers."""
-        outbox, wires, node = flight.link.outbox, self._wires[flight.bucket], island.node
+        outbox, wires, node, islands = flight.link.outbox, self._wires[flight.bucket], island.node, self._islands
         if len(outbox) == 1:
             ((_, wire),) = outbox
             lent = {id(wire): wires.lend(wire, 1)}
@@ -256,7 +287,11 @@ class Simulation:
             wire_bytes = wire.numel()
             island.account.wire_bytes_sent += wire_bytes
             arrival_s = self._link.arrival_s(self.clock.now_s, node, peer, wire_bytes)
-            self.clock.at(arrival_s, self._arrive, (self._islands[peer], name, lent[id(wire)]))
+            island_there = islands.get(peer)
+            if island_there is None:
+                self.away.append(Away(arrival_s, peer, name, lent[id(wire)]))
+            else:
+                self.clock.at(arrival_s, node, self._arrive, (island_there, name, lent[id(wire)]))
 
     def _arrive(self, wire: tuple[_Island, Key, Tensor]) -> None:
         island, key, content = wire
@@ -275,16 +310,32 @@ class Simulation:
                 island.account.waited_s += self.clock.now_s - island.wait_began_s
                 self._go_on(island)
 
-    def _refuse_stuck(self) -> None:
-        for island in self._islands:
+    def stuck(self) -> Stuck | None:
+        """The first island that waits, when no event is left."""
+        for island in self._islands.values():
             if island.awaited:
                 peers = sorted({peer for peer, *_ in island.awaited})
                 said = f"island {island.node} expects a wire from it in step {island.core.step}, and none was posted"
-                raise PeerLost(peers, said)
+                return Stuck(island.node, PeerLost(peers, said))
+        return None
+
+    # ---- wires to and from islands that do not live here
+
+    def sent(self, key: Key, wire: Tensor, receivers: int) -> None:
+        """Its bytes have left for so many islands, which hold it no more."""
+        for _ in range(receivers):
+            self._wires[key[2]].drop(wire)
+
+    def place(self, key: Key, wire_bytes: int, receivers: int) -> Tensor:
+        """Where to write a wire that comes from elsewhere, for so many islands."""
+        return self._wires[key[2]].place(wire_bytes, receivers)
+
+    def receive(self, arrival_s: float, peer: int, key: Key, wire: Tensor) -> None:
+        self.clock.at(arrival_s, key[0], self._arrive, (self._islands[peer], key, wire))
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
+def frozen() -> Iterator[None]:
     """Python's collector looks at nothing that was made before, and seldom at what is made now: a thousand islands have thousands
     of flights and wires under way at any time, none of them garbage."""
     kept = gc.get_threshold()

@@ -39,6 +39,11 @@ class LinkModel:
     between: Mapping[tuple[int, int], Way] = field(default_factory=dict)
     """(lower island, higher island) -> what holds between them instead of ``way``."""
 
+    @property
+    def least_s(self) -> float:
+        """No wire is there earlier after it was posted."""
+        return min(way.rtt_s for way in (self.way, *self.between.values())) / 2
+
 
 class VirtualLink:
     """The uplinks of all islands. What is drawn depends on the seed and on the wires that the same island posted before."""

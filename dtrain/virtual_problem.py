@@ -94,6 +94,12 @@ def drawn_quadratic(num_islands: int, numel: int, seed: int) -> Quadratic:
     return Quadratic(a, c, torch.zeros(numel))
 
 
+def begin(problem: Problem, node: int) -> Tensor:
+    """Where an island is at first."""
+    apart = problem.apart(node)
+    return problem.start.clone() if apart is None else apart
+
+
 def _draw(seed: int, node: int) -> torch.Generator:
     # Seeds of islands of neighbouring jobs do not meet: there are 1,024 islands at most.
     return torch.Generator().manual_seed(seed * 1024 + node)

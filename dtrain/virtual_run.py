@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from dtrain import metrics, units
-from dtrain.assemble import assemble
 from dtrain.bucket import flatten
-from dtrain.build import build_recipe
 from dtrain.config import Job
 from dtrain.errors import NonFinite
 from dtrain.train import cpu_threads
-from dtrain.virtual import Account, Shapes, Simulation
-from dtrain.virtual_link import LinkModel, VirtualLink, Way
-from dtrain.virtual_problem import Consensus, Problem, Quadratic, Still, consensus_distance, drawn_quadratic, mean_of
+from dtrain.virtual import Account
+from dtrain.virtual_job import problem_of
+from dtrain.virtual_problem import Problem, Quadratic, consensus_distance, mean_of
+from dtrain.virtual_processes import Islands
 
 Row = tuple[str, str, str]
 
@@ -61,16 +57,16 @@ class Virtual:
 
 def simulate_job(job: Job) -> Virtual:
     """The problem that ``[sim]`` names. Raises what a method raises: NonFinite, PeerLost; and NonFinite where it diverged."""
-    sim, seed, count = job.sim, job.job.seed, job.islands.count
+    sim = job.sim
     # With two, a copy of 40,000 bytes is shared by OpenMP threads that spin for each other: 10 times slower on a busy machine.
     torch.set_num_threads(cpu_threads(job))
-    quadratic = drawn_quadratic(count, sim.numel, seed) if sim.problem == "quadratic" else None
-    problem = Consensus(sim.numel, seed) if quadratic is None else quadratic
-    simulation, link = _simulation(job, [("x", (sim.numel,))], problem, 0)
-    start = _stand(simulation, quadratic)
-    virtual_s, real_s = _run(simulation, job.train.steps)
-    _refuse_diverged(simulation, job)
-    return _result(job, simulation, link, virtual_s, real_s, start, _stand(simulation, quadratic))
+    shapes = [("x", (sim.numel,))]
+    problem = problem_of(job, shapes)
+    with Islands(job, shapes, problem, with_parameters=True) as islands:
+        start = _stand(islands, problem)
+        virtual_s, real_s = _run(islands)
+    _refuse_diverged(islands, job)
+    return _result(job, islands, sim.numel, virtual_s, real_s, start, _stand(islands, problem))
 
 
 def account_of_model(job: Job, model: nn.Module, *, first_step: int) -> Virtual:
@@ -78,8 +74,8 @@ def account_of_model(job: Job, model: nn.Module, *, first_step: int) -> Virtual:
     what is sent. Of the steps after ``first_step``."""
     flat = flatten((name, nn.Parameter(p.detach().clone())) for name, p in model.named_parameters() if p.requires_grad)
     shapes = [(name, tuple(p.shape)) for name, p in zip(flat.names, flat.parameters, strict=True)]
-    simulation, link = _simulation(job, shapes, Still(flat.numel), first_step)
-    return _result(job, simulation, link, *_run(simulation, job.train.steps), None, None, first_step)
+    with Islands(job, shapes, problem_of(job, shapes), first_step, with_parameters=False) as islands:
+        return _result(job, islands, flat.numel, *_run(islands), None, None, first_step)
 
 
 def write(run: Path, virtual: Virtual) -> None:
@@ -115,58 +111,29 @@ def rows(virtual: Virtual) -> list[Row]:
     return shown
 
 
-def _simulation(job: Job, shapes: Shapes, problem: Problem, first_step: int) -> tuple[Simulation, VirtualLink]:
-    count, seed = job.islands.count, job.job.seed
-    link = VirtualLink(_link_model(job), count, seed)
-    simulation = Simulation(
-        assemble(build_recipe(job), seed, count), count, shapes, problem,
-        lr=job.train.lr, link=link, compute_s=_pace(job), first_step=first_step,
-    )  # fmt: skip
-    return simulation, link
-
-
-def _link_model(job: Job) -> LinkModel:
-    path = Way(units.bits_per_s(job.link.rate), units.seconds(job.link.rtt))
-    between = {pair: Way(*said) for pair, said in units.links(job.sim.links).items()}
-    return LinkModel(path, units.seconds(job.sim.jitter), job.sim.loss, between)
-
-
-def _pace(job: Job) -> Callable[[int], float]:
-    """Island -> the seconds of its next step: step_s, times straggler_factor where it is slow, times exp(s z - s^2 / 2) for
-    step_noise s and z drawn from the normal distribution, which is 1 in the mean."""
-    sim, count, sigma = job.sim, job.islands.count, job.sim.step_noise
-    num_slow = int(sim.stragglers) if sim.stragglers >= 1 else round(sim.stragglers * count)
-    slow = set(random.Random(f"stragglers/{job.job.seed}").sample(range(count), num_slow))
-    usual = [sim.step_s * (sim.straggler_factor if node in slow else 1.0) for node in range(count)]
-    if not sigma:
-        return usual.__getitem__
-    draws = [np.random.default_rng((job.job.seed, 2, node)) for node in range(count)]
-    return lambda node: usual[node] * draws[node].lognormal(-sigma * sigma / 2, sigma)
-
-
-def _run(simulation: Simulation, steps: int) -> tuple[float, float]:
+def _run(islands: Islands) -> tuple[float, float]:
     begun = time.monotonic()
-    virtual_s = simulation.run(steps)
+    virtual_s = islands.run()
     return virtual_s, time.monotonic() - begun
 
 
-def _refuse_diverged(simulation: Simulation, job: Job) -> None:
+def _refuse_diverged(islands: Islands, job: Job) -> None:
     """Islands that never talk put nothing on a wire, where it would have been seen."""
-    for node, x in enumerate(simulation.parameters):
+    for node, x in enumerate(islands.parameters):
         if not bool(torch.isfinite(x).all()):
             said = f"the parameters of island {node} hold inf or NaN after {job.train.steps} steps of train.lr = {job.train.lr:g}"
             raise NonFinite(f"{said}; use a smaller train.lr")
 
 
-def _stand(simulation: Simulation, problem: Quadratic | None) -> Stand:
-    each = simulation.parameters
-    return Stand(consensus_distance(each), None if problem is None else problem.gap(mean_of(each)))
+def _stand(islands: Islands, problem: Problem) -> Stand:
+    each = islands.parameters
+    return Stand(consensus_distance(each), problem.gap(mean_of(each)) if isinstance(problem, Quadratic) else None)
 
 
 def _result(
     job: Job,
-    simulation: Simulation,
-    link: VirtualLink,
+    islands: Islands,
+    numel: int,
     virtual_s: float,
     real_s: float,
     start: Stand | None,
@@ -177,14 +144,14 @@ def _result(
         problem=job.sim.problem,
         recipe=job.sync.recipe or "",
         islands=job.islands.count,
-        parameters=simulation.parameters[0].numel(),
+        parameters=numel,
         steps=job.train.steps - first_step,
         virtual_s=virtual_s,
         real_s=real_s,
         start=start,
         end=end,
-        accounts=simulation.accounts,
-        resent_bytes=link.resent_bytes,
+        accounts=islands.accounts,
+        resent_bytes=islands.resent_bytes,
     )
 
 

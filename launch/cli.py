@@ -115,7 +115,8 @@ def sim(
     """Train all islands in this one process.
 
     The code is the same; the link takes no time. What it would take is reckoned on a
-    virtual clock where sim.step_s is set, and for the small problems of sim.problem.
+    virtual clock where sim.step_s is set, and for the small problems of sim.problem;
+    a long run of that takes more processes.
 
     Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,9 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
                 (["train.sam_rho=0.1"], "train.sam_rho = 0.1"),
             )
         ),
+        (["sim", "sim.processes=2"], "job.toml: sim.processes = 2 has no effect without sim.step_s"),
+        (["sim", "sim.problem=ridge", "sim.clock=poisson", "sim.processes=2"], "job.toml: sim.processes = 2 has no eff"),
+        (["sim", "sim.step_s=1", "sim.processes=3"], "job.toml: sim.processes = 3 of 2 islands; use as many as there are"),
         (["run", "sim.step_s=1"], "sim.step_s = 1.0 has no effect with dtrain run, profile and plan; use dtrain sim"),
         (["run", "sim.problem=consensus"], "sim.problem = 'consensus' has no effect with dtrain run, profile and plan"),
     ],
@@ -164,15 +168,19 @@ def test_an_account_that_begins_later_is_of_its_own_steps() -> None:
     assert [account.rounds for account in virtual.accounts] == [3, 3]
 
 
-def test_events_come_in_order_of_time_and_then_of_asking() -> None:
+def test_events_come_in_order_of_time_wave_source_and_asking() -> None:
     clock, seen = VirtualClock(), list[tuple[float, str]]()
 
     def note(name: str) -> None:
         seen.append((clock.now_s, name))
         if name == "b":
-            clock.at(clock.now_s, note, "d")
+            clock.at(clock.now_s, 0, note, "d")
 
-    for time_s, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (1.0, "c")):
-        clock.at(time_s, note, name)
+    for time_s, source, name in ((2.0, 0, "c"), (1.0, 7, "a"), (1.0, 3, "b"), (1.0, 7, "c"), (1.0, 3, "e")):
+        clock.at(time_s, source, note, name)
+    clock.run(2.0)
+    assert seen == [(1.0, "b"), (1.0, "e"), (1.0, "a"), (1.0, "c"), (1.0, "d")]
+    assert clock.next_s == 2.0
     clock.run()
-    assert seen == [(1.0, "a"), (1.0, "b"), (1.0, "c"), (1.0, "d"), (2.0, "c")]
+    assert seen[-1] == (2.0, "c")
+    assert clock.next_s == math.inf
