@@ -118,7 +118,7 @@ class Simulation:
         """By bucket."""
         self.away: list[Away] = []
         """Posted to islands that do not live here; whoever takes them along says so (``sent``)."""
-        with without_checksums(), _frozen():
+        with without_checksums(), frozen():
             here = range(num_islands) if nodes is None else nodes
             self._islands = {node: self._island(node, num_islands, shapes) for node in here}
         if first_step:
