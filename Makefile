@@ -4,6 +4,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# More than 4 only wait for the longest group of tests (tests/conftest.py says what one is), and each has 2 GiB.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint gpu clean
@@ -29,10 +31,10 @@ train: $(STAMP)
 	@$(BIN)/dtrain run launch/jobs/quickstart.toml --fresh-name
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu'
 
 test-all: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not gpu'
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
