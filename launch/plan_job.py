@@ -22,7 +22,8 @@ from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import Work
-from dtrain.plan.model import Island, LinkSpeed
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.model import Island
 from dtrain.plan.plans import Setting
 from dtrain.plan.sent import Shapes
 

@@ -14,7 +14,9 @@ from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.memory import Memory, memory
-from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.lateness import When
+from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.recipes import Recipe, rho_of
 from dtrain.topology import parse_server

@@ -24,7 +24,7 @@ from dtrain.engine import join
 from dtrain.island.replicas import Alone
 from dtrain.membership import Hub, MemoryMembership
 from dtrain.own_codec import codec_of
-from dtrain.plan.model import LinkSpeed
+from dtrain.plan.company import LinkSpeed
 from dtrain.transport.base import ROUND, Tag, Transport
 from dtrain.transport.c10d import GlooTransport
 from dtrain.transport.throttle import MemoryUplink, Throttle

@@ -23,7 +23,8 @@ from dtrain.plan import accelerators
 from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.candidates import candidates
 from dtrain.plan.memory import memory
-from dtrain.plan.model import Island, LinkSpeed
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.model import Island
 from dtrain.plan.plans import NEAR_BEST, Planner, Row, Setting, factors, loss_order, recommend
 from dtrain.plan.probe import memory_bytes_per_s, probe_link
 from dtrain.plan.sent import Sent
