@@ -136,8 +136,8 @@ def _error(batches: list[float]) -> float:
 
 
 def _settling(when: When, pace: Pace, hidden_s: float) -> int:
-    """Rounds until islands have drifted as far apart as a round hides: the square of it in their noise's standard deviation. Where
-    that is more than _MOST_SETTLE, an island waits less than a fifteenth of a round's noise, and its start matters little."""
+    """Rounds until islands have drifted as far apart as a round hides: the square of it in their noise's standard deviation.
+    Where that is more than _MOST_SETTLE, an island waits less than a fifteenth of a round's noise, and its start matters little."""
     noise_s = pace.jitter_s * math.sqrt(when.every)
     return _LEAST_SETTLE if not noise_s else int(min(_MOST_SETTLE, max(_LEAST_SETTLE, (hidden_s / noise_s) ** 2)))
 
@@ -217,7 +217,8 @@ class _Islands:
         """When each island has the round. Its uplink takes the first wires while later ones are encoded."""
         here = self.clock.copy()
         for leg in trip.legs:
-            here = self._heard_by_all(leg, here) if self._laid is None else self._heard(leg, here, self._laid[index % self.period])
+            laid = None if self._laid is None else self._laid[index % self.period]
+            here = self._heard_by_all(leg, here) if laid is None else self._heard(leg, here, laid)
         self.clock += trip.encoding_s
         return here
 

@@ -72,8 +72,8 @@ class StepTime:
 
 
 def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTime:
-    """Follow one island until every round of the topology's period has been done, after two periods of rounds to settle; then all,
-    where they are not alike."""
+    """Follow one island until every round of the topology's period has been done, after two periods of rounds to settle; then
+    all, where they are not alike."""
     run = _Run(sent, when, island, link)
     before = max(2 * when.every, when.delay_steps + 1)
     for step in range(1, before + 1):
@@ -83,6 +83,8 @@ def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTi
     for step in range(before + 1, before + counted + 1):
         run.step(step)
     alike = run.mean(counted)
+    if sent.company.num_islands == 1 and island.factors:  # each goes at its own pace
+        return replace(alike, step_s=alike.step_s * len(island.factors) / sum(1 / f for f in island.factors))
     if sent.company.num_islands == 1 or not (island.jitter_s or island.factors or link.between):
         return alike
     return _unlike(sent, when, island, link, alike)
@@ -99,8 +101,9 @@ def _unlike(sent: Sent, when: When, island: Island, link: LinkSpeed, alike: Step
     if island.jitter_s:
         late = follow(course, sent.company, link, Pace(island.step_s, island.jitter_s, island.factors), hidden_s=hidden_s)
     late_s, unequal_s = max(0.0, late.mean_s - always_s), max(0.0, always_s - in_step_s)
+    slower_s = (sum(island.factors) / len(island.factors) - 1) * island.step_s if island.factors else 0.0
     return replace(
-        alike, step_s=alike.step_s + late_s + unequal_s, late_s=late_s, unequal_s=unequal_s, error_s=late.error_s
+        alike, step_s=alike.step_s + slower_s + late_s + unequal_s, late_s=late_s, unequal_s=unequal_s, error_s=late.error_s
     )
 
 

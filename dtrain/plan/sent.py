@@ -120,8 +120,8 @@ class Sent:
     """Of all islands, where a round of each fragment is done in turn."""
 
     period: tuple[Exchange, ...]
-    """The rounds of the island that sends or hears most over far links, then sends over all, in expectation: drawn rounds are those of the mean
-    island among those that are as likely to meet, not of the luckiest."""
+    """The rounds of the island that sends or hears most over far links, then sends most over all, in expectation: drawn rounds are
+    those of the mean island among those that are as likely to meet, not of the luckiest."""
     mean_round_bytes: float
     """What an island sends in a round, the mean over islands and rounds."""
     state_bytes: int
