@@ -49,6 +49,9 @@ def plan(
         str | None, typer.Option("--near", help="rate between islands of one host", show_default=False)
     ] = None,
     per_host: Annotated[int, typer.Option("--per-host", help="islands a host", min=1)] = 1,
+    intra: Annotated[
+        str | None, typer.Option("--intra", help='rate between the ranks of an island, "3600gbit"', show_default=False)
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="every variant, not the best of each recipe")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write every variant there", show_default=False)
@@ -78,6 +81,7 @@ def plan(
         per_host=per_host,
         gpu=gpu,
         mfu=mfu,
+        intra_bits_per_s=_rate("--intra", intra),
     )
     if mfu is not None and (gpu is None or step_time is not None):
         raise ValueError(f"--mfu {mfu:g} is for a step that is reckoned: it needs --gpu, and no --step-time")

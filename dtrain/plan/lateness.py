@@ -137,7 +137,7 @@ def _error(batches: list[float]) -> float:
 
 def _settling(when: When, pace: Pace, hidden_s: float) -> int:
     """Rounds until islands have drifted as far apart as a round hides: the square of it in their noise's standard deviation.
-    Where that is more than _MOST_SETTLE, an island waits less than a fifteenth of a round's noise, and its start matters little."""
+    Where that is more than _MOST_SETTLE, an island waits less than a fifteenth of a round's noise: its start matters little."""
     noise_s = pace.jitter_s * math.sqrt(when.every)
     return _LEAST_SETTLE if not noise_s else int(min(_MOST_SETTLE, max(_LEAST_SETTLE, (hidden_s / noise_s) ** 2)))
 

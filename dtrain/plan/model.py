@@ -21,12 +21,22 @@ that of decoding in the background, is added to the step, times ``crowd``, the t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.lateness import Course, Leg, Pace, Trip, Waited, When, follow
 from dtrain.plan.sent import Exchange, Flown, Phase, Sent
+
+
+class Carrying(NamedTuple):
+    """CPU seconds of an island, for who sends and hears one wire each."""
+
+    phase_s: float
+    wire_s: float
+    wire_s_per_byte: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,10 @@ class Island:
     """CPU time of carrying: of each phase of a flight, of each wire that it posts, and of each of their bytes."""
     crowd: float = 0.0
     """Threads that share a core with what carries the wires; 0 where that has cores of its own."""
+    num_ranks: int = 1
+    """Which share its buckets."""
+    intra_bytes_per_s: float = math.inf
+    """At which ranks give each other the values that have landed."""
     factors: tuple[float, ...] | None = None
     """By island, times as long as ``step_s``; None: all are alike."""
 
@@ -124,11 +138,8 @@ def _course(sent: Sent, when: When, island: Island, link: LinkSpeed) -> tuple[Co
 
 def _trip(flown: Sequence[Flown], island: Island, link: LinkSpeed, *, hidden: bool) -> tuple[Trip, float]:
     """All flights together, and how long the last is under way, from when the first is encoded."""
-    uplinks, clock_s, flights = _Uplinks(island, link), 0.0, list[_Flight]()
-    for f in flown:
-        clock_s += uplinks.work_s(f.phases[0].work_bytes) if f.phases else 0.0
-        flights.append(_Flight(f, clock_s))
-        uplinks.post(flights[-1], clock_s)
+    uplinks = _Uplinks(island, link)
+    flights, encoding_s = uplinks.start(flown, 0.0)
     takes_s = uplinks.finish(flights) if flights else 0.0
     phases = [[f.phases[k] for f in flown if k < len(f.phases)] for k in range(max((len(f.phases) for f in flown), default=0))]
     plain = [
@@ -140,30 +151,17 @@ def _trip(flown: Sequence[Flown], island: Island, link: LinkSpeed, *, hidden: bo
     legs = tuple(
         Leg(sum(8 * (p.far_bytes + p.near_bytes) / max(1, p.wires) for p in of), more_s) for of in phases
     )
-    landing_s = uplinks.work_s(sum(f.landing_bytes for f in flown))
-    return Trip(clock_s, legs, landing_s, _stolen_s(flights, island, uplinks) if hidden else 0.0), takes_s
+    return Trip(encoding_s, legs, uplinks.landing_s(flown), uplinks.stolen_s(flown) if hidden else 0.0), takes_s
 
 
 def _leaves_s(num_bytes: int, bits_per_s: float | None, rtt_s: float) -> float:
     return _seconds(num_bytes, bits_per_s) + rtt_s / 2 if num_bytes else 0.0
 
 
-def _stolen_s(flights: Sequence[_Flight], island: Island, uplinks: _Uplinks) -> float:
-    """What the flights' threads take from the compute that they hide behind."""
-    if not island.crowd:
-        return 0.0
-    carried_s = sum(carry_s(p, island) for f in flights for p in f.flown.phases)
-    return carried_s + sum(uplinks.work_s(f.background_bytes()) for f in flights)
-
-
 class _Flight:
     def __init__(self, flown: Flown, ready_s: float) -> None:
         self.flown = flown
         self.done_s: float | None = None if flown.phases else ready_s
-
-    def background_bytes(self) -> int:
-        """Moved by the thread that resumes the flight, between its first wires and its landing."""
-        return sum(p.work_bytes for p in self.flown.phases[1:])
 
 
 class _Uplinks:
@@ -172,6 +170,8 @@ class _Uplinks:
     def __init__(self, island: Island, link: LinkSpeed) -> None:
         self._island, self._link = island, link
         self._far_s = self._near_s = 0.0
+        self._carrier_s = [0.0] * island.num_ranks
+        """When the threads of each rank that carry its wires are free."""
         self._posts: list[tuple[float, int, int, _Flight]] = []
         self._count = 0
 
@@ -194,13 +194,13 @@ class _Uplinks:
     def _one(self) -> None:
         at_s, _, k, flight = heapq.heappop(self._posts)
         phase = flight.flown.phases[k]
-        here_s = self._carried(phase, at_s + (self.work_s(phase.work_bytes) if k else 0.0))
+        here_s = self._carried(phase, flight.flown.rank, at_s + (self.work_s(phase.work_bytes) if k else 0.0))
         if k + 1 < len(flight.flown.phases):
             self.post(flight, here_s, k + 1)
         else:
             flight.done_s = here_s
 
-    def _carried(self, phase: Phase, at_s: float) -> float:
+    def _carried(self, phase: Phase, rank: int, at_s: float) -> float:
         here_s = at_s
         if phase.far_load:
             self._far_s = max(self._far_s, at_s) + _seconds(phase.far_load, self._link.far_bits_per_s)
@@ -208,10 +208,43 @@ class _Uplinks:
         if phase.near_load:
             self._near_s = max(self._near_s, at_s) + _seconds(phase.near_load, self._link.near_bits_per_s)
             here_s = max(here_s, self._near_s + self._link.near_rtt_s / 2)
-        return here_s + carry_s(phase, self._island)
+        carried_s = carry_s(phase, self._island)
+        self._carrier_s[rank] = max(self._carrier_s[rank], at_s) + carried_s
+        return max(here_s + carried_s, self._carrier_s[rank])
 
     def work_s(self, moved_bytes: int) -> float:
         return moved_bytes / self._island.memory_bytes_per_s * max(1.0, self._island.crowd)
+
+    def start(self, flown: Sequence[Flown], clock_s: float) -> tuple[list[_Flight], float]:
+        """Each rank encodes its buckets one after another, and posts each as soon as it is; returns when the last of them has."""
+        self.until(clock_s)
+        clocks_s, flights = [clock_s] * self._island.num_ranks, list[_Flight]()
+        for f in flown:
+            clocks_s[f.rank] += self.work_s(f.phases[0].work_bytes) if f.phases else 0.0
+            flights.append(_Flight(f, clocks_s[f.rank]))
+            self.post(flights[-1], clocks_s[f.rank])
+        return flights, max(clocks_s)
+
+    def landing_s(self, flown: Sequence[Flown]) -> float:
+        """Each rank lands its buckets; then all have to get what the others landed, whatever path a broadcast takes."""
+        ranks, values_bytes = self._island.num_ranks, sum(f.values_bytes for f in flown)
+        shared_s = values_bytes * (ranks - 1) / ranks / self._island.intra_bytes_per_s
+        return self.longest_s(flown, lambda f: self.work_s(f.landing_bytes)) + shared_s
+
+    def longest_s(self, flown: Sequence[Flown], takes_s: Callable[[Flown], float]) -> float:
+        """Of the rank that has most to do."""
+        each_s = [0.0] * self._island.num_ranks
+        for f in flown:
+            each_s[f.rank] += takes_s(f)
+        return max(each_s)
+
+    def stolen_s(self, flown: Sequence[Flown]) -> float:
+        """What the flights' threads take from the compute that they hide behind."""
+        if not self._island.crowd:
+            return 0.0
+        return self.longest_s(
+            flown, lambda f: sum(carry_s(p, self._island) for p in f.phases) + self.work_s(f.background_bytes)
+        )
 
 
 def carry_s(phase: Phase, island: Island) -> float:
@@ -251,7 +284,7 @@ class _Run:
         if exchange.gradients:
             flights = self._start(exchange.gradients)
             self._wait(flights)
-            self._work(sum(f.flown.landing_bytes for f in flights))
+            self._work(self._uplinks.landing_s([f.flown for f in flights]))
             if not exchange.rounds:
                 self._round[0] += 1
         starting = [p for p in range(when.fragments) if when.starts(step, p)]
@@ -266,34 +299,23 @@ class _Run:
         return self._sent.period[self._round[fragment] % len(self._sent.period)]
 
     def _start(self, flown: Sequence[Flown]) -> list[_Flight]:
-        """Buckets are encoded one after another, and each is posted as soon as it is."""
-        flights = []
-        for f in flown:
-            self._work(f.phases[0].work_bytes if f.phases else 0)
-            flights.append(_Flight(f, self._clock_s))
-            self._uplinks.until(self._clock_s)
-            self._uplinks.post(flights[-1], self._clock_s)
+        flights, encoded_s = self._uplinks.start(flown, self._clock_s)
+        self._work(encoded_s - self._clock_s)
         return flights
 
     def _land(self, step: int) -> None:
         flights = self._flying.pop(step, [])
         if flights:
             if self._when.delay_steps:
-                self._steal(flights)
+                self._work(self._uplinks.stolen_s([f.flown for f in flights]))
             self._wait(flights)
-            self._work(sum(f.flown.landing_bytes for f in flights))
+            self._work(self._uplinks.landing_s([f.flown for f in flights]))
 
     def _wait(self, flights: Sequence[_Flight]) -> None:
         waited_s = max(0.0, self._uplinks.finish(flights) - self._clock_s)
         self._link_s += waited_s
         self._clock_s += waited_s
 
-    def _steal(self, flights: Sequence[_Flight]) -> None:
-        stolen_s = _stolen_s(flights, self._island, self._uplinks)
-        self._work_s += stolen_s
-        self._clock_s += stolen_s
-
-    def _work(self, moved_bytes: int) -> None:
-        seconds = self._uplinks.work_s(moved_bytes)
+    def _work(self, seconds: float) -> None:
         self._work_s += seconds
         self._clock_s += seconds

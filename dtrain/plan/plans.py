@@ -13,9 +13,9 @@ from dtrain.own_codec import codec_of
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
-from dtrain.plan.memory import Memory, memory
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.lateness import When
+from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.recipes import Recipe, rho_of
@@ -108,7 +108,7 @@ class Planner:
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting
-            self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host)
+            self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)
         return self._sent[key]
 
     def _mixes(self, recipe: Recipe, num_islands: int) -> float | None:

@@ -93,10 +93,19 @@ class Flown:
     phases: tuple[Phase, ...]
     landing_bytes: int
     """Moved through memory after the last wires came, the landing included."""
+    rank: int = 0
+    """Of its island, that carries the bucket."""
+    values_bytes: int = 0
+    """The bucket's own numbers, which the island's other ranks get from it."""
 
     @property
     def sent_bytes(self) -> int:
         return sum(p.far_bytes + p.near_bytes for p in self.phases)
+
+    @property
+    def background_bytes(self) -> int:
+        """Moved by the thread that resumes the flight, between its first wires and its landing."""
+        return sum(p.work_bytes for p in self.phases[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +129,8 @@ class Sent:
     """Of all islands, where a round of each fragment is done in turn."""
 
     period: tuple[Exchange, ...]
-    """The rounds of the island that sends or hears most over far links, then sends most over all, in expectation: drawn rounds are
-    those of the mean island among those that are as likely to meet, not of the luckiest."""
+    """The rounds of the island that sends or hears most over far links, then sends most over all, in expectation: drawn rounds
+    are those of the mean island among those that are as likely to meet, not of the luckiest."""
     mean_round_bytes: float
     """What an island sends in a round, the mean over islands and rounds."""
     state_bytes: int
@@ -136,7 +145,9 @@ def model_flat(shapes: Shapes, device: torch.device) -> Flat:
     return flatten((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
 
 
-def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1) -> Sent:
+def sent(
+    recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1, num_ranks: int = 1
+) -> Sent:
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
@@ -144,7 +155,7 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         model_flat(shapes, device),
         num_fragments=recipe.fragments,
         bucket_bytes=recipe.bucket_bytes,
-        num_ranks=1,
+        num_ranks=num_ranks,
         with_grad=plan.rewrites_gradients,
     )
     talks = recipe.topology, recipe.graph, seed, recipe.server
@@ -228,7 +239,8 @@ def _fly(core: Core, flight: Flight, recorder: spans.Recorder, per_host: int, *,
     if lands and lane.algorithm.land is not None:
         lane.algorithm.land(lane.bucket, lane.state)
     lane.flight, lane.land_step = None, -1
-    return Flown(lane.bucket.fragment, tuple(phases), _moved(recorder))
+    b = lane.bucket
+    return Flown(b.fragment, tuple(phases), _moved(recorder), b.owner, 4 * b.x.numel())
 
 
 def _moved(recorder: spans.Recorder) -> int:

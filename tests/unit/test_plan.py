@@ -22,8 +22,8 @@ from dtrain.launch.plan_rows import other_sizes
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.candidates import candidates
-from dtrain.plan.memory import memory
 from dtrain.plan.company import LinkSpeed
+from dtrain.plan.memory import memory
 from dtrain.plan.model import Island
 from dtrain.plan.plans import NEAR_BEST, Planner, Row, Setting, factors, loss_order, recommend
 from dtrain.plan.probe import memory_bytes_per_s, probe_link
@@ -58,7 +58,7 @@ def planned(where: Setting, num_islands: int) -> list[Row]:
 def test_a_gpus_step_by_hand() -> None:
     """512 tokens x (6 x 32,768 + 12 x 2 x 64 x 128) = 201.3 MFLOP at 40 % of 312 TFLOP/s; 28 bytes a parameter at 70 % of 2,039
     GB/s."""
-    found = accelerators.step_s(WORK, ACCELERATORS["a100"], 0.4)
+    found = accelerators.step_s(WORK, ACCELERATORS["a100"], 0.4 * 312e12)
     assert found == pytest.approx(512 * (196_608 + 196_608) / (0.4 * 312e12) + 28 * 49_152 / (0.7 * 2.039e12), rel=1e-9)
     assert accelerators.accelerator("RTX-4090") is ACCELERATORS["rtx4090"]
 
