@@ -69,6 +69,7 @@ def plan(
     from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.plan_job import Said, setting_of
     from dtrain.launch.plan_rows import as_sentences, other_sizes, planned, table_rows, write_json
+    from dtrain.plan.unequal import READ
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
 
@@ -102,7 +103,7 @@ def plan(
             f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where this recipe may not fit; "
             f"write islands.count = {sizes[0]} there first, or leave --write out"
         )
-    refuse_sim(job)
+    refuse_sim(job, READ)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
     notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)

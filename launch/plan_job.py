@@ -21,7 +21,7 @@ from dtrain.data.corpus import load_corpus
 from dtrain.launch.local import run_local
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
-from dtrain.plan import accelerators
+from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.model import Carrying, Island
@@ -74,6 +74,8 @@ class Said:
 def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, console: Console) -> tuple[Setting, list[str]]:
     """The setting, and a line for each of the things that it was made of."""
     notes: list[str] = []
+    if said.measures_steps and job.sim.step_s:
+        said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     work = _work(job, shapes)
@@ -81,7 +83,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
     step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
     if job.islands.ranks > 1:
         notes.append(_intra_note(said, intra_bytes_per_s))
-    link = _link(job, said, notes)
+    link = unequal.with_links(job, _link(job, said, notes))
+    notes += unequal.note(job)
     setting = Setting(
         shapes=shapes,
         work=work,
@@ -91,6 +94,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         micro_batches=job.train.accumulate,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
+        factors=lambda num_islands: unequal.factors_of(job, num_islands),
         number_bytes=2 if job.train.precision == "bf16" else 4,
         per_host=said.per_host,
         seed=job.job.seed,
@@ -131,7 +135,7 @@ def _computes(
             f"encoding and landing move {rate / 1e9:.4g} GB/s, {whose}"
         )
         notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed"))
-        return step_s, _jitter(said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
+        return step_s, _jitter(job, said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
     if said.gpu is not None:
         gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
         flop_per_s = accelerators.peak(gpu, said.gpu, job.train.precision)
@@ -142,7 +146,7 @@ def _computes(
         )
         notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed, and hidden where a round is, as its cores do nothing else"))
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
-        return step_s, _jitter(said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
+        return step_s, _jitter(job, said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
     from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
 
     times = measure_steps(job_file, overrides, console)
@@ -165,9 +169,13 @@ def _without_sam(job: Job) -> str:
     return " without SAM, which doubles it" if job.train.sam_rho else ""
 
 
-def _jitter(said: Said, step_s: float, notes: list[str]) -> float:
+def _jitter(job: Job, said: Said, step_s: float, notes: list[str]) -> float:
+    """Of a step that is not measured."""
     if said.jitter_s is not None:
         return said.jitter_s
+    if (noise_s := unequal.jitter_of(job, step_s)) is not None:
+        notes.append(f"its standard deviation is {noise_s * 1e3:.2g} ms, as sim.step_noise says")
+        return noise_s
     notes.append(f"its standard deviation is {JITTER * step_s * 1e3:.2g} ms, assumed as {JITTER:.0%} of it; --jitter says another")
     return JITTER * step_s
 

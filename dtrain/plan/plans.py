@@ -59,6 +59,8 @@ class Setting:
     """Codec -> what computes, without SAM: codecs move bytes at unlike speeds."""
     sam_rho: float | None = None
     """The job's own."""
+    factors: Callable[[int], tuple[float, ...] | None] = lambda _: None
+    """Number of islands -> how many times longer each computes; None: all are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Planner:
         s = self.setting
         counted = self._count(recipe, num_islands)
         when = When(recipe.every, recipe.delay_steps, recipe.fragments)
-        island = s.island(recipe.codec)
+        island = replace(s.island(recipe.codec), factors=s.factors(num_islands))
         sam = rho_of(recipe, s.sam_rho) > 0
         if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
@@ -244,6 +246,8 @@ def as_json(row: Row) -> Mapping[str, object]:
         "step_s": t.step_s,
         "link_wait_s": t.link_s,
         "late_wait_s": t.late_s,
+        "late_wait_error_s": t.error_s,
+        "unequal_wait_s": t.unequal_s,
         "work_s": t.work_s,
         "wire_bytes_per_step": row.bytes_per_step,
         "memory_bytes": {"model": m.model, "sync": m.sync, "activations": m.activations},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dtrain.plan.company import LinkSpeed, everyone
@@ -103,3 +105,25 @@ def test_who_hears_more_than_it_sends_waits_for_its_downlink() -> None:
     assert step_time(of(hears), When(1, 0), QUIET, LINK).step_s == pytest.approx(T + 0.15 + 0.02)
     near = Exchange((), (Flown(0, (Phase(0, 50_000, 0, 1, heard_bytes=150_000, near_heard_bytes=100_000),), 0),))
     assert step_time(of(near), When(1, 0), QUIET, LinkSpeed(8e6, 0.04, 8e6)).step_s == pytest.approx(T + 0.1)
+
+
+def test_ranks_share_an_islands_work_and_then_give_each_other_what_landed() -> None:
+    """Two buckets of 1 MB that two ranks encode and land at 1 GB/s at the same time, 1 ms each; then each gets the other's
+    megabyte in 1 ms. The uplink is one: 0.01 MB and 0.01 MB leave in 0.02 s, behind the first millisecond."""
+    first, second = (Flown(0, (Phase(1_000_000, 10_000, 0, 1, 0),), 1_000_000, k, 1_000_000) for k in range(2))
+    both = of(rounds(first, second))
+    island = Island(T, 0.0, 1e9, num_ranks=2, intra_bytes_per_s=1e9)
+    for when, waits_s in ((When(1, 1), 0.0), (When(1, 0), 0.02 + 0.02)):
+        found = step_time(both, when, island, LINK)
+        assert found.work_s == pytest.approx(3e-3)
+        assert found.step_s == pytest.approx(T + 3e-3 + waits_s)
+    one = replace(island, num_ranks=1)
+    alone = of(rounds(replace(first, rank=0), replace(second, rank=0)))
+    assert step_time(alone, When(1, 1), one, LINK).step_s == pytest.approx(T + 4e-3)
+
+
+def test_the_wires_of_many_buckets_are_carried_one_after_another() -> None:
+    """Ten buckets of 100 wires, each of 0.1 ms of a core: 0.1 s, however fast the link is."""
+    many = of(rounds(*(Flown(0, (Phase(0, 1, 0, 100, 1),), 0) for _ in range(10))))
+    found = step_time(many, When(1, 0), Island(T, 0.0, 1e9, wire_s=1e-4), LinkSpeed(None, 0.0))
+    assert found.step_s == pytest.approx(T + 0.1)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.bucket import make_buckets
 from dtrain.connect import Connection
 from dtrain.engine import join
 from dtrain.optim import SAM, AccumAdamW
-from dtrain.plan.sent import Sent, sent
+from dtrain.plan.sent import Sent, model_flat, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
 from tests.islands import run_islands
 
@@ -197,3 +198,15 @@ def test_the_hub_of_drawn_edges_is_still_the_one_that_is_followed() -> None:
     assert all(e.sent_bytes for e in found.period)
     assert hears(found) == 2 / 9
     assert found.mean_round_bytes == pytest.approx(found.period[0].sent_bytes * 2 / 9)
+
+
+def test_buckets_are_the_ranks_that_carry_them() -> None:
+    """Three buckets of 4,637 numbers; the middle of the second is where the second of two ranks begins, at most."""
+    row = resolve("dpsgd", {"bucket_bytes": BUCKET_BYTES}, ISLANDS)
+    runs = sent(row, SHAPES, ISLANDS, num_ranks=2).period[0].rounds
+    ranks = [bucket.owner for bucket in make_buckets(
+        model_flat(SHAPES, torch.device("meta")), num_fragments=1, bucket_bytes=BUCKET_BYTES, num_ranks=2, with_grad=False
+    )]  # fmt: skip
+    assert [f.rank for f in runs] == ranks
+    assert set(ranks) == {0, 1}
+    assert sum(f.values_bytes for f in runs) == 4 * (37 * 11 + 130 + 4100)
