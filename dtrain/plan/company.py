@@ -141,8 +141,8 @@ def lay(heard: Heard, num_islands: int, link: LinkSpeed) -> Laid:
     for (low, high), (rate, rtt_s) in link.between.items():
         these = (np.minimum(source, to) == low) & (np.maximum(source, to) == high)
         per_bit[these], way_s[these] = _per_bit(rate), rtt_s / 2
-    far_busy = np.bincount(source, np.where(near, 0.0, per_bit), num_islands)
-    near_busy = np.bincount(source, np.where(near, per_bit, 0.0), num_islands)
+    far_busy = _sums(source, np.where(near, 0.0, per_bit), num_islands)
+    near_busy = _sums(source, np.where(near, per_bit, 0.0), num_islands)
     order = np.lexsort((heard.place, near, source))
     lane = (source * 2 + near)[order]
     gone = np.cumsum(per_bit[order])
@@ -151,8 +151,12 @@ def lay(heard: Heard, num_islands: int, link: LinkSpeed) -> Laid:
     queue = np.empty_like(gone)
     queue[order] = gone - before
     hearers, starts = np.unique(to, return_index=True)
-    hears = np.bincount(to, per_bit, num_islands)[hearers]
+    hears = _sums(to, per_bit, num_islands)[hearers]
     return Laid(source, to, near if near.any() else None, queue, way_s, far_busy, near_busy, hearers, starts, hears)
+
+
+def _sums(island: Ints, of: Floats, num_islands: int) -> Floats:
+    return np.bincount(island, of, num_islands).astype(np.float64)
 
 
 def _per_bit(bits_per_s: float | None) -> float:

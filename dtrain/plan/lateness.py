@@ -93,6 +93,9 @@ class Waited:
     """Standard error, of batches of rounds."""
     each_s: tuple[float, ...]
     """By copy."""
+    settled: int
+    rounds: int
+    """That were not counted, and that were."""
 
 
 @cache
@@ -113,7 +116,8 @@ def follow(
     copies = copies or (max(1, _AT_ONCE // company.num_islands) if pace.jitter_s else 1)
     run = _Islands(course, company, link, pace, copies)
     if settle is None:
-        settle = _settling(course.when, pace, hidden_s)
+        unequal = bool(pace.factors or link.between)
+        settle = _MOST_SETTLE if unequal else _settling(course.when, pace, hidden_s)
         run.spread(hidden_s)
     if not pace.jitter_s:
         rounds = rounds or 2 * run.period
@@ -127,8 +131,9 @@ def follow(
         batches.append(float(run.waited_s.mean() - before) / (size * every))
         if batch >= BATCHES and _error(batches) <= max(ERROR * pace.step_s, PART * float(np.mean(batches))):
             break
-    each = (run.waited_s - began) / (len(batches) * size * every)
-    return Waited(float(each.mean()), _error(batches), tuple(each.tolist()))
+    counted = len(batches) * size
+    each = (run.waited_s - began) / (counted * every)
+    return Waited(float(each.mean()), _error(batches), tuple(each.tolist()), settle, counted)
 
 
 def _error(batches: list[float]) -> float:
@@ -248,7 +253,7 @@ class _Islands:
         self._far_free = begin + (n - 1) * wire_s
         number = np.arange(n) * wire_s
         from_zero = begin - number
-        here = np.full_like(begin, -math.inf)
+        here = np.full(begin.shape, -math.inf)
         here[:, 1:] = np.maximum.accumulate(from_zero, axis=1)[:, :-1]
         behind = np.maximum.accumulate(from_zero[:, ::-1], axis=1)[:, ::-1]
         here[:, :-1] = np.maximum(here[:, :-1], behind[:, 1:] + n * wire_s)

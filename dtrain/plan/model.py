@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dtrain.plan.company import LinkSpeed
-from dtrain.plan.lateness import Course, Leg, Pace, Trip, Waited, When, follow
+from dtrain.plan.lateness import Course, Leg, Pace, Trip, When, follow
 from dtrain.plan.sent import Exchange, Flown, Phase, Sent
 
 
@@ -105,19 +105,22 @@ def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTi
 
 
 def _unlike(sent: Sent, when: When, island: Island, link: LinkSpeed, alike: StepTime) -> StepTime:
+    """The same rounds are followed with what is unequal and without: how many islands come to their pace from where they began, which
+    takes a ring of 64 about as many rounds, is then in both."""
     course, hidden_s = _course(sent, when, island, link)
-    equal = replace(link, between={})
-    in_step_s = follow(course, sent.company, equal, Pace(island.step_s)).mean_s
-    always_s = in_step_s
-    if island.factors or link.between:
-        always_s = follow(course, sent.company, link, Pace(island.step_s, 0.0, island.factors)).mean_s
-    late = Waited(always_s, 0.0, ())
-    if island.jitter_s:
-        late = follow(course, sent.company, link, Pace(island.step_s, island.jitter_s, island.factors), hidden_s=hidden_s)
-    late_s, unequal_s = max(0.0, late.mean_s - always_s), max(0.0, always_s - in_step_s)
+    pace = Pace(island.step_s, island.jitter_s, island.factors)
+    noisy = follow(course, sent.company, link, pace, hidden_s=hidden_s)
+
+    def calm_s(link: LinkSpeed, factors: tuple[float, ...] | None) -> float:
+        steady = Pace(island.step_s, 0.0, factors)
+        return follow(course, sent.company, link, steady, settle=noisy.settled, rounds=noisy.rounds).mean_s
+
+    always_s = calm_s(link, island.factors) if island.jitter_s else noisy.mean_s
+    in_step_s = calm_s(replace(link, between={}), None) if island.factors or link.between else always_s
+    late_s, unequal_s = max(0.0, noisy.mean_s - always_s), max(0.0, always_s - in_step_s)
     slower_s = (sum(island.factors) / len(island.factors) - 1) * island.step_s if island.factors else 0.0
     return replace(
-        alike, step_s=alike.step_s + slower_s + late_s + unequal_s, late_s=late_s, unequal_s=unequal_s, error_s=late.error_s
+        alike, step_s=alike.step_s + slower_s + late_s + unequal_s, late_s=late_s, unequal_s=unequal_s, error_s=noisy.error_s
     )
 
 
