@@ -44,8 +44,8 @@ _SPREAD = 1.4826
 
 
 _SHARED = (
-    ", which share its cores: while one waits by chance the others compute faster, so that such waits are neither added to a step "
-    "nor counted; a run shows some, and --jitter counts them, as of islands with cores of their own"
+    ", which share its cores: while one waits by chance the others compute faster, so that such waits are neither added to a "
+    "step nor counted; a run shows some, and --jitter counts them, as of islands with cores of their own"
 )
 """Steps of speed.json's four islands on two cores, which were waited for 3 to 10 ms where no link was slow, took 75 to 79 ms, no
 longer than the 81 to 87 that were planned without any waits: there is nothing to add. What would be waited for follows from how
@@ -142,7 +142,8 @@ def _computes(
         step_s = accelerators.step_s(work, gpu, mfu * flop_per_s, job.islands.ranks, _intra(job, said))
         notes.append(
             f"a step takes {step_s * 1e3:.3g} ms{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
-            f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says how much"
+            f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says "
+            "how much"
         )
         notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed, and hidden where a round is, as its cores do nothing else"))
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
@@ -176,8 +177,9 @@ def _jitter(job: Job, said: Said, step_s: float, notes: list[str]) -> float:
     if (noise_s := unequal.jitter_of(job, step_s)) is not None:
         notes.append(f"its standard deviation is {noise_s * 1e3:.2g} ms, as sim.step_noise says")
         return noise_s
-    notes.append(f"its standard deviation is {JITTER * step_s * 1e3:.2g} ms, assumed as {JITTER:.0%} of it; --jitter says another")
-    return JITTER * step_s
+    jitter_s = JITTER * step_s
+    notes.append(f"its standard deviation is {jitter_s * 1e3:.2g} ms, assumed as {JITTER:.0%} of it; --jitter says another")
+    return jitter_s
 
 
 def _carrying_note(carrying: Carrying, how: str) -> str:

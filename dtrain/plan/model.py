@@ -105,8 +105,8 @@ def step_time(sent: Sent, when: When, island: Island, link: LinkSpeed) -> StepTi
 
 
 def _unlike(sent: Sent, when: When, island: Island, link: LinkSpeed, alike: StepTime) -> StepTime:
-    """The same rounds are followed with what is unequal and without: how many islands come to their pace from where they began, which
-    takes a ring of 64 about as many rounds, is then in both."""
+    """The same rounds are followed with what is unequal and without: how many islands come to their pace from where they began,
+    which takes a ring of 64 about as many rounds, is then in both."""
     course, hidden_s = _course(sent, when, island, link)
     pace = Pace(island.step_s, island.jitter_s, island.factors)
     noisy = follow(course, sent.company, link, pace, hidden_s=hidden_s)
