@@ -116,8 +116,9 @@ def follow(
     copies = copies or (max(1, _AT_ONCE // company.num_islands) if pace.jitter_s else 1)
     run = _Islands(course, company, link, pace, copies)
     if settle is None:
-        unequal = bool(pace.factors or link.between)
-        settle = _MOST_SETTLE if unequal else _settling(course.when, pace, hidden_s)
+        settle = _settling(course.when, pace, hidden_s)
+        if pace.factors or link.between:  # who is slow is known all around a ring after as many rounds as it has islands
+            settle = min(_MOST_SETTLE, max(settle, _LEAST_SETTLE + 2 * company.num_islands))
         run.spread(hidden_s)
     if not pace.jitter_s:
         rounds = rounds or 2 * run.period

@@ -37,8 +37,8 @@ def note(job: Job) -> list[str]:
     """What [sim] says, in a line; none where it says nothing."""
     sim, said = job.sim, list[str]()
     if sim.stragglers:
-        many = f"{sim.stragglers:g}" if sim.stragglers >= 1 else f"{sim.stragglers:.0%} of the"
-        said.append(f"{many} islands compute {sim.straggler_factor:g} times longer")
+        many = f"{sim.stragglers:g}" if sim.stragglers >= 1 else f"{sim.stragglers:.0%}"
+        said.append(f"of the islands {many} are slow and compute {sim.straggler_factor:g} times longer")
     if sim.links:
         said.append(f"between some islands there are other links, {sim.links}")
     return [f"as [sim] says, {' and '.join(said)}"] if said else []
