@@ -252,7 +252,7 @@ class _Islands:
             return post
         begin = np.maximum(self._far_free, post)
         self._far_free = begin + (n - 1) * wire_s
-        number = np.arange(n) * wire_s
+        number = np.arange(n, dtype=np.float64) * wire_s
         from_zero = begin - number
         here = np.full(begin.shape, -math.inf)
         here[:, 1:] = np.maximum.accumulate(from_zero, axis=1)[:, :-1]
