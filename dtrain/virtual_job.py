@@ -50,12 +50,18 @@ def link_model(job: Job) -> LinkModel:
     return LinkModel(path, units.seconds(job.sim.jitter), job.sim.loss, between)
 
 
+def slow_islands(job: Job, count: int) -> set[int]:
+    """Of ``count``, those that compute longer; all, where there are no more than the job names."""
+    many = job.sim.stragglers
+    num_slow = min(count, int(many)) if many >= 1 else round(many * count)
+    return set(random.Random(f"stragglers/{job.job.seed}").sample(range(count), num_slow))
+
+
 def _pace(job: Job) -> Callable[[int], float]:
     """Island -> the seconds of its next step: step_s, times straggler_factor where it is slow, times exp(s z - s^2 / 2) for
     step_noise s and z drawn from the normal distribution, which is 1 in the mean."""
     sim, count, sigma = job.sim, job.islands.count, job.sim.step_noise
-    num_slow = int(sim.stragglers) if sim.stragglers >= 1 else round(sim.stragglers * count)
-    slow = set(random.Random(f"stragglers/{job.job.seed}").sample(range(count), num_slow))
+    slow = slow_islands(job, count)
     usual = [sim.step_s * (sim.straggler_factor if node in slow else 1.0) for node in range(count)]
     if not sigma:
         return usual.__getitem__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -161,9 +161,11 @@ def _refuse_changed(job: Job, section: str, key: str, where: str) -> None:
         raise ValueError(f"{section}.{key} = {value!r} has no effect {where}; leave it out")
 
 
-def refuse_sim(job: Job) -> None:
-    """Raises ValueError for keys of [sim] that differ from their defaults: whoever asks simulates nothing."""
-    changed = [key for key, field in type(job.sim).model_fields.items() if getattr(job.sim, key) != field.default]
+def refuse_sim(job: Job, read: Collection[str] = ()) -> None:
+    """Raises ValueError for keys of [sim] that differ from their defaults, but for those that are ``read``: whoever asks
+    simulates nothing."""
+    fields = type(job.sim).model_fields.items()
+    changed = [key for key, field in fields if key not in read and getattr(job.sim, key) != field.default]
     if changed:
         key = changed[0]
         raise ValueError(

@@ -49,6 +49,9 @@ def plan(
         str | None, typer.Option("--near", help="rate between islands of one host", show_default=False)
     ] = None,
     per_host: Annotated[int, typer.Option("--per-host", help="islands a host", min=1)] = 1,
+    intra: Annotated[
+        str | None, typer.Option("--intra", help='rate between the ranks of an island, "3600gbit"', show_default=False)
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="every variant, not the best of each recipe")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write every variant there", show_default=False)
@@ -66,6 +69,7 @@ def plan(
     from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.plan_job import Said, setting_of
     from dtrain.launch.plan_rows import as_sentences, other_sizes, planned, table_rows, write_json
+    from dtrain.plan.unequal import READ
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
 
@@ -78,6 +82,7 @@ def plan(
         per_host=per_host,
         gpu=gpu,
         mfu=mfu,
+        intra_bits_per_s=_rate("--intra", intra),
     )
     if mfu is not None and (gpu is None or step_time is not None):
         raise ValueError(f"--mfu {mfu:g} is for a step that is reckoned: it needs --gpu, and no --step-time")
@@ -98,7 +103,7 @@ def plan(
             f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where this recipe may not fit; "
             f"write islands.count = {sizes[0]} there first, or leave --write out"
         )
-    refuse_sim(job)
+    refuse_sim(job, READ)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
     notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)

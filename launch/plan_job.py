@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from dtrain.data.corpus import load_corpus
 from dtrain.launch.local import run_local
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
-from dtrain.plan import accelerators
+from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
-from dtrain.plan.model import Island, LinkSpeed
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.model import Carrying, Island
 from dtrain.plan.plans import Setting
 from dtrain.plan.sent import Shapes
 
@@ -32,8 +34,22 @@ JITTER = 0.02
 """Standard deviation of a step that was not measured, as a part of it."""
 _ASSUMED_MEMORY_BYTES_PER_S = 4e9
 """What one CPU core encodes int8 with; a step that was said may be any machine's."""
+_ASSUMED_CARRYING = Carrying(0.2e-3, 1e-3, 0.5e-9)
+"""CPU seconds of a phase, a wire and a byte: what probes found on cores of 2020s servers, 0 to 0.7 ms, 1.4 to 1.8 ms with others
+at work on the machine, and 0.2 to 1.8 ms a megabyte. An order of magnitude, without which a thousand wires would be free."""
+_ASSUMED_INTRA_BYTES_PER_S = 16e9
+"""Half of what PCIe 4.0 x16 carries each way."""
 _SPREAD = 1.4826
 """Standard deviation of a normal distribution, in median absolute deviations: steps that the system disturbed do not count."""
+
+
+_SHARED = (
+    ", which share its cores: while one waits by chance the others compute faster, so that such waits are neither added to a "
+    "step nor counted; a run shows some, and --jitter counts them, as of islands with cores of their own"
+)
+"""Steps of speed.json's four islands on two cores, which were waited for 3 to 10 ms where no link was slow, took 75 to 79 ms, no
+longer than the 81 to 87 that were planned without any waits: there is nothing to add. What would be waited for follows from how
+the system shares its cores among threads, of which a step's spread says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,7 @@ class Said:
     per_host: int = 1
     gpu: str | None = None
     mfu: float | None = None
+    intra_bits_per_s: float | None = None
 
     @property
     def measures_steps(self) -> bool:
@@ -57,11 +74,17 @@ class Said:
 def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, console: Console) -> tuple[Setting, list[str]]:
     """The setting, and a line for each of the things that it was made of."""
     notes: list[str] = []
+    if said.measures_steps and job.sim.step_s:
+        said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     work = _work(job, shapes)
+    intra_bytes_per_s = _intra(job, said)
     step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
-    link = _link(job, said, notes)
+    if job.islands.ranks > 1:
+        notes.append(_intra_note(said, intra_bytes_per_s))
+    link = unequal.with_links(job, _link(job, said, notes))
+    notes += unequal.note(job)
     setting = Setting(
         shapes=shapes,
         work=work,
@@ -71,11 +94,14 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         micro_batches=job.train.accumulate,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
-        number_bytes=2 if job.train.precision == "bf16" or said.gpu else 4,
+        factors=lambda num_islands: unequal.factors_of(job, num_islands),
+        number_bytes=2 if job.train.precision == "bf16" else 4,
         per_host=said.per_host,
         seed=job.job.seed,
         link=link,
-        island=lambda codec: replace(island(codec), step_s=step_s, jitter_s=jitter_s),
+        island=lambda codec: replace(
+            island(codec), step_s=step_s, jitter_s=jitter_s, num_ranks=job.islands.ranks, intra_bytes_per_s=intra_bytes_per_s
+        ),
     )
     return setting, notes
 
@@ -108,16 +134,20 @@ def _computes(
             f"a step takes {step_s * 1e3:.3g} ms, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
             f"encoding and landing move {rate / 1e9:.4g} GB/s, {whose}"
         )
-        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
+        notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed"))
+        return step_s, _jitter(job, said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
     if said.gpu is not None:
         gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
-        step_s = accelerators.step_s(work, gpu, mfu)
+        flop_per_s = accelerators.peak(gpu, said.gpu, job.train.precision)
+        step_s = accelerators.step_s(work, gpu, mfu * flop_per_s, job.islands.ranks, _intra(job, said))
         notes.append(
             f"a step takes {step_s * 1e3:.3g} ms{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
-            f"{gpu.flop_per_s / 1e12:.4g} TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
+            f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says "
+            "how much"
         )
+        notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed, and hidden where a round is, as its cores do nothing else"))
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE
-        return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
+        return step_s, _jitter(job, said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
     from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
 
     times = measure_steps(job_file, overrides, console)
@@ -129,14 +159,10 @@ def _computes(
     notes.append(
         f"a step takes {step_s * 1e3:.3g} ms, {spread_s * 1e3:.2g} ms more or less{_without_sam(job)}: the median of "
         f"{len(times)}, of {job.islands.count} islands at once on this machine"
-        + (", which share its cores: what one loses another gains, so none is late by chance" if shared else "")
+        + (_SHARED if shared and said.jitter_s is None else "")
     )
     carrying = probe_carrying()
-    phase_ms, wire_ms, megabyte_ms = carrying.phase_s * 1e3, carrying.wire_s * 1e3, carrying.wire_s_per_byte * 1e9
-    notes.append(
-        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a "
-        "megabyte, measured between islands of one process"
-    )
+    notes.append(_carrying_note(carrying, "measured between islands of one process"))
     return step_s, jitter_s, lambda codec: Island(step_s, 0.0, memory_bytes_per_s(codec), *carrying, crowd)
 
 
@@ -144,8 +170,44 @@ def _without_sam(job: Job) -> str:
     return " without SAM, which doubles it" if job.train.sam_rho else ""
 
 
-def _jitter(said: Said, step_s: float) -> float:
-    return said.jitter_s if said.jitter_s is not None else JITTER * step_s
+def _jitter(job: Job, said: Said, step_s: float, notes: list[str]) -> float:
+    """Of a step that is not measured."""
+    if said.jitter_s is not None:
+        return said.jitter_s
+    if (noise_s := unequal.jitter_of(job, step_s)) is not None:
+        notes.append(f"its standard deviation is {noise_s * 1e3:.2g} ms, as sim.step_noise says")
+        return noise_s
+    jitter_s = JITTER * step_s
+    notes.append(f"its standard deviation is {jitter_s * 1e3:.2g} ms, assumed as {JITTER:.0%} of it; --jitter says another")
+    return jitter_s
+
+
+def _carrying_note(carrying: Carrying, how: str) -> str:
+    phase_ms, wire_ms, megabyte_ms = carrying.phase_s * 1e3, carrying.wire_s * 1e3, carrying.wire_s_per_byte * 1e9
+    return (
+        f"carrying takes CPU time: {phase_ms:.2g} ms a round of a bucket, {wire_ms:.2g} ms a wire, {megabyte_ms:.2g} ms a "
+        f"megabyte, {how}"
+    )
+
+
+def _intra(job: Job, said: Said) -> float:
+    """Bytes a second between an island's ranks."""
+    if job.islands.ranks == 1:
+        return math.inf
+    if said.intra_bits_per_s is not None:
+        return said.intra_bits_per_s / 8
+    if said.gpu is not None:
+        return accelerators.accelerator(said.gpu).intra_bytes_per_s * accelerators.INTRA_SHARE
+    return _ASSUMED_INTRA_BYTES_PER_S
+
+
+def _intra_note(said: Said, bytes_per_s: float) -> str:
+    whose = "assumed, half of PCIe 4.0 x16; --intra says another"
+    if said.intra_bits_per_s is not None:
+        whose = "as was said"
+    elif said.gpu is not None:
+        whose = f"{accelerators.INTRA_SHARE:.0%} of what {said.gpu} has; --intra says another"
+    return f"an island's ranks exchange {bytes_per_s / 1e9:.4g} GB/s: what has landed, {whose}"
 
 
 def _crowd(job: Job) -> float:

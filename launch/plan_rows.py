@@ -24,6 +24,7 @@ from dtrain.plan.plans import (
     topology_lines,
     where,
 )
+from dtrain.plan.unequal import unequal_lines
 from dtrain.recipes import of_section
 
 
@@ -49,6 +50,7 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     jitter_s = setting.island("identity").jitter_s
     lines = [*factors(planner, chosen), *topology_lines(rows, chosen)]
     lines += [jitter_line(rows, chosen, jitter_s)] if jitter_s else []
+    lines += unequal_lines(rows, chosen, setting)
     return Planned(num_islands, rows[0], rank(rows), chosen, lines)
 
 

@@ -13,8 +13,10 @@ from dtrain.own_codec import codec_of
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.lateness import When
 from dtrain.plan.memory import Memory, memory
-from dtrain.plan.model import Island, LinkSpeed, StepTime, When, step_time
+from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.recipes import Recipe, rho_of
 from dtrain.topology import parse_server
@@ -57,6 +59,8 @@ class Setting:
     """Codec -> what computes, without SAM: codecs move bytes at unlike speeds."""
     sam_rho: float | None = None
     """The job's own."""
+    factors: Callable[[int], tuple[float, ...] | None] = lambda _: None
+    """Number of islands -> how many times longer each computes; None: all are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Planner:
         s = self.setting
         counted = self._count(recipe, num_islands)
         when = When(recipe.every, recipe.delay_steps, recipe.fragments)
-        island = s.island(recipe.codec)
+        island = replace(s.island(recipe.codec), factors=s.factors(num_islands))
         sam = rho_of(recipe, s.sam_rho) > 0
         if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
@@ -106,7 +110,7 @@ class Planner:
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting
-            self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host)
+            self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)
         return self._sent[key]
 
     def _mixes(self, recipe: Recipe, num_islands: int) -> float | None:
@@ -242,6 +246,8 @@ def as_json(row: Row) -> Mapping[str, object]:
         "step_s": t.step_s,
         "link_wait_s": t.link_s,
         "late_wait_s": t.late_s,
+        "late_wait_error_s": t.error_s,
+        "unequal_wait_s": t.unequal_s,
         "work_s": t.work_s,
         "wire_bytes_per_step": row.bytes_per_step,
         "memory_bytes": {"model": m.model, "sync": m.sync, "activations": m.activations},

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from statistics import median
 from threading import Barrier
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +23,8 @@ from dtrain.engine import join
 from dtrain.island.replicas import Alone
 from dtrain.membership import Hub, MemoryMembership
 from dtrain.own_codec import codec_of
-from dtrain.plan.model import LinkSpeed
+from dtrain.plan.company import LinkSpeed
+from dtrain.plan.model import Carrying
 from dtrain.transport.base import ROUND, Tag, Transport
 from dtrain.transport.c10d import GlooTransport
 from dtrain.transport.throttle import MemoryUplink, Throttle
@@ -40,14 +40,6 @@ _SEVERAL = 5
 _PASSES = 20
 _LARGE = 2**17
 """Elements: a bucket of a small model, of half a megabyte."""
-
-
-class Carrying(NamedTuple):
-    """CPU seconds of an island, for who sends and hears one wire each."""
-
-    phase_s: float
-    wire_s: float
-    wire_s_per_byte: float
 
 
 def probe_link(settings: LinkSettings) -> LinkSpeed:

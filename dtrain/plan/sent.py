@@ -23,17 +23,12 @@ from dtrain.core import Core, Flight
 from dtrain.link import Peers
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
+from dtrain.plan.company import Company, Talks, everyone, neighbours, num_rounds
 from dtrain.recipes import Recipe
-from dtrain.topology import Mixing, Round
+from dtrain.topology import Round
 
 MOST_EXACT = 4
 """Islands up to which each is counted; of more, one of each kind."""
-_MOST_ROUNDS = 32
-"""Of a topology's period that are looked at: more than two periods of one_peer_exponential of 1,000 islands. Two others may be
-longer: one_peer_ring of an odd number, whose rounds are alike but for who sits out, and a coloured graph of more colours."""
-_MANY_DRAWS, _FEW_DRAWS, _FEW = 64, 8, 64
-"""Rounds of a drawn topology that are looked at, of so few islands and of more."""
-
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameters of fp32 by name, in the model's order."""
 
@@ -77,6 +72,17 @@ class Phase:
     wires: int
     heard_bytes: int
     """Waited for."""
+    near_heard_bytes: int = 0
+    """Of these, from islands of the same host."""
+
+    @property
+    def far_load(self) -> int:
+        """Bytes of the busier direction: links are full duplex."""
+        return max(self.far_bytes, self.heard_bytes - self.near_heard_bytes)
+
+    @property
+    def near_load(self) -> int:
+        return max(self.near_bytes, self.near_heard_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,19 @@ class Flown:
     phases: tuple[Phase, ...]
     landing_bytes: int
     """Moved through memory after the last wires came, the landing included."""
+    rank: int = 0
+    """Of its island, that carries the bucket."""
+    values_bytes: int = 0
+    """The bucket's own numbers, which the island's other ranks get from it."""
 
     @property
     def sent_bytes(self) -> int:
         return sum(p.far_bytes + p.near_bytes for p in self.phases)
+
+    @property
+    def background_bytes(self) -> int:
+        """Moved by the thread that resumes the flight, between its first wires and its landing."""
+        return sum(p.work_bytes for p in self.phases[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +120,8 @@ class Exchange:
         return sum(f.sent_bytes for f in (*self.gradients, *self.rounds))
 
     @property
-    def far_bytes(self) -> int:
-        return sum(p.far_bytes for f in (*self.gradients, *self.rounds) for p in f.phases)
+    def far_load(self) -> int:
+        return sum(p.far_load for f in (*self.gradients, *self.rounds) for p in f.phases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +129,25 @@ class Sent:
     """Of all islands, where a round of each fragment is done in turn."""
 
     period: tuple[Exchange, ...]
-    """The rounds of the island that sends most over far links, then over all, in expectation: drawn rounds are those of the mean
-    island among those that are as likely to meet, not of the luckiest."""
+    """The rounds of the island that sends or hears most over far links, then sends most over all, in expectation: drawn rounds
+    are those of the mean island among those that are as likely to meet, not of the luckiest."""
     mean_round_bytes: float
     """What an island sends in a round, the mean over islands and rounds."""
     state_bytes: int
     """Kept between rounds: residuals, anchors, arrived wires."""
     wire_bytes: int
     """Buffers for wires under way."""
-    group: float
-    """Islands whom a round brings together, oneself included, on average."""
+    company: Company
+    """Who waits for whom."""
 
 
 def model_flat(shapes: Shapes, device: torch.device) -> Flat:
     return flatten((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
 
 
-def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1) -> Sent:
+def sent(
+    recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1, num_ranks: int = 1
+) -> Sent:
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
@@ -138,11 +155,12 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         model_flat(shapes, device),
         num_fragments=recipe.fragments,
         bucket_bytes=recipe.bucket_bytes,
-        num_ranks=1,
+        num_ranks=num_ranks,
         with_grad=plan.rewrites_gradients,
     )
-    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server)
-    kinds = _kinds((recipe.topology, recipe.graph, seed, recipe.server), num_islands, per_host)
+    talks = recipe.topology, recipe.graph, seed, recipe.server
+    mixed = mixing_of(*talks)
+    kinds = _kinds(talks, num_islands, per_host)
     cores = {kind.node: Core(plan, buckets, Peers(kind.node, num_islands)) for kind in kinds}
     if mixed.drawn:
         roomy = max(range(num_islands), key=lambda node: mixed.in_degree(node, num_islands))
@@ -157,7 +175,7 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         return done[key]
 
     def load(kind: Kind) -> tuple[Fraction, Fraction]:
-        return kind.mean(lambda seen: exchange(seen).far_bytes), kind.mean(lambda seen: exchange(seen).sent_bytes)
+        return kind.mean(lambda seen: exchange(seen).far_load), kind.mean(lambda seen: exchange(seen).sent_bytes)
 
     busiest = max(kinds, key=load)
     whole = sum(kind.how_many * load(kind)[1] for kind in kinds)
@@ -167,7 +185,7 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
         state_bytes=max(map(_state_bytes, cores.values()))
         + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
         wire_bytes=max(_in_flight(exchange(seen)) for seen in busiest.shares),
-        group=_group(recipe, kinds, num_islands),
+        company=_company(recipe, talks, num_islands, per_host),
     )
 
 
@@ -214,13 +232,15 @@ def _fly(core: Core, flight: Flight, recorder: spans.Recorder, per_host: int, *,
                 near_bytes=sum(n for n, same in zip(lengths, near, strict=True) if same),
                 wires=len(lengths),
                 heard_bytes=sum(link.expected.values()),
+                near_heard_bytes=sum(n for peer, n in link.expected.items() if peer // per_host == link.node // per_host),
             )
         )
         link.inbox = {p: torch.zeros(n, dtype=torch.uint8, device=lane.bucket.x.device) for p, n in link.expected.items()}
     if lands and lane.algorithm.land is not None:
         lane.algorithm.land(lane.bucket, lane.state)
     lane.flight, lane.land_step = None, -1
-    return Flown(lane.bucket.fragment, tuple(phases), _moved(recorder))
+    b = lane.bucket
+    return Flown(b.fragment, tuple(phases), _moved(recorder), b.owner, 4 * b.x.numel())
 
 
 def _moved(recorder: spans.Recorder) -> int:
@@ -239,12 +259,6 @@ def _in_flight(exchange: Exchange) -> int:
     )
 
 
-def _rounds(mixed: Mixing, num_islands: int) -> int:
-    if not mixed.drawn:
-        return min(_MOST_ROUNDS, mixed.period(num_islands))
-    return mixed.turn * max(1, (_MANY_DRAWS if num_islands <= _FEW else _FEW_DRAWS) // mixed.turn)
-
-
 def _degrees(row: Round, node: int, per_host: int) -> Degrees:
     """How many wires go and come, near and far: rounds in which these are equal send as much."""
     near = sum(peer // per_host == node // per_host for peer in row.sends)
@@ -253,7 +267,7 @@ def _degrees(row: Round, node: int, per_host: int) -> Degrees:
 
 
 @cache
-def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per_host: int) -> Sequence[Kind]:
+def _kinds(talks: Talks, num_islands: int, per_host: int) -> Sequence[Kind]:
     """Islands whose rounds are alike, those that are drawn in expectation.
 
     What an island does in drawn rounds is taken from all islands' draws together that are as likely: K of n islands meet in every
@@ -261,7 +275,7 @@ def _kinds(talks: tuple[str, str | None, int, str | None], num_islands: int, per
     of 64 or 8 rounds of all islands that meet as often. Of one's own topology nothing is known: each island is its own draws."""
     topology, graph, seed, server = talks
     mixed, base = mixing_of(*talks), mixing_of(topology, graph, seed, None)
-    rounds = _rounds(mixed, num_islands)
+    rounds = num_rounds(mixed, num_islands)
     chances = base.chances(num_islands) if base.chances is not None else {}
     meets = [Fraction(0)] * num_islands
     for pair, chance in chances.items():
@@ -312,9 +326,7 @@ def _kind(row: Sequence[tuple[str | None, Seen]], nodes: Sequence[int], lots: Ma
     return Kind(nodes[0], len(nodes), tuple(period), shares)
 
 
-def _group(recipe: Recipe, kinds: Sequence[Kind], num_islands: int) -> float:
+def _company(recipe: Recipe, talks: Talks, num_islands: int, per_host: int) -> Company:
     if recipe.reduce == "none":
-        return 1.0
-    if recipe.reduce in ("gather", "all_to_all"):
-        return float(num_islands)
-    return 1 + float(sum(kind.how_many * kind.mean(lambda r: r.degrees[2] + r.degrees[3]) for kind in kinds) / num_islands)
+        return everyone(1, 1)
+    return everyone(num_islands, per_host) if recipe.reduce != "neighbours" else neighbours(talks, num_islands, per_host)

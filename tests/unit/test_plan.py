@@ -22,8 +22,9 @@ from dtrain.launch.plan_rows import other_sizes
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.candidates import candidates
+from dtrain.plan.company import LinkSpeed, everyone
 from dtrain.plan.memory import memory
-from dtrain.plan.model import Island, LinkSpeed
+from dtrain.plan.model import Island
 from dtrain.plan.plans import NEAR_BEST, Planner, Row, Setting, factors, loss_order, recommend
 from dtrain.plan.probe import memory_bytes_per_s, probe_link
 from dtrain.plan.sent import Sent
@@ -57,7 +58,7 @@ def planned(where: Setting, num_islands: int) -> list[Row]:
 def test_a_gpus_step_by_hand() -> None:
     """512 tokens x (6 x 32,768 + 12 x 2 x 64 x 128) = 201.3 MFLOP at 40 % of 312 TFLOP/s; 28 bytes a parameter at 70 % of 2,039
     GB/s."""
-    found = accelerators.step_s(WORK, ACCELERATORS["a100"], 0.4)
+    found = accelerators.step_s(WORK, ACCELERATORS["a100"], 0.4 * 312e12)
     assert found == pytest.approx(512 * (196_608 + 196_608) / (0.4 * 312e12) + 28 * 49_152 / (0.7 * 2.039e12), rel=1e-9)
     assert accelerators.accelerator("RTX-4090") is ACCELERATORS["rtx4090"]
 
@@ -65,7 +66,7 @@ def test_a_gpus_step_by_hand() -> None:
 def test_memory_by_hand() -> None:
     """16 bytes a parameter, 4 more for an accumulator and 4 for SAM's copy; state and wires over two ranks; of two micro-batches
     one lies in memory."""
-    sent = Sent((), 0.0, state_bytes=1000, wire_bytes=200, group=2.0)
+    sent = Sent((), 0.0, state_bytes=1000, wire_bytes=200, company=everyone(2, 1))
     found = memory(sent, WORK, vocab=256, number_bytes=4, accumulates=True, sam=True, num_ranks=2, micro_batches=2)
     assert (found.model, found.sync, found.activations) == (24 * NUMEL, 600, 256 * (2 * 64 * 17 * 4 + 256 * 8))
     assert found.total == found.model + found.sync + found.activations
@@ -219,7 +220,7 @@ def test_several_sizes_are_planned_at_once(job: Path, capsys: pytest.CaptureFixt
     assert run_command(["plan", "job.toml", "--gpu", "h100", "--link", "1gbit", *hosts]) == 0
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.endswith(" islands")] == ["2 islands", "8 islands"]
-    assert "not measured: h100 at 40% of 989 TFLOP/s" in out
+    assert "not measured: h100 at 40% of 67 TFLOP/s in fp32" in out
     assert "8 islands: take " in out
 
 
@@ -252,8 +253,8 @@ def test_steps_and_link_are_measured_where_nobody_says_them(job: Path, capsys: p
         ((*SAID, "--gpu", "h100", "--mfu", "0.3"), "--mfu 0.3 is for a step that is reckoned"),
         (("plan", "job.toml", "--per-host", "2"), "--per-host 2: say the rate between islands of one host with --near"),
         (("plan", "job.toml", "--json", "."), "--json . is a folder; name a file, as plan.json"),
-        (("plan", "job.toml", "sim.step_s=1"), "sim.step_s = 1.0 has no effect with dtrain run, profile and plan"),
-        ((*SAID, "sim.step_s=1"), "sim.step_s = 1.0 has no effect with dtrain run, profile and plan"),
+        (("plan", "job.toml", "sim.problem=quadratic"), "sim.problem = 'quadratic' has no effect with dtrain run"),
+        ((*SAID, "sim.step_s=1", "sim.loss=0.1"), "sim.loss = 0.1 has no effect with dtrain run, profile and plan"),
         ((*SAID, "sync.recipe=dfedsam", "train.sam_rho=0"), "train.sam_rho = 0 takes SAM from"),
         (("plan", "job.toml", "--link", "fast"), "'fast' is not a rate"),
         (("plan", "job.toml", "--link", "none"), "--link none: name a rate"),

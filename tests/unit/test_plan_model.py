@@ -1,14 +1,14 @@
-"""Is the runtime model what its equations say? Steps by hand, and the lateness of several against draws."""
+"""Is the runtime model what its equations say of islands in step? Steps by hand. (Of late ones: test_plan_lateness.py.)"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from dtrain.plan.lateness import expected_max, expected_wait_s
-from dtrain.plan.model import Island, LinkSpeed, When, step_time
+from dtrain.plan.company import LinkSpeed, everyone
+from dtrain.plan.lateness import When
+from dtrain.plan.model import Island, step_time
 from dtrain.plan.sent import Exchange, Flown, Phase, Sent
 
 T = 0.1
@@ -23,8 +23,8 @@ def flown(*megabytes: float, fragment: int = 0, near: float = 0.0, work: int = 0
     return Flown(fragment, tuple(Phase(work, round(m * 1e6), near_bytes, wires, 0) for m in megabytes), work)
 
 
-def of(*rounds: Exchange, group: float = 2.0) -> Sent:
-    return Sent(rounds, mean_round_bytes=0, state_bytes=0, wire_bytes=0, group=group)
+def of(*rounds: Exchange) -> Sent:
+    return Sent(rounds, mean_round_bytes=0, state_bytes=0, wire_bytes=0, company=everyone(2, 1))
 
 
 def rounds(*flights: Flown) -> Exchange:
@@ -99,37 +99,31 @@ def test_encoding_is_never_hidden_and_carrying_is_not_where_cores_are_shared() -
     assert waited.link_s == pytest.approx(0.03 + 2 * 0.0011)
 
 
-def test_a_barrier_waits_for_the_slowest_and_gossip_only_for_its_peers() -> None:
-    """Of two: sigma / sqrt(pi); of n: sigma E max, each step; over H steps sigma sqrt(H), once."""
-    island = Island(T, 0.01, 1e9)
-    free = LinkSpeed(None, 0.0)
-    pair = step_time(of(rounds(flown(0.05)), group=2), When(1, 0), island, free)
-    assert pair.late_s == pytest.approx(0.01 / math.sqrt(math.pi), rel=1e-4)
-    many = step_time(of(rounds(flown(0.05)), group=1000), When(1, 0), island, free)
-    assert many.late_s == pytest.approx(0.01 * expected_max(1000))
-    seldom = step_time(of(rounds(flown(0.05)), group=2), When(16, 0), island, free)
-    assert seldom.late_s == pytest.approx(pair.late_s * 4 / 16)
-    assert step_time(of(rounds(flown(0.05)), group=1000), When(1, 1), island, free).late_s < 1e-9, "0.1 s hide ten sigma"
+def test_who_hears_more_than_it_sends_waits_for_its_downlink() -> None:
+    """A wire of 0.05 MB goes and three come, 0.15 s at a megabyte a second, while one goes."""
+    hears = Exchange((), (Flown(0, (Phase(0, 50_000, 0, 1, heard_bytes=150_000),), 0),))
+    assert step_time(of(hears), When(1, 0), QUIET, LINK).step_s == pytest.approx(T + 0.15 + 0.02)
+    near = Exchange((), (Flown(0, (Phase(0, 50_000, 0, 1, heard_bytes=150_000, near_heard_bytes=100_000),), 0),))
+    assert step_time(of(near), When(1, 0), QUIET, LinkSpeed(8e6, 0.04, 8e6)).step_s == pytest.approx(T + 0.1)
 
 
-@pytest.mark.parametrize(("group", "value"), [(1, 0.0), (2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi))])
-def test_the_largest_of_a_few_normals_is_known(group: int, value: float) -> None:
-    """David and Nagaraja, Order Statistics, 3.2: 0, pi^-1/2, 1.5 pi^-1/2."""
-    assert expected_max(group) == pytest.approx(value, abs=1e-5)
+def test_ranks_share_an_islands_work_and_then_give_each_other_what_landed() -> None:
+    """Two buckets of 1 MB that two ranks encode and land at 1 GB/s at the same time, 1 ms each; then each gets the other's
+    megabyte in 1 ms. The uplink is one: 0.01 MB and 0.01 MB leave in 0.02 s, behind the first millisecond."""
+    first, second = (Flown(0, (Phase(1_000_000, 10_000, 0, 1, 0),), 1_000_000, k, 1_000_000) for k in range(2))
+    both = of(rounds(first, second))
+    island = Island(T, 0.0, 1e9, num_ranks=2, intra_bytes_per_s=1e9)
+    for when, waits_s in ((When(1, 1), 0.0), (When(1, 0), 0.02 + 0.02)):
+        found = step_time(both, when, island, LINK)
+        assert found.work_s == pytest.approx(3e-3)
+        assert found.step_s == pytest.approx(T + 3e-3 + waits_s)
+    one = replace(island, num_ranks=1)
+    alone = of(rounds(replace(first, rank=0), replace(second, rank=0)))
+    assert step_time(alone, When(1, 1), one, LINK).step_s == pytest.approx(T + 4e-3)
 
 
-@pytest.mark.parametrize("group", [2, 5, 64, 1000])
-@pytest.mark.parametrize("excess", [-1.5, -0.3, 0.0, 0.7])
-def test_waiting_for_the_last_is_what_draws_say(group: int, excess: float) -> None:
-    """Of 40,000 island-rounds at least; the bound is 5 standard errors of their mean, by the means of whole rounds, which are
-    independent, and the grid's 1e-5."""
-    draw = np.random.default_rng(group).standard_normal((max(400, 40_000 // group), group))
-    waits = np.maximum(0.0, excess + 2.0 * (draw.max(axis=1, keepdims=True) - draw)).mean(axis=1)
-    error = waits.std(ddof=1) / math.sqrt(len(waits))
-    assert expected_wait_s(excess, 2.0, group) == pytest.approx(waits.mean(), abs=5 * error + 2e-5)
-
-
-def test_without_jitter_or_company_only_the_link_is_waited_for() -> None:
-    assert expected_wait_s(-1.0, 0.0, 8) == 0.0
-    assert expected_wait_s(0.5, 0.0, 8) == 0.5
-    assert expected_wait_s(0.5, 1.0, 1) == 0.5
+def test_the_wires_of_many_buckets_are_carried_one_after_another() -> None:
+    """Ten buckets of 100 wires, each of 0.1 ms of a core: 0.1 s, however fast the link is."""
+    many = of(rounds(*(Flown(0, (Phase(0, 1, 0, 100, 1),), 0) for _ in range(10))))
+    found = step_time(many, When(1, 0), Island(T, 0.0, 1e9, wire_s=1e-4), LinkSpeed(None, 0.0))
+    assert found.step_s == pytest.approx(T + 0.1)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.bucket import make_buckets
 from dtrain.connect import Connection
 from dtrain.engine import join
 from dtrain.optim import SAM, AccumAdamW
-from dtrain.plan.sent import Sent, sent
+from dtrain.plan.sent import Sent, model_flat, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
 from tests.islands import run_islands
 
@@ -141,11 +142,19 @@ def test_islands_of_one_host_are_near() -> None:
     assert near == [wire, wire]
 
 
+def hears(found: Sent) -> float:
+    """Islands that an island waits for in a round, on average."""
+    company = found.company
+    if company.rounds is None:
+        return company.num_islands - 1
+    return sum(len(heard.to) for heard in company.rounds) / (len(company.rounds) * company.num_islands)
+
+
 @pytest.mark.parametrize(("name", "group"), [("dpsgd", 2.0), ("choco", 3.0), ("allreduce", 64.0), ("local", 1.0)])
 def test_one_island_of_each_kind_stands_for_many(name: str, group: float) -> None:
     row = resolve(name, {}, 64)
     found = sent(row, SHAPES, 64)
-    assert found.group == group
+    assert hears(found) == group - 1
     if name == "dpsgd":
         assert found.mean_round_bytes == sent(row, SHAPES, 4).mean_round_bytes, "one peer, however many there are"
 
@@ -156,7 +165,7 @@ def test_of_a_star_the_hub_is_the_one_that_is_followed() -> None:
     found = sent(row, SHAPES, 16)
     hub = found.period[0].sent_bytes
     assert found.mean_round_bytes == pytest.approx(hub / 15 * 2 * 15 / 16)
-    assert found.group == 2.875
+    assert hears(found) == 1.875
 
 
 @pytest.mark.parametrize(
@@ -187,5 +196,17 @@ def test_the_hub_of_drawn_edges_is_still_the_one_that_is_followed() -> None:
     """Each edge of a star rings first as likely: the hub meets in every round, and each of 8 others in an eighth of them."""
     found = sent(resolve("dpsgd", {"topology": "random_edges", "graph": "star"}, 9), SHAPES, 9)
     assert all(e.sent_bytes for e in found.period)
-    assert found.group == 1 + 2 / 9
+    assert hears(found) == 2 / 9
     assert found.mean_round_bytes == pytest.approx(found.period[0].sent_bytes * 2 / 9)
+
+
+def test_buckets_are_the_ranks_that_carry_them() -> None:
+    """Three buckets of 4,637 numbers; the middle of the second is where the second of two ranks begins, at most."""
+    row = resolve("dpsgd", {"bucket_bytes": BUCKET_BYTES}, ISLANDS)
+    runs = sent(row, SHAPES, ISLANDS, num_ranks=2).period[0].rounds
+    ranks = [bucket.owner for bucket in make_buckets(
+        model_flat(SHAPES, torch.device("meta")), num_fragments=1, bucket_bytes=BUCKET_BYTES, num_ranks=2, with_grad=False
+    )]  # fmt: skip
+    assert [f.rank for f in runs] == ranks
+    assert set(ranks) == {0, 1}
+    assert sum(f.values_bytes for f in runs) == 4 * (37 * 11 + 130 + 4100)

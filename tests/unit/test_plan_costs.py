@@ -1,0 +1,101 @@
+"""What does ``dtrain plan`` assume, and say, where it measures nothing?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dtrain import virtual_job
+from dtrain.config import load_job
+from dtrain.launch.plan_job import Said, setting_of
+from dtrain.plan import accelerators
+from dtrain.plan.accelerators import ACCELERATORS, Work
+from dtrain.plan.plans import Planner, Setting
+from dtrain.plan.unequal import unequal_lines
+from dtrain.recipes import resolve
+from tests.unit.small_run import write_job_file
+
+SAID = Said(step_s=0.03, bits_per_s=1e10, rtt_s=0.04)
+WORK = Work(tokens=512, parameters=1_000_000, multiplied=900_000, layers=2, width=64, context=128)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_job_file()
+    return Path("job.toml")
+
+
+def setting(job: Path, said: Said, *overrides: str) -> tuple[Setting, str]:
+    found, notes = setting_of(job, overrides, load_job(job, list(overrides)), said, Console())
+    return found, "\n".join(notes)
+
+
+def test_wires_cost_what_is_assumed_of_them(job: Path) -> None:
+    """Two phases of 63 wires a bucket, of 0.2 ms and 1 ms each: 126 ms at least, on a link of 10 Gbit/s."""
+    found, notes = setting(job, replace(SAID, jitter_s=0.0))
+    assert "carrying takes CPU time: 0.2 ms a round of a bucket, 1 ms a wire, 0.5 ms a megabyte, assumed" in notes
+    row = Planner(found).row(resolve("allreduce", {}, 64), 64)
+    assert row.time.link_s >= 2 * (0.2e-3 + 63 * 1e-3) + 0.04
+    assert "standard deviation" not in notes
+    assert "its standard deviation is 0.6 ms, assumed as 2% of it" in setting(job, SAID)[1]
+
+
+def test_a_gpu_reckons_in_the_jobs_precision(job: Path) -> None:
+    gpu = Said(gpu="h100", bits_per_s=1e10, rtt_s=0.04)
+    for precision, tera, number_bytes in (("fp32", 67, 4), ("bf16", 989, 2)):
+        found, notes = setting(job, gpu, f"train.precision={precision}")
+        assert f"h100 at 40% of {tera} TFLOP/s in {precision}" in notes
+        assert found.number_bytes == number_bytes
+        assert found.island("identity").step_s == pytest.approx(
+            accelerators.step_s(found.work, ACCELERATORS["h100"], 0.4 * tera * 1e12)
+        )
+    with pytest.raises(ValueError, match=r'--gpu b200: its rate in train.precision = "fp32" is not known; set'):
+        setting(job, replace(gpu, gpu="b200"))
+
+
+def test_what_ranks_exchange_inside_an_island_takes_time(job: Path) -> None:
+    """An all-reduce of 4 MB over four ranks is 6 MB each way, of which two thirds of the FLOPs' time hide a part."""
+    gpu = ACCELERATORS["h100"]
+    alone, four = accelerators.step_s(WORK, gpu, 1e15), accelerators.step_s(WORK, gpu, 1e15, 4, 1e9)
+    assert four - alone == pytest.approx(6e-3 - 2 / 3 * WORK.flop / 1e15)
+    assert accelerators.step_s(WORK, gpu, 1e9, 4, 1e9) == accelerators.step_s(WORK, gpu, 1e9), "all of it is hidden"
+    ranks = "islands.ranks=2"
+    assert "exchange" not in setting(job, SAID)[1]
+    assert "ranks exchange 16 GB/s: what has landed, assumed" in setting(job, SAID, ranks)[1]
+    assert "ranks exchange 315 GB/s: what has landed, 70% of what h100 has" in setting(job, replace(SAID, gpu="h100"), ranks)[1]
+    found, notes = setting(job, replace(SAID, intra_bits_per_s=8e9), ranks)
+    assert "ranks exchange 1 GB/s: what has landed, as was said" in notes
+    assert (found.island("identity").num_ranks, found.island("identity").intra_bytes_per_s) == (2, 1e9)
+
+
+SIM = (
+    "islands.count=4", "sim.step_s=0.03", "sim.step_noise=0.1",
+    "sim.stragglers=1", "sim.straggler_factor=3", "sim.links=0-1:1mbit/80ms",
+)  # fmt: skip
+
+
+def test_islands_and_links_are_as_unequal_as_the_jobs_sim_says(job: Path) -> None:
+    """Of [sim] the slow island is the one that dtrain sim slows, and lognormal steps have the deviation of theirs."""
+    found, notes = setting(job, Said(bits_per_s=1e10, rtt_s=0.0), *SIM)
+    factors = found.factors(4)
+    assert factors is not None
+    assert sorted(factors) == [1.0, 1.0, 1.0, 3.0]
+    island = found.island("identity")
+    assert island.step_s == 0.03
+    assert island.jitter_s == pytest.approx(0.03 * (math.exp(0.01) - 1) ** 0.5)
+    assert found.link.between == {(0, 1): (1e6, 0.08)}
+    assert "as [sim] says, of the islands 1 are slow and compute 3 times longer and between some islands" in notes
+    assert "its standard deviation is 3 ms, as sim.step_noise says" in notes
+    assert virtual_job.slow_islands(load_job(job, list(SIM)), 4) == {factors.index(3.0)}
+    planner = Planner(found)
+    rows = [planner.row(resolve(name, {}, 4), 4) for name in ("allreduce", "dpsgd")]
+    assert rows[0].time.unequal_s > 0.0449, "three of four wait for the slow island: 60 ms more a step"
+    (line,) = unequal_lines(rows, rows[1], found)
+    assert line.startswith("slow islands and links: allreduce takes ")
+    equal = setting(job, Said(bits_per_s=1e10, rtt_s=0.0), *SIM[:3])[0]
+    assert unequal_lines(rows, rows[1], equal) == []
