@@ -71,6 +71,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         micro_batches=job.train.accumulate,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
+        gpu=said.gpu,
+        gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         number_bytes=2 if job.train.precision == "bf16" or said.gpu else 4,
         per_host=said.per_host,
         seed=job.job.seed,
@@ -165,7 +167,8 @@ def _link(job: Job, said: Said, notes: list[str]) -> LinkSpeed:
         rtt_s = said.rtt_s if said.rtt_s is not None else units.seconds(job.link.rtt)
         found = LinkSpeed(said.bits_per_s, rtt_s)
         rate = f"{said.bits_per_s / 1e6:g} Mbit/s an island"
-        notes.append(f"the link carries {rate}, {rtt_s * 1e3:g} ms there and back, as was said")
+        whose = "as was said" if said.rtt_s is not None else "as was said, and the job's link.rtt"
+        notes.append(f"the link carries {rate}, {rtt_s * 1e3:g} ms there and back, {whose}")
     else:
         from dtrain.plan.probe import probe_link
 
