@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from torch import nn
 
 from dtrain import spans
 from dtrain.assemble import Plan, assemble
-from dtrain.bucket import Flat, flatten, make_buckets
-from dtrain.core import Core, Flight
+from dtrain.bucket import GRAIN, Bucket, Flat, flatten, make_buckets
+from dtrain.core import Core, Flight, Lane
 from dtrain.link import Peers
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
@@ -172,18 +172,40 @@ def sent(recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per
 
 
 def _exchange(core: Core, plan: Plan, index: int, per_host: int) -> Exchange:
-    """Round ``index`` of every bucket, whatever its fragment's turn."""
+    """Round ``index`` of every bucket, whatever its fragment's turn; buckets that are alike fly once."""
     for lane in core.lanes:
         both = lane.algorithm.grad is not None and lane.algorithm.send is not None
         lane.round = 2 * index if both else index
+    seen: dict[object, Flown] = {}
+
+    def once(lane: Lane, start: Callable[[], Flight], *, lands: bool) -> Flown:
+        key = lands, _alike(lane.bucket)
+        if key not in seen:
+            seen[key] = _fly(core, start(), recorder, per_host, lands=lands)
+        return replace(seen[key], fragment=lane.bucket.fragment)
+
     with _watched() as recorder:
-        gradients = [_fly(core, flight, recorder, per_host, lands=False) for flight in core.start_gradients()]
-        rounds = [
-            _fly(core, core.start(lane, core.step), recorder, per_host, lands=True)
-            for lane in core.lanes
-            if lane.algorithm.send is not None
-        ]
+        rewriting = [lane for lane in core.lanes if lane.algorithm.grad is not None]
+        flights = zip(rewriting, core.start_gradients(), strict=True)
+        gradients = [once(lane, lambda flight=flight: flight, lands=False) for lane, flight in flights]
+        sending = [lane for lane in core.lanes if lane.algorithm.send is not None]
+        rounds = [once(lane, lambda lane=lane: core.start(lane, core.step), lands=True) for lane in sending]
     return Exchange(tuple(gradients), tuple(rounds))
+
+
+def _alike(bucket: Bucket) -> object:
+    """Buckets of one key send as much: wires and parts follow from where a bucket's parameters begin and end, those side by side
+    that fill whole grains being as good as one. One that lies in memory may be looked at by a method of one's own: it is itself."""
+    if bucket.x.device.type != "meta":
+        return bucket.index
+    runs: list[tuple[int, int, bool]] = []
+    for s in bucket.layout.spans:
+        full = s.numel % GRAIN == 0
+        if full and runs and runs[-1][2]:
+            runs[-1] = (runs[-1][0], s.stop, True)
+        else:
+            runs.append((s.start, s.stop, full))
+    return tuple(runs)
 
 
 @contextmanager

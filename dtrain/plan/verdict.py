@@ -32,9 +32,8 @@ def verdict(planner: Planner, rows: Sequence[Row], steps: int) -> Verdict:
     if best.tokens_per_s <= alone:
         why = (
             f"{n} islands: take none: the best that talks is {said(best.recipe)}, {speed_text(best.tokens_per_s)} tokens/s, "
-            f"waiting {best.time.waits:.1%} of the time, and one island alone makes {speed_text(alone)}; run one island, or get a "
-            "faster link "
-            "(islands that never talk, sync.recipe=local, wait for no link, and all that they gain is a merge at the end)"
+            f"waiting {best.time.waits:.1%} of the time, and one island alone makes {speed_text(alone)}: run one island, or get "
+            "a faster link (islands that never talk, sync.recipe=local, wait for none, and have a merge at the end, no more)"
         )
         return Verdict(best, False, why)
     return Verdict(best, True, _reason(best, rows))
