@@ -23,7 +23,7 @@ from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import Work
 from dtrain.plan.model import Island, LinkSpeed
-from dtrain.plan.plans import Setting
+from dtrain.plan.plans import Setting, time_text
 from dtrain.plan.sent import Shapes
 
 _WARM_STEPS, _STEPS = 10, 40
@@ -107,7 +107,7 @@ def _computes(
             whose = f"{accelerators.MEMORY_SHARE:.0%} of the memory's of {said.gpu}"
         step_s = said.step_s
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
+            f"a step takes {time_text(step_s)}, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
             f"encoding and landing move {rate / 1e9:.4g} GB/s, {whose}"
         )
         return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
@@ -115,7 +115,7 @@ def _computes(
         gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
         step_s = accelerators.step_s(work, gpu, mfu)
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
+            f"a step takes {time_text(step_s)}{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
             f"{gpu.flop_per_s / 1e12:.4g} TFLOP/s in bf16 ({gpu.source}); small models reach less, --mfu says how much"
         )
         rate = gpu.memory_bytes_per_s * accelerators.MEMORY_SHARE

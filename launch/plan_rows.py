@@ -94,11 +94,13 @@ def as_sentences(plan: Planned) -> list[str]:
 
 def _ends_line(plan: Planned) -> str:
     found = plan.ends
-    steps_s = plan.steps * plan.best.time.step_s
+    run = ""
+    if plan.chosen is not None:
+        run = f": {units.show_seconds(plan.steps * plan.chosen.time.step_s)} with {plan.chosen.recipe.name}"
     return (
-        f"{plan.num_islands} islands, {plan.steps} steps: {units.show_seconds(steps_s)} with {plan.best.recipe.name}; besides, "
-        f"{units.show_seconds(found.start_s)} at the start, whose islands are equal, and {units.show_seconds(found.merge_s)} for "
-        f"the exact merge at the end, {units.show_bytes(found.merge_bytes)} an island"
+        f"{plan.num_islands} islands, {plan.steps} steps{run}; besides, {units.show_seconds(found.start_s)} at the start, whose "
+        f"islands are equal, and {units.show_seconds(found.merge_s)} for the exact merge at the end, "
+        f"{units.show_bytes(found.merge_bytes)} an island"
     )
 
 

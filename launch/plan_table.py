@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dtrain import units
 from dtrain.launch.plan_rows import Planned
 from dtrain.plan.order import recommend
-from dtrain.plan.plans import Row, baseline, speed_text, where
+from dtrain.plan.plans import Row, baseline, speed_text, time_text, where
 
 COLUMNS = ("recipe", "topology", "codec", "every/late", "step", "waits", "sent/step", "memory", "tokens/s", "lambda2")
 _LESSER = ("lambda2", "memory", "sent/step", "topology")
@@ -62,17 +62,10 @@ def _cells(row: Row, plan: Planned) -> list[str]:
         where(r) if r.reduce == "neighbours" else r.reduce if talks else "-",
         r.codec if talks else "-",
         f"{r.every}/{r.delay_steps}" if talks else "-",
-        step_text(row.time.step_s),
+        time_text(row.time.step_s).replace(" ", ""),
         f"{row.time.waits:.1%}",
         units.show_bytes(row.bytes_per_step).replace(" ", ""),
         units.show_bytes(row.memory.total).replace(" ", ""),
         speed_text(row.tokens_per_s),
         "-" if row.lambda2 is None else f"{row.lambda2:.3f}",
     ]
-
-
-def step_text(seconds: float) -> str:
-    """``0.0301`` -> ``30.1ms``, ``27.42`` -> ``27.4s``, ``27420.0`` -> ``27,420s``."""
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g}ms"
-    return f"{speed_text(seconds)}s"

@@ -120,6 +120,11 @@ def speed_text(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 999.5 else f"{tokens_per_s:.3g}"
 
 
+def time_text(seconds: float) -> str:
+    """``0.0301`` -> ``30.1 ms``, ``27.42`` -> ``27.4 s``, ``27420.0`` -> ``27,420 s``."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{speed_text(seconds)} s"
+
+
 def said(r: Recipe) -> str:
     if r.payload == "none":
         return r.name
@@ -153,8 +158,8 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
 def jitter_line(rows: Sequence[Row], chosen: Row, jitter_s: float) -> str:
     plain = baseline(rows)
     return (
-        f"unequal steps (standard deviation {jitter_s * 1e3:.3g} ms): all-reduce waits {plain.time.late_s * 1e3:.3g} ms a step "
-        f"for the slowest of {plain.num_islands}, {chosen.recipe.name} {chosen.time.late_s * 1e3:.3g} ms"
+        f"unequal steps (standard deviation {time_text(jitter_s)}): all-reduce waits {time_text(plain.time.late_s)} a step "
+        f"for the slowest of {plain.num_islands}, {chosen.recipe.name} {time_text(chosen.time.late_s)}"
     )
 
 

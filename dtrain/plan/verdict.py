@@ -71,8 +71,8 @@ def _too_large(setting: Setting, row: Row) -> str:
     left = room - m.model - m.sync
     if m.model >= room:
         larger = sorted(name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes > m.total - m.activations)
-        gpus = f", or a GPU of more memory: {', '.join(larger)}" if larger else "; no GPU that is known has so much"
-        return f"{parts}. Each rank holds the whole model, whatever their number and the batch: a smaller model would fit{gpus}"
+        gpus = f"a GPU of which more is left for activations ({', '.join(larger)})" if larger else "a larger GPU than any that is known"
+        return f"{parts}. Each rank holds the whole model, whatever their number and the batch: a smaller model, or {gpus}"
     if left <= 0:
         return f"{parts}. Only the recipe's state is shared among the ranks of an island: more ranks, or a smaller model"
     sequences = setting.work.tokens // setting.work.context
