@@ -18,6 +18,7 @@ from dtrain.config import Job
 from dtrain.connect import settings_of
 from dtrain.data.corpus import load_corpus
 from dtrain.launch.local import run_local
+from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan import accelerators
@@ -122,6 +123,7 @@ def _computes(
         return step_s, _jitter(said, step_s), lambda codec: Island(step_s, 0.0, rate)
     from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
 
+    check_room(job, work)
     times = measure_steps(job_file, overrides, console)
     step_s = median(times)
     spread_s = _SPREAD * median(abs(t - step_s) for t in times)

@@ -71,7 +71,7 @@ def _too_large(setting: Setting, row: Row) -> str:
     left = room - m.model - m.sync
     if m.model >= room:
         larger = sorted(name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes > m.total - m.activations)
-        gpus = f"a GPU of which more is left for activations ({', '.join(larger)})" if larger else "a larger GPU than any that is known"
+        gpus = f"a GPU that leaves some for activations ({', '.join(larger)})" if larger else "a larger GPU than all known"
         return f"{parts}. Each rank holds the whole model, whatever their number and the batch: a smaller model, or {gpus}"
     if left <= 0:
         return f"{parts}. Only the recipe's state is shared among the ranks of an island: more ranks, or a smaller model"
