@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from dtrain import comparison
+from dtrain.bucket import Bucket
 from dtrain.config import Job, load_job
 from dtrain.launch import plan_room
 from dtrain.launch.checks import resolved
@@ -19,6 +20,7 @@ from dtrain.launch.cli import run_command
 from dtrain.launch.plan_job import Said, setting_of
 from dtrain.launch.plan_rows import Planned
 from dtrain.launch.plan_table import COLUMNS, table_lines
+from dtrain.plan import sent
 from dtrain.plan.candidates import candidates
 from dtrain.plan.ends import ends
 from dtrain.plan.order import FEWEST_ROUNDS, MEASURED, ORDER, loss_order, measured, rank
@@ -104,6 +106,26 @@ def test_gossip_steps_that_move_nothing_are_not_taken() -> None:
         found = [r for r in candidates(resolve(None, {}, n), n) if r.name == "multi_gossip" and r.topology == topology]
         assert found
         assert {r.gossip_steps for r in found} == {steps}, (n, topology)
+
+
+def test_buckets_that_are_alike_send_as_each_of_them_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole grains, and parameters that end within one, over parts that are cut for four islands."""
+    shapes = {**{f"layer{k}": (4096, 24) for k in range(6)}, "norm": (130,), "odd": (37, 1100), "last": (5000, 9)}
+    recipes = [
+        resolve(name, {"bucket_bytes": 2**17} | axes, 4)
+        for name, axes in (("allreduce", {}), ("dpsgd", {}), ("delayed_diloco", {"fragments": 2}), ("choco", {"codec": "topk"}))
+    ]
+    found = [sent.sent(r, shapes, 4, per_host=2) for r in recipes]
+    kinds = set[object]()
+
+    def apart(bucket: Bucket) -> object:
+        kinds.add(kind_of(bucket))
+        return bucket.index
+
+    kind_of = sent._kind_of
+    monkeypatch.setattr(sent, "_kind_of", apart)
+    assert [sent.sent(r, shapes, 4, per_host=2) for r in recipes] == found
+    assert len(kinds) < len(found[0].period[0].gradients), "some were alike"
 
 
 def test_equal_ones_are_told_apart_by_bytes() -> None:
