@@ -9,7 +9,9 @@ from dtrain.launch.plan_rows import Planned
 from dtrain.plan.order import recommend
 from dtrain.plan.plans import Row, baseline, speed_text, time_text, where
 
-COLUMNS: tuple[str, ...] = ("recipe", "topology", "codec", "H/delay", "step", "waits", "sent/step", "memory", "tokens/s", "lambda2")
+COLUMNS: tuple[str, ...] = (
+    *("recipe", "topology", "codec", "H/delay", "step", "waits", "sent/step", "memory", "tokens/s", "lambda2"),
+)
 _LESSER = ("lambda2", "memory", "sent/step", "topology")
 """Left out in this order where a terminal is too narrow; a pipe gets all."""
 _LEFT = ("recipe", "topology", "codec")
