@@ -119,11 +119,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """In a single write at the file's end, so that rows of two commands do not mix. Raises OSError where it did not fit."""
+    """In a single write at the file's end, so that rows of two commands do not mix. Raises OSError where it did not fit; then
+    the part that did is taken away again, unless another command has already written behind it."""
     line = (json.dumps(asdict(row)) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        if os.write(descriptor, line) != len(line):
+        written = os.write(descriptor, line)
+        if written != len(line):
+            end = os.lseek(descriptor, 0, os.SEEK_CUR)  # an appending write leaves the position behind what it wrote
+            if os.fstat(descriptor).st_size == end:
+                os.ftruncate(descriptor, end - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -125,11 +126,16 @@ def _job(job_file: Path, entry: Entry, budget: float, seed: int, islands: int | 
 def run_all(runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable[[str], None]) -> Iterator[Row | Failed]:
     """Each run's row, when it is finished and in the file; what failed leaves none."""
     alive = list[subprocess.Popen[bytes]]()
+    # None is started once those alive are ended: a start and its entry in the list are one.
+    starting, ended = threading.Lock(), threading.Event()
 
     def finish(run: Wanted, home: Path) -> Row | Failed:
         say(f"{run.entry.name}, {run.budget:g}x, seed {run.seed}: {run.job.train.steps} steps")
-        process = _start(run, home)
-        alive.append(process)
+        with starting:
+            if ended.is_set():
+                return Failed(run, "it was not started")
+            process = _start(run, home)
+            alive.append(process)
         if process.wait():
             return Failed(run, _last_line(home / "stderr"))
         return _row(run, json.loads((home / "run" / "summary.json").read_text(encoding="utf-8")))
@@ -144,8 +150,10 @@ def run_all(runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable
                 yield found
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in alive:
-                process.kill()
+            with starting:
+                ended.set()
+                for process in alive:
+                    process.kill()
 
 
 def _start(run: Wanted, home: Path) -> subprocess.Popen[bytes]:

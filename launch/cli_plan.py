@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,13 +10,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from dtrain.launch.tables import table
-
 if TYPE_CHECKING:
+    from dtrain.config import Job
     from dtrain.recipes import Recipe
 
 MOST_ISLANDS = 1000
-HEADER = ["recipe", "topology", "codec", "every/delay", "step ms", "waits", "MB a step", "memory", "tokens/s", "lambda2"]
 
 
 def plan(
@@ -30,7 +29,9 @@ def plan(
     link: Annotated[
         str | None, typer.Option("--link", help='an island\'s uplink, "100mbit"; left out: measured', show_default=False)
     ] = None,
-    rtt: Annotated[str | None, typer.Option("--rtt", help='"40ms"; left out: measured', show_default=False)] = None,
+    rtt: Annotated[
+        str | None, typer.Option("--rtt", help='"40ms"; left out: measured, with --link the job\'s', show_default=False)
+    ] = None,
     step_time: Annotated[
         str | None, typer.Option("--step-time", help='a step without exchange, "30ms"; left out: measured', show_default=False)
     ] = None,
@@ -68,7 +69,8 @@ def plan(
     from dtrain import units
     from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.plan_job import Said, setting_of
-    from dtrain.launch.plan_rows import as_sentences, other_sizes, planned, table_rows, write_json
+    from dtrain.launch.plan_rows import as_sentences, check_json, other_sizes, planned, write_json
+    from dtrain.launch.plan_table import table_lines
     from dtrain.plan.unequal import READ
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
@@ -90,27 +92,28 @@ def plan(
         raise ValueError("--near is the rate between islands of one host: say how many there are with --per-host")
     if near is None and per_host > 1:
         raise ValueError(f"--per-host {per_host}: say the rate between islands of one host with --near")
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json {json_file} is a folder; name a file, as {json_file / 'plan.json'}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first, or name another")
     job = read_job(job_file, overrides or ())
     sizes = _sizes(islands, job.islands.count)
-    if write and len(sizes) > 1:
-        raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
-    if write and sizes[0] != (own := read_job(job_file).islands.count):
+    if per_host >= min(sizes):
         raise ValueError(
-            f"--write for {sizes[0]} islands: {job_file} is a job of {own}, where this recipe may not fit; "
-            f"write islands.count = {sizes[0]} there first, or leave --write out"
+            f"--per-host {per_host} of {min(sizes)} islands: all are on one host, and --link and --rtt would say nothing; name "
+            "fewer, or plan with the rate between them as --link and without --near"
         )
+    if link is not None and rtt is None and "rtt" not in job.link.model_fields_set:
+        raise ValueError(f'--link {link}: the round trip is not known, as the job has no link.rtt; say --rtt 40ms, or --rtt 0ms')
+    if write:
+        _check_write(job_file, read_job(job_file), job, sizes, islands)
+    if json_file is not None:
+        check_json(json_file)
     refuse_sim(job, READ)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
     notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)
     plans = [planned(setting, job, size) for size in sizes]
+    width = console.width if console.is_terminal else None
     for one in plans:
-        console.print(Text(f"\n{one.num_islands} islands"), soft_wrap=True)
-        console.print(table(HEADER, table_rows(one, show_all=show_all)))
+        for line in (f"\n{one.num_islands} islands", *table_lines(one, width, show_all=show_all)):
+            console.print(Text(line), soft_wrap=True)
     console.print()
     for line in (*notes, *(sentence for one in plans for sentence in as_sentences(one))):
         console.print(Text(line), soft_wrap=True)
@@ -118,6 +121,8 @@ def plan(
         write_json(json_file, plans, notes)
         console.print(Text(f"written: {json_file}"), soft_wrap=True)
     if write:
+        if plans[0].chosen is None:
+            raise ValueError(f"--write: nothing is written, as no recipe should be taken for {job_file}: the reason is above")
         chosen = plans[0].chosen.recipe
         write_answers(job_file, answers(chosen, sizes[0], job.sync.recipe), lambda text: check_text(text, job_file, chosen))
         console.print(Text(f"written into [sync] of {job_file}: dtrain run {job_file}"), soft_wrap=True)
@@ -156,8 +161,30 @@ def _rate(option: str, text: str | None) -> float | None:
 
 def _sizes(text: str | None, own: int) -> list[int]:
     if text is None:
+        if not 2 <= own <= MOST_ISLANDS:
+            raise ValueError(f"islands.count = {own}: a plan is for 2 to {MOST_ISLANDS} islands; say how many with --islands")
         return [own]
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 2 <= int(part) <= MOST_ISLANDS for part in parts):
         raise ValueError(f"--islands {text}: write numbers from 2 to {MOST_ISLANDS} with commas between, as 2,8,64")
     return [int(part) for part in parts]
+
+
+def _check_write(job_file: Path, own: Job, planned: Job, sizes: Sequence[int], islands: str | None) -> None:
+    """Raises ValueError where the answer would be to another question than the file's: only its [sync] may differ."""
+    if len(sizes) > 1:
+        raise ValueError(f"--write with --islands {islands}: a job has one number of islands; name one")
+    if sizes[0] != own.islands.count:
+        raise ValueError(
+            f"--write for {sizes[0]} islands: {job_file} is a job of {own.islands.count}, where this recipe may not fit; "
+            f"write islands.count = {sizes[0]} there first, or leave --write out"
+        )
+    ours, theirs = own.model_dump(exclude={"sync"}), planned.model_dump(exclude={"sync"})
+    changed = [
+        f"{name}.{key}={value}" for name, keys in theirs.items() for key, value in keys.items() if ours[name][key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"--write with {' '.join(changed)}: the recipe would be one for another job than {job_file}; write that there first, "
+            "or leave --write out (keys of sync may differ)"
+        )

@@ -19,13 +19,14 @@ from dtrain.config import Job
 from dtrain.connect import settings_of
 from dtrain.data.corpus import load_corpus
 from dtrain.launch.local import run_local
+from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.model import Carrying, Island
-from dtrain.plan.plans import Setting
+from dtrain.plan.plans import Setting, time_text
 from dtrain.plan.sent import Shapes
 
 _WARM_STEPS, _STEPS = 10, 40
@@ -96,6 +97,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         sam_rho=job.train.sam_rho,
         factors=lambda num_islands: unequal.factors_of(job, num_islands),
         number_bytes=2 if job.train.precision == "bf16" else 4,
+        gpu=said.gpu,
+        gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
         link=link,
@@ -131,7 +134,7 @@ def _computes(
             whose = f"{accelerators.MEMORY_SHARE:.0%} of the memory's of {said.gpu}"
         step_s = said.step_s
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
+            f"a step takes {time_text(step_s)}, as was said{_without_sam(job)}, and carrying wires takes nothing from it; "
             f"encoding and landing move {rate / 1e9:.4g} GB/s, {whose}"
         )
         notes.append(_carrying_note(_ASSUMED_CARRYING, "assumed"))
@@ -141,7 +144,7 @@ def _computes(
         flop_per_s = accelerators.peak(gpu, said.gpu, job.train.precision)
         step_s = accelerators.step_s(work, gpu, mfu * flop_per_s, job.islands.ranks, _intra(job, said))
         notes.append(
-            f"a step takes {step_s * 1e3:.3g} ms{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
+            f"a step takes {time_text(step_s)}{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
             f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says "
             "how much"
         )
@@ -150,6 +153,7 @@ def _computes(
         return step_s, _jitter(job, said, step_s, notes), lambda codec: Island(step_s, 0.0, rate, *_ASSUMED_CARRYING)
     from dtrain.plan.probe import memory_bytes_per_s, probe_carrying
 
+    check_room(job, work)
     times = measure_steps(job_file, overrides, console)
     step_s = median(times)
     spread_s = _SPREAD * median(abs(t - step_s) for t in times)
@@ -227,7 +231,8 @@ def _link(job: Job, said: Said, notes: list[str]) -> LinkSpeed:
         rtt_s = said.rtt_s if said.rtt_s is not None else units.seconds(job.link.rtt)
         found = LinkSpeed(said.bits_per_s, rtt_s)
         rate = f"{said.bits_per_s / 1e6:g} Mbit/s an island"
-        notes.append(f"the link carries {rate}, {rtt_s * 1e3:g} ms there and back, as was said")
+        whose = "as was said" if said.rtt_s is not None else "as was said, and the job's link.rtt"
+        notes.append(f"the link carries {rate}, {rtt_s * 1e3:g} ms there and back, {whose}")
     else:
         from dtrain.plan.probe import probe_link
 

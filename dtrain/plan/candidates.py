@@ -6,12 +6,16 @@ defined with SAM where train.sam_rho is 0."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import product
 
 from dtrain import topology as topologies
 from dtrain.methods import RULES
+from dtrain.own_topology import mixing_of
+from dtrain.plan.order import FEWEST_ROUNDS
 from dtrain.recipe_fits import check_trains
 from dtrain.recipes import RECIPES, Recipe, resolve
+from dtrain.topology.consensus import consensus
 
 CODECS = ("identity", "bf16", "int8:64", "int4:64")
 _MOST_COMPLETE = 16
@@ -26,9 +30,10 @@ _FEW_BITS = ("int4:64",)
 
 
 def candidates(
-    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None
+    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None
 ) -> list[Recipe]:
-    """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` is the job's own."""
+    """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` and ``steps`` are the job's own; outer
+    loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out."""
     check_plannable(asked)
     found = {_key(asked): asked}
     for row in RECIPES.values():
@@ -36,7 +41,7 @@ def candidates(
             continue
         if row.sam_rho is not None and sam_rho == 0:
             continue
-        for overrides in _variants(row, num_islands, per_host):
+        for overrides in _variants(row, num_islands, per_host, steps):
             recipe = resolve(row.name, overrides, num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
@@ -53,13 +58,18 @@ def check_plannable(recipe: Recipe) -> None:
         )
 
 
-def _variants(row: Recipe, num_islands: int, per_host: int) -> Iterator[Mapping[str, object]]:
+def _variants(row: Recipe, num_islands: int, per_host: int, steps: int | None) -> Iterator[Mapping[str, object]]:
     if row.payload == "none":
         yield {}
         return
-    for (topology, graph), codec, (every, delay) in product(_topologies(row, num_islands, per_host), _codecs(row), _times(row)):
+    several = "gossip_steps" in RULES[row.algorithm].axes
+    for (topology, graph), codec, (every, delay) in product(
+        _topologies(row, num_islands, per_host), _codecs(row), _times(row, steps)
+    ):
         feedback = True if row.payload == "pseudo_gradients" and codec in _FEW_BITS else row.error_feedback
         axes = {"topology": topology, "graph": graph, "codec": codec, "every": every, "delay": delay}
+        if several and _exact(topology, graph, row.server, num_islands):
+            axes["gossip_steps"] = 1
         yield axes | {"error_feedback": feedback and codec != "identity"}
 
 
@@ -95,12 +105,21 @@ def _codecs(row: Recipe) -> list[str]:
     return list(dict.fromkeys((row.codec, *CODECS)))
 
 
-def _times(row: Recipe) -> list[tuple[int, int | str]]:
-    """(every, delay): the row's own, and for an outer loop longer ones in proportion."""
+@cache
+def _exact(topology: str, graph: str | None, server: str | None, num_islands: int) -> bool:
+    """Whether every round leaves the exact mean, as a ring of two or three does: more of them in a row would move nothing."""
+    if num_islands > _MOST_COMPLETE:
+        return False
+    mixed = mixing_of(topology, graph, 0, server)
+    return not mixed.drawn and mixed.period(num_islands) == 1 and consensus(mixed, num_islands).lambda2 == 0
+
+
+def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
+    """(every, delay): the row's own, and for an outer loop longer ones in proportion, those with rounds enough in the job."""
     if row.payload != "pseudo_gradients":
         return [(row.every, row.delay)]
     longer = [(row.every * k, row.delay_steps * k) for k in _LONGER if row.every * k <= _MOST_EVERY]
-    return [(row.every, row.delay), *longer]
+    return [time for time in ((row.every, row.delay), *longer) if steps is None or time[0] * FEWEST_ROUNDS <= steps]
 
 
 def _key(recipe: Recipe) -> tuple[object, ...]:

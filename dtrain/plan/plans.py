@@ -1,16 +1,10 @@
-"""What does each recipe cost at so many islands, which factor buys what, and which recipe should be taken?"""
+"""What does each recipe cost at so many islands, and which factor buys what?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
-import torch
-
-from dtrain.bucket import whole
-from dtrain.own_codec import codec_of
-from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
@@ -18,25 +12,12 @@ from dtrain.plan.lateness import When
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
+from dtrain.plan.write import answers
 from dtrain.recipes import Recipe, rho_of
-from dtrain.topology import parse_server
 from dtrain.topology.consensus import consensus
 
-NEAR_BEST = 0.05
-"""Recipes that are slower than the fastest by no more than this are as good; predictions are not finer."""
 MOST_LAMBDA2 = 64
 """Islands up to which eigenvalues are found: it is a column beside the point."""
-
-_KINDS = {"gradients": (0, 16), "parameters": (1, 8), "differences": (1, 4), "pseudo_gradients": (2, 4), "none": (4, 0)}
-"""Payload -> its place in the order, and the fewest bits a number with which it keeps it."""
-_COARSE = 3
-ORDER = (
-    "all-reduce, gossip, local steps with an outer optimizer, codecs too coarse for what they carry; in each the shortest time "
-    "between rounds first, then the most bits"
-)
-_BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1}
-_MANY = 2**20
-"""Numbers, beside which a wire's header is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +42,12 @@ class Setting:
     """The job's own."""
     factors: Callable[[int], tuple[float, ...] | None] = lambda _: None
     """Number of islands -> how many times longer each computes; None: all are alike."""
+    gpu: str | None = None
+    gpu_bytes: float | None = None
+    """Memory of one; None where it is not known."""
+
+    def fits(self, rank_bytes: int) -> bool:
+        return self.gpu_bytes is None or rank_bytes <= self.gpu_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,57 +114,19 @@ class Planner:
         return self._lambda2[key]
 
 
-def rank(rows: Sequence[Row]) -> list[Row]:
-    """By speed; of equal ones the one that loses less first."""
-    return sorted(rows, key=lambda row: (-row.tokens_per_s, loss_order(row)))
-
-
-def loss_order(row: Row) -> tuple[float, ...]:
-    """How far a recipe departs from averaging all gradients each step; smaller is nearer to it.
-
-    A model that is itself sent in 4 bits, or gradients in 8, without feedback, lose more than an outer loop does: their place is
-    behind it. Disagreement that a topology leaves comes late in the order: sparse ones are what gossip is for."""
-    r = row.recipe
-    place, fewest = _KINDS[r.payload]
-    bits = _bits(r.codec)
-    # Rounds of neighbours that fall apart reach some islands only; those with the server join them.
-    apart = r.every if r.server is None else r.every * (1 + parse_server(r.server).every)
-    return place if bits >= fewest else _COARSE, apart, -bits, not r.error_feedback, row.lambda2 or 0.0, r.delay_steps
-
-
-@cache
-def _bits(codec: str) -> float:
-    """A number's, on the wire; of an own codec what its wire is long, as nothing else is known of it."""
-    if not is_own(codec):
-        return _BITS[codec.partition(":")[0]]
-    bound = codec_of(codec, error_feedback=False).bind(whole("bits", torch.empty(_MANY, device="meta")))
-    return bound.wire_bytes * 8 / _MANY
-
-
-def recommend(rows: Sequence[Row]) -> Row:
-    """The least lossy of those that are as fast as the fastest that talks, to NEAR_BEST; of equally lossy ones the fastest."""
-    talking = [row for row in rows if row.recipe.payload != "none"] or list(rows)
-    best = max(row.tokens_per_s for row in talking)
-    near = [row for row in talking if row.tokens_per_s >= (1 - NEAR_BEST) * best]
-    return min(near, key=lambda row: (loss_order(row), -row.tokens_per_s))
-
-
 def baseline(rows: Sequence[Row]) -> Row:
     """All-reduce in fp32."""
     return next(row for row in rows if row.recipe.name == "allreduce" and row.recipe.codec == "identity")
 
 
-def reason(chosen: Row, rows: Sequence[Row]) -> str:
-    """One sentence."""
-    talking = [row for row in rows if row.recipe.payload != "none"]
-    best = max((row.tokens_per_s for row in talking), default=chosen.tokens_per_s)
-    plain = baseline(rows)
-    against = "" if chosen is plain else f", {chosen.tokens_per_s / plain.tokens_per_s:.3g} times all-reduce's"
-    return (
-        f"{chosen.num_islands} islands: take {said(chosen.recipe)}: {chosen.tokens_per_s:,.0f} tokens/s{against}, waiting "
-        f"{chosen.time.waits:.1%} of the time; of all within {NEAR_BEST:.0%} of the fastest ({best:,.0f}) it is the nearest to "
-        f"averaging every gradient (the order: {ORDER})"
-    )
+def speed_text(tokens_per_s: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 999.5 else f"{tokens_per_s:.3g}"
+
+
+def time_text(seconds: float) -> str:
+    """``0.0301`` -> ``30.1 ms``, ``27.42`` -> ``27.4 s``, ``27420.0`` -> ``27,420 s``."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{speed_text(seconds)} s"
 
 
 def said(r: Recipe) -> str:
@@ -213,8 +162,8 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
 def jitter_line(rows: Sequence[Row], chosen: Row, jitter_s: float) -> str:
     plain = baseline(rows)
     return (
-        f"unequal steps (standard deviation {jitter_s * 1e3:.3g} ms): all-reduce waits {plain.time.late_s * 1e3:.3g} ms a step "
-        f"for the slowest of {plain.num_islands}, {chosen.recipe.name} {chosen.time.late_s * 1e3:.3g} ms"
+        f"unequal steps (standard deviation {time_text(jitter_s)}): all-reduce waits {time_text(plain.time.late_s)} a step "
+        f"for the slowest of {plain.num_islands}, {chosen.recipe.name} {time_text(chosen.time.late_s)}"
     )
 
 
@@ -238,11 +187,15 @@ def _gain(row: Row, other: Row) -> str:
 
 
 def as_json(row: Row) -> Mapping[str, object]:
+    """``sync`` is what a job file says in [sync] to run it."""
     r, t, m = row.recipe, row.time, row.memory
+    talks = ("topology", "graph", "server", "reduce", "codec", "error_feedback", "every", "fragments", "gossip_steps", "gamma")
     return {
         "islands": row.num_islands,
-        **{key: getattr(r, key) for key in ("name", "topology", "graph", "codec", "error_feedback", "every", "fragments")},
+        "name": r.name,
+        **{key: getattr(r, key) for key in talks},
         "delay_steps": r.delay_steps,
+        "sync": dict(answers(r, row.num_islands)),
         "step_s": t.step_s,
         "link_wait_s": t.link_s,
         "late_wait_s": t.late_s,

@@ -6,9 +6,10 @@ own runs on zeros in memory, because it may look at values."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import nn
 
 from dtrain import spans
 from dtrain.assemble import Plan, assemble
-from dtrain.bucket import Flat, flatten, make_buckets
+from dtrain.bucket import GRAIN, Bucket, Flat, flatten, make_buckets
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
 from dtrain.own_name import is_own
@@ -158,20 +159,25 @@ def sent(
         num_ranks=num_ranks,
         with_grad=plan.rewrites_gradients,
     )
+    alike = _Alike(buckets)
+
+    def make(node: int) -> Core:
+        return Core(plan, alike.one_each, Peers(node, num_islands))
+
     talks = recipe.topology, recipe.graph, seed, recipe.server
     mixed = mixing_of(*talks)
     kinds = _kinds(talks, num_islands, per_host)
-    cores = {kind.node: Core(plan, buckets, Peers(kind.node, num_islands)) for kind in kinds}
+    cores = {kind.node: make(kind.node) for kind in kinds}
     if mixed.drawn:
         roomy = max(range(num_islands), key=lambda node: mixed.in_degree(node, num_islands))
-        cores.setdefault(roomy, Core(plan, buckets, Peers(roomy, num_islands)))
+        cores.setdefault(roomy, make(roomy))
     done: dict[tuple[int, Degrees], Exchange] = {}
 
     def exchange(seen: Seen) -> Exchange:
         key = seen.node, seen.degrees
         if key not in done:
-            core = cores.get(seen.node) or cores.setdefault(seen.node, Core(plan, buckets, Peers(seen.node, num_islands)))
-            done[key] = _exchange(core, plan, seen.number, per_host)
+            core = cores.get(seen.node) or cores.setdefault(seen.node, make(seen.node))
+            done[key] = _exchange(core, plan, alike, seen.number, per_host)
         return done[key]
 
     def load(kind: Kind) -> tuple[Fraction, Fraction]:
@@ -182,15 +188,15 @@ def sent(
     return Sent(
         period=tuple(exchange(seen) for seen in busiest.period),
         mean_round_bytes=float(whole / num_islands),
-        state_bytes=max(map(_state_bytes, cores.values()))
+        state_bytes=max(map(alike.state_bytes, cores.values()))
         + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
         wire_bytes=max(_in_flight(exchange(seen)) for seen in busiest.shares),
         company=_company(recipe, talks, num_islands, per_host),
     )
 
 
-def _exchange(core: Core, plan: Plan, index: int, per_host: int) -> Exchange:
-    """Round ``index`` of every bucket, whatever its fragment's turn."""
+def _exchange(core: Core, plan: Plan, alike: _Alike, index: int, per_host: int) -> Exchange:
+    """Round ``index`` of every bucket, whatever its fragment's turn; buckets that are alike fly once."""
     for lane in core.lanes:
         both = lane.algorithm.grad is not None and lane.algorithm.send is not None
         lane.round = 2 * index if both else index
@@ -201,7 +207,48 @@ def _exchange(core: Core, plan: Plan, index: int, per_host: int) -> Exchange:
             for lane in core.lanes
             if lane.algorithm.send is not None
         ]
-    return Exchange(tuple(gradients), tuple(rounds))
+    return Exchange(alike.each(gradients), alike.each(rounds))
+
+
+class _Alike:
+    """Which buckets send as much as another: a large model has hundreds, of a few kinds."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._kind_of = [_kind_of(b) for b in buckets]
+        self._places = [(b.fragment, b.owner) for b in buckets]
+        self._many = Counter(self._kind_of)
+        first: dict[object, Bucket] = {}
+        for kind, bucket in zip(self._kind_of, buckets, strict=True):
+            first.setdefault(kind, bucket)
+        self.one_each = list(first.values())
+        self._kinds = list(first)
+
+    def each(self, flown: Sequence[Flown]) -> tuple[Flown, ...]:
+        """Of every bucket, from those of ``one_each``; of none where there are none."""
+        if not flown:
+            return ()
+        of = dict(zip(self._kinds, flown, strict=True))
+        places = zip(self._kind_of, self._places, strict=True)
+        return tuple(replace(of[kind], fragment=fragment, rank=rank) for kind, (fragment, rank) in places)
+
+    def state_bytes(self, core: Core) -> int:
+        held = [sum(t.numel() * t.element_size() for t in lane.state.values()) for lane in core.lanes]
+        return sum(count * self._many[kind] for count, kind in zip(held, self._kinds, strict=True))
+
+
+def _kind_of(bucket: Bucket) -> object:
+    """Wires and parts follow from where a bucket's parameters begin and end, those side by side that fill whole grains being as
+    good as one. A bucket that lies in memory, where a method of one's own may look at it, is a kind of its own."""
+    if bucket.x.device.type != "meta":
+        return bucket.index
+    runs: list[tuple[int, int, bool]] = []
+    for s in bucket.layout.spans:
+        full = s.numel % GRAIN == 0
+        if full and runs and runs[-1][2]:
+            runs[-1] = (runs[-1][0], s.stop, True)
+        else:
+            runs.append((s.start, s.stop, full))
+    return tuple(runs)
 
 
 @contextmanager
@@ -245,10 +292,6 @@ def _fly(core: Core, flight: Flight, recorder: spans.Recorder, per_host: int, *,
 
 def _moved(recorder: spans.Recorder) -> int:
     return sum(s.moved_bytes for s in recorder.spans)
-
-
-def _state_bytes(core: Core) -> int:
-    return sum(t.numel() * t.element_size() for lane in core.lanes for t in lane.state.values())
 
 
 def _in_flight(exchange: Exchange) -> int:

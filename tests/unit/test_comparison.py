@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
 from dtrain.comparison import Behind, Row, append_row, behind, digest, parse_entry, points, read_rows, t975, table
-from dtrain.launch.bench_recipes import JOB, Failed, digests, family, run_all, wanted
+from dtrain.launch import bench_recipes
+from dtrain.launch.bench_recipes import JOB, Failed, Wanted, digests, family, run_all, wanted
 from dtrain.methods import RULES
 from dtrain.recipes import RECIPES
 from tests.unit.small_run import refused
@@ -114,6 +119,76 @@ def test_a_row_is_one_write_at_the_end(tmp_path: Path, monkeypatch: pytest.Monke
     append_row(path, ROW)
     assert len(lines) == 1
     assert read_rows(path) == [replace(ROW, seed=1), ROW]
+
+
+def test_half_a_row_is_taken_back(tmp_path: Path) -> None:
+    """A file that may grow by ten bytes more takes ten bytes of the row, as a full disk does."""
+    path = tmp_path / "rows.jsonl"
+    append_row(path, ROW)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            append_row(path, replace(ROW, seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append_row(path, replace(ROW, seed=2))
+    assert read_rows(path) == [ROW, replace(ROW, seed=2)]
+
+
+def test_what_another_has_written_behind_half_a_row_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write, others = tmp_path / "rows.jsonl", os.write, b"of another command\n"
+
+    def half(descriptor: int, line: bytes) -> int:
+        written = write(descriptor, line[:10])
+        with path.open("ab") as file:
+            file.write(others)
+        return written
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left"):
+        append_row(path, ROW)
+    assert path.read_bytes().endswith(others)
+
+
+def test_no_run_starts_once_those_alive_were_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run is about to start when the command is left; it goes on when the killer has passed, and the pool is waited
+    for."""
+    arrived, passed, started = Event(), Event(), list[int]()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            if wait:
+                passed.set()
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    class Ended:
+        def wait(self) -> int:
+            assert arrived.wait(10)
+            return 1
+
+        def kill(self) -> None:
+            pass
+
+    def start(run: Wanted, home: Path) -> Ended:
+        (home / "stderr").write_text("no")
+        started.append(run.seed)
+        return Ended()
+
+    def say(text: str) -> None:
+        if "seed 1" in text:
+            arrived.set()
+            assert passed.wait(10)
+
+    monkeypatch.setattr(bench_recipes, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(bench_recipes, "_start", start)
+    runs = wanted(JOB, [parse_entry("allreduce")], [1.0], [0, 1], 2, [])
+    found = run_all(runs, tmp_path / "rows.jsonl", 2, say)
+    assert isinstance(next(found), Failed)
+    assert isinstance(found, Generator)
+    found.close()
+    assert started == [0]
 
 
 def test_an_entry_is_a_recipe_with_keys() -> None:

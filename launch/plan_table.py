@@ -1,0 +1,73 @@
+"""How do the rows of ``dtrain plan`` become lines that a terminal does not break, and that a pipe can read?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dtrain import units
+from dtrain.launch.plan_rows import Planned
+from dtrain.plan.order import recommend
+from dtrain.plan.plans import Row, baseline, speed_text, time_text, where
+
+COLUMNS: tuple[str, ...] = (
+    *("recipe", "topology", "codec", "H/delay", "step", "waits", "sent/step", "memory", "tokens/s", "lambda2"),
+)
+_LESSER = ("lambda2", "memory", "sent/step", "topology")
+"""Left out in this order where a terminal is too narrow; a pipe gets all."""
+_LEFT = ("recipe", "topology", "codec")
+MARKS = {"*": "take this", "=": "the job's", "!": "too large for the GPU"}
+
+
+def table_lines(plan: Planned, width: int | None, *, show_all: bool) -> list[str]:
+    """A header and a line for each row of ``shown``, none longer than ``width``, where all columns but the lesser ones fit."""
+    cells = [dict(zip(COLUMNS, _cells(row, plan), strict=True)) for row in shown(plan, show_all=show_all)]
+    wide = {name: max(len(name), *(len(row[name]) for row in cells)) for name in COLUMNS}
+    left_out = 0
+    while width is not None and left_out < len(_LESSER) and _total(wide) > width:
+        del wide[_LESSER[left_out]]
+        left_out += 1
+    lines = [_line({name: name for name in COLUMNS}, wide), *(_line(row, wide) for row in cells)]
+    used = [f"{mark} {said}" for mark, said in MARKS.items() if any(mark in row["recipe"].split()[0] for row in cells)]
+    legend = ", ".join(used)
+    hidden = f"{', '.join(_LESSER[:left_out])}: in a wider terminal, or a pipe" if left_out else ""
+    return [*lines, *(text for text in (legend, hidden) if text)]
+
+
+def shown(plan: Planned, *, show_all: bool) -> list[Row]:
+    """Of each recipe the variant that would be recommended of it alone, all-reduce as it is, what the job asks for, and what is
+    recommended."""
+    of: dict[str, list[Row]] = {}
+    for row in plan.rows:
+        of.setdefault(row.recipe.name, []).append(row)
+    some = [*(recommend(_fitting(rows, plan)) for rows in of.values()), plan.asked, plan.best, baseline(plan.rows)]
+    return [row for row in plan.rows if show_all or any(row is one for one in some)]
+
+
+def _fitting(rows: Sequence[Row], plan: Planned) -> Sequence[Row]:
+    return [row for row in rows if plan.fits(row)] or rows
+
+
+def _total(wide: dict[str, int]) -> int:
+    return sum(wide.values()) + len(wide) - 1
+
+
+def _line(row: dict[str, str], wide: dict[str, int]) -> str:
+    return " ".join(f"{row[name]:<{w}}" if name in _LEFT else f"{row[name]:>{w}}" for name, w in wide.items()).rstrip()
+
+
+def _cells(row: Row, plan: Planned) -> list[str]:
+    r = row.recipe
+    talks = r.payload != "none"
+    marks = ("*" if row is plan.chosen else "") + ("=" if row is plan.asked else "") + ("" if plan.fits(row) else "!")
+    return [
+        f"{marks or '-'} {r.name}",
+        where(r) if r.reduce == "neighbours" else r.reduce if talks else "-",
+        r.codec if talks else "-",
+        f"{r.every}/{r.delay_steps}" if talks else "-",
+        time_text(row.time.step_s).replace(" ", ""),
+        f"{row.time.waits:.1%}",
+        units.show_bytes(row.bytes_per_step).replace(" ", ""),
+        units.show_bytes(row.memory.total).replace(" ", ""),
+        speed_text(row.tokens_per_s),
+        "-" if row.lambda2 is None else f"{row.lambda2:.3f}",
+    ]
