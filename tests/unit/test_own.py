@@ -68,11 +68,16 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str
 def test_it_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -> None:
     status, lines, err = said(capsys, "check", "mine.py:row")
     assert (status, err) == (0, "")
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert all(line.startswith("kept ") for line in lines)
 
 
 BREAKS = {
+    "takes a thousandth too much": (
+        'weight * SHARE',
+        'weight * (1.001 if peers.node == 0 else 1)',
+        "mixing keeps the mean of all islands",
+    ),
     "moves the mean": ('weight * SHARE', 'weight * (1 + peers.node)', "mixing keeps the mean of all islands"),
     "forgets its state": ('"other": torch.zeros_like(b.x), "sent"', '"sent"', "KeyError"),
     "is random": ('theirs - state["sent"]', 'theirs - state["sent"] + 1e-3 * torch.rand_like(theirs)', "twice is the same bits"),
@@ -94,6 +99,47 @@ def test_what_it_breaks_is_seen(capsys: pytest.CaptureFixture[str], what: str) -
     assert status == 1
     assert any(line.startswith("BROKEN") and promise in line for line in lines), lines
     assert err.startswith("dtrain: bad.py:row breaks ")
+
+
+def changed(*changes: tuple[str, str]) -> str:
+    text = MINE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    Path("bad.py").write_text(text)
+    return "bad.py:row"
+
+
+SLOW = ('"parameters", 2,', '"parameters", 4,'), ("delay=1", "delay=4")
+"""Rounds every 4 steps, that fly for 4: the last 3 of them know nothing of what was sent."""
+
+
+def test_a_round_that_throws_training_away_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else is wrong with it: it mixes well, and the mean stays where nobody trains."""
+    assert said(capsys, "check", changed(*SLOW))[0] == 0
+    thrown = changed(*SLOW, ('b.x.add_(state["other"] - state["sent"])', 'b.x.copy_(state["other"])'))
+    status, lines, _ = said(capsys, "check", thrown)
+    assert status == 1
+    assert [line.split(":")[0] for line in lines if not line.startswith("kept ")] == [
+        "BROKEN  what islands train outlives their rounds"
+    ]
+
+
+def test_what_happens_beyond_the_first_chunk_of_a_codec_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = ("delay=1", 'delay=1, codec="topk:64/4096:2"')
+    beyond = ("            yield\n", '            yield\n            state["sent"][4096:] += 1e-3\n')
+    assert said(capsys, "check", changed(beyond))[0] == 0, "there is no second chunk"
+    status, lines, _ = said(capsys, "check", changed(chunks, beyond))
+    assert status == 1
+    assert any(line.startswith("BROKEN  mixing keeps the mean") for line in lines), lines
+
+
+def test_what_a_row_says_nothing_of_is_said_to_be_unchecked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines, err = said(capsys, "check", changed((', combine="gossip",\n', ",\n")))
+    assert (status, err) == (0, "")
+    skipped = [line for line in lines if not line.startswith("kept ")]
+    assert len(skipped) == 3
+    assert all(line.startswith("skipped ") and 'not checked, because the row says combine = "mean"' in line for line in skipped)
 
 
 QUICK = ("dpsgd", "push_sum", "accum_adam")
