@@ -106,8 +106,9 @@ def changed(*changes: tuple[str, str]) -> str:
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
-    Path("bad.py").write_text(text)
-    return "bad.py:row"
+    name = f"changed{sum(1 for _ in Path().iterdir())}.py"  # a process loads a file once
+    Path(name).write_text(text)
+    return f"{name}:row"
 
 
 SLOW = ('"parameters", 2,', '"parameters", 4,'), ("delay=1", "delay=4")
