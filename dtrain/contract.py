@@ -135,7 +135,8 @@ def _mixing(row: Recipe, steps: int, begins: list[int]) -> Iterator[Check]:
     if row.combine == "gossip":
         few = begins[:_FEW]
         last = few[-1] if few else steps
-        moved = _farthest(mean_of([island.landed for island in _run(row, 0, last, None, apart=apart, lr=0.0)]) - mean_of(apart))
+        few_mixed = [island.landed for island in _run(row, 0, last, None, apart=apart, lr=0.0)]
+        moved = _farthest(mean_of(few_mixed) - mean_of(apart))
         bound = _rounding(row, rounds=len(few))
         found = f"in {len(few)} rounds it moves by {moved:.1e}; rounding may by {bound:.1e}"
         yield Check(_KEEPS, moved <= bound, found)

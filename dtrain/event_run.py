@@ -48,7 +48,7 @@ def check_events(job: Job, recipe: Recipe) -> None:
     for axis in _OF_ROUNDS:
         value = getattr(recipe, axis)
         if value != getattr(row, axis):
-            raise ValueError(f'sync.{axis} = {value!r} has no effect with sim.clock = "poisson", which has no rounds; leave it out')
+            raise ValueError(f'sync.{axis} = {value!r} has no effect with sim.clock = "poisson": it has no rounds; leave it out')
     if job.train.lr != type(job.train).model_fields["lr"].default:
         raise ValueError(
             f'train.lr = {job.train.lr:g} has no effect with sim.clock = "poisson", whose steps follow the problem\'s curvature; '

@@ -56,8 +56,8 @@ def row_of(name: str) -> Recipe:
 
 
 def moments_of(recipe: Recipe, said: int | None) -> int | None:
-    """s of AccumAdamW in the training job: the recipe's where train.moments_every is not said, None where neither says one. Raises
-    ValueError where that would take accumulation from a recipe that is defined with it."""
+    """s of AccumAdamW in the training job: the recipe's where train.moments_every is not said, None where neither says one.
+    Raises ValueError where that would take accumulation from a recipe that is defined with it."""
     if said == 1 and recipe.moments_every not in (None, 1):
         raise ValueError(
             f'train.moments_every = 1 takes accumulation from sync.recipe = "{recipe.name}", which is defined with it; leave it '

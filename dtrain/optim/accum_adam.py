@@ -135,7 +135,7 @@ def _numbers(group: dict[str, Any], t: int) -> Adam:
 
 
 def check_accumulates(recipe: str, every: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raises ValueError where a recipe that is defined with AdamW, or with its accumulated moments, meets an optimizer without."""
+    """Raises ValueError where a recipe that is defined with AdamW, or with accumulated moments, meets an optimizer without."""
     for optimizer in optimizers:
         if every == 1 and not isinstance(optimizer, AccumAdamW | torch.optim.AdamW):
             raise ValueError(

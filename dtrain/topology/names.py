@@ -141,7 +141,8 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0, serve
             'each round, or "coloured", one edge an island a round'
         )
     if num_nodes < 2 and name != "complete":
-        raise ValueError(f'sync.topology = "{topology}" needs at least 2 islands, got {num_nodes}; use more, or sync.recipe = "local"')
+        said = f'sync.topology = "{topology}" needs at least 2 islands, got {num_nodes}'
+        raise ValueError(f'{said}; use more, or sync.recipe = "local"')
     if name == "hypercube" or graph == "hypercube":
         _need_power_of_two("hypercube", num_nodes)
     if name == "alternating_exp_ring":

@@ -325,7 +325,9 @@ def test_consensus_of_a_slow_walk_is_found_by_squaring() -> None:
     assert found.rounds == int(np.ceil(np.log(TARGET) / np.log(values[-2])))
 
 
-@pytest.mark.parametrize(("name", "graph", "n"), [("random_pairs", None, 8), ("random_edges", "ring", 9), ("random_edges", "path", 6)])
+@pytest.mark.parametrize(
+    ("name", "graph", "n"), [("random_pairs", None, 8), ("random_edges", "ring", 9), ("random_edges", "path", 6)]
+)
 def test_the_first_round_of_a_drawn_topology_is_found(name: str, graph: str | None, n: int) -> None:
     mixed = mixing(name, graph, 0)
     found = consensus(mixed, n)
