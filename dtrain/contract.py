@@ -174,8 +174,8 @@ def _rounding(row: Recipe, *, rounds: int, steps: int = 0) -> float:
     """How far fp32 may carry the mean of all islands. An addition misses by 2^-24 of its result at most, which is below 4 (codes
     may lie above what they stand for, and Chebyshev's weights are above 1).
 
-    A gossip step adds up to 8 numbers, itself and three neighbours and their weights; and methods that keep sums (choco's s) carry
-    what was rounded in one round into all later ones. A step of an optimizer rounds twice, on the island and beside it."""
+    A gossip step adds up to 8 numbers, itself and three neighbours and their weights; and methods that keep sums (choco's s)
+    carry what was rounded in one round into all later ones. A step of an optimizer rounds twice, on the island and beside it."""
     return 2.0**-24 * 4 * (8 * row.gossip_steps * rounds * (rounds + 1) / 2 + 4 * steps)
 
 
