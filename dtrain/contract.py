@@ -202,7 +202,7 @@ def _run(
     def island(connection: Connection) -> _Island:
         model, beside = _Loss(connection.node, sizes), _Loss(connection.node, sizes)
         beside.set_flat(torch.zeros(sum(sizes)))
-        optimizer, alone = _optimizer(model, row, lr), _optimizer(beside, row, lr)
+        optimizer, alone = optimizer_of(model, row, lr), optimizer_of(beside, row, lr)
         sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)
         with join(
             model, sam or optimizer, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
@@ -237,7 +237,7 @@ def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, s
         sam.gradient(gradient)
 
 
-def _optimizer(model: nn.Module, row: Recipe, lr: float) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, row: Recipe, lr: float) -> torch.optim.Optimizer:
     """What the recipe is defined with, and SGD where that is any."""
     if row.moments_every is None:
         return torch.optim.SGD(model.parameters(), lr=lr)

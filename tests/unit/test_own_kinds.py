@@ -110,7 +110,7 @@ def test_what_is_of_another_kind_is_refused_with_what_was_seen(recipe: str, rows
 
 @pytest.mark.parametrize(
     ("rows", "kind", "misfit"),
-    [("alone_later", "same", "is another than round 0"), ("less_later", "pairs", "is no meeting of two, of weight 1/2, for island")],
+    [("alone_later", "same", "is another than round 0"), ("less_later", "pairs", "is no meeting of two, of weight 1/2")],
 )
 def test_a_later_round_of_another_kind_is_refused_where_it_begins(rows: str, kind: Kind, misfit: str) -> None:
     mixed = mixing_of(f"mine.py:{rows}", None, 0, None, kind)
