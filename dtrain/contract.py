@@ -117,14 +117,14 @@ def check(recipe: str) -> Iterator[Check]:
     for at in (begun, begun + 1):
         resumed = _run(row, at, steps, _run(row, 0, at, None))
         yield _same(f"saved after step {at} and resumed is the same bits", whole, resumed)
-    if row.reduce == "neighbours":
+    if row.reduce == "neighbours" or row.combine != "mean" or (row.algorithm == "own" and row.reduce != "none"):
         yield from _mixing(row, steps, begins)
         yield _trained(row, whole, steps, len(begins))
 
 
 _KEEPS = "mixing keeps the mean of all islands"
 _NOT_KEPT = {
-    "mean": "which says nothing of what neighbours keep; say \"gossip\" where it is the mean of all islands",
+    "mean": "which does not say what mixing keeps; say \"gossip\" where it is the mean of all islands",
     "push": "whose weights keep another mean",
     "sampled": "which keeps none",
 }
@@ -156,7 +156,7 @@ def _trained(row: Recipe, whole: list[_Island], steps: int, rounds: int) -> Chec
     if row.combine != "gossip":
         return Check(promise, None, _because(row))
     if row.algorithm == "own" and row.payload == "gradients":
-        return Check(promise, None, 'not checked, because the row says payload = "gradients", which steps may be anything of')
+        return Check(promise, None, 'not checked, because the row says payload = "gradients", and steps may be anything of them')
     off = _farthest(
         mean_of([island.landed for island in whole])
         - _start(sum(_sizes(row))).double()
