@@ -58,7 +58,9 @@ class Plan:
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     """Raises ValueError for a recipe that is only simulated."""
     check_trains(recipe)
-    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server)
+    rules = RULES[recipe.algorithm]
+    kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
+    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
     return Plan(
         recipe=recipe,
         method=_method(recipe, mixed),

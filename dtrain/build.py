@@ -10,7 +10,7 @@ from dtrain.data.corpus import Corpus
 from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import AccumAdamW, adamw, decay_groups
-from dtrain.recipes import Recipe, of_section, with_start
+from dtrain.recipes import Recipe, moments_of, of_section, with_start
 
 _SEEDS = 2**31
 """A job's seed is below it, and islands' own lie from it to 2^32, beyond which torch's generator for the CPU looks at no bit."""
@@ -33,7 +33,7 @@ def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:
 def build_optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
     t = job.train
-    every = t.moments_every or recipe.moments_every or 1
+    every = moments_of(recipe, t.moments_every) or 1
     if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
         return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)
     return adamw(model, lr=t.lr, weight_decay=t.weight_decay)

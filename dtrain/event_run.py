@@ -6,14 +6,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain import metrics, units
+from dtrain import metrics, schedule, units
 from dtrain.build import build_recipe
 from dtrain.config import Job
 from dtrain.events.run import EventRun, MethodName, Posed, pose, run
 from dtrain.recipe import Recipe
+from dtrain.recipes import row_of
 
 METHODS: dict[str, MethodName] = {"dpsgd": "gossip", "a2cid2": "a2cid2", "dadao": "dadao"}
 """Algorithm -> its form under Poisson clocks."""
+_OF_ROUNDS = ("every", "delay", "fragments", "bucket_bytes", "error_feedback")
+"""Answers that say nothing of pairs that meet at random times."""
 _LOOKS = 50
 _SHOWN = 5
 """Looks that are printed, evenly spaced; all are in the file."""
@@ -36,6 +39,21 @@ def check_events(job: Job, recipe: Recipe) -> None:
     if recipe.codec != "identity" or recipe.server is not None:
         said = f'codec = "{recipe.codec}"' if recipe.server is None else f'server = "{recipe.server}"'
         raise ValueError(f'sync.{said} has no effect with sim.clock = "poisson", whose pairs exchange numbers as they are')
+    if schedule.parse(recipe.schedule) is not None:
+        raise ValueError(
+            f'sim.clock = "poisson" lets pairs meet at random times, and sync.recipe = "{recipe.name}" has sync.schedule = '
+            f'"{recipe.schedule}"; use sync.recipe = "{recipe.algorithm}", or sim.clock=steps'
+        )
+    row = row_of(recipe.name)
+    for axis in _OF_ROUNDS:
+        value = getattr(recipe, axis)
+        if value != getattr(row, axis):
+            raise ValueError(f'sync.{axis} = {value!r} has no effect with sim.clock = "poisson": it has no rounds; leave it out')
+    if job.train.lr != type(job.train).model_fields["lr"].default:
+        raise ValueError(
+            f'train.lr = {job.train.lr:g} has no effect with sim.clock = "poisson", whose steps follow the problem\'s curvature; '
+            "leave it out"
+        )
     _posed(job, recipe)
 
 

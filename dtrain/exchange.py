@@ -20,7 +20,7 @@ DIGEST_BYTES = 32
 
 def tell(own: Tensor, everyone: list[Tensor], link: Link) -> Iterator[None]:
     """Send one small uint8 tensor of a length that all know to all; fills ``everyone``, in node order."""
-    for peer in _others(link):
+    for peer in link.others():
         link.post(peer, own)
         link.expect(peer, own.numel())
     yield
@@ -54,10 +54,6 @@ def merge(layout: Layout, x: Tensor, out: Tensor, link: Link) -> Iterator[None]:
     """out <- mean over islands of x, in fp32 and node order, the same bits on every island."""
     path = all_to_all(plain("identity"))(layout, Peers(link.node, link.num_nodes))
     yield from path.run(x.to(torch.float32), out, {}, link)
-
-
-def _others(link: Link) -> list[int]:
-    return [peer for peer in range(link.num_nodes) if peer != link.node]
 
 
 def _digest(tensors: Sequence[Tensor]) -> bytes:

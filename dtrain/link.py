@@ -63,6 +63,10 @@ class Link:
     inbox: dict[int, Tensor] = field(default_factory=dict)
     rooms: Rooms = _OWN
 
+    def others(self) -> list[int]:
+        """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""
+        return [(self.node + k) % self.num_nodes for k in range(1, self.num_nodes)]
+
     def post(self, peer: int, wire: Tensor) -> None:
         """Send one wire to a peer in this phase; it may be written again after the next yield."""
         self.outbox.append((peer, wire))

@@ -34,7 +34,7 @@ def check_loop(
             f"recipe {recipe.name!r} takes its gradients by SAM: give join dtrain.optim.SAM(optimizer, rho={recipe.sam_rho:g}) "
             f'and step that with a closure, or use recipe = "{recipe.algorithm}"'
         )
-    if recipe.moments_every is not None and recipe.moments_every > 1:
+    if recipe.moments_every is not None:
         check_accumulates(recipe.name, recipe.moments_every, optimizers)
     if scaler is None:
         return

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.own_name import OWN_AXES, is_own
+from dtrain.topology import is_file
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
@@ -33,13 +34,15 @@ def absolute(name: str, folder: Path | None = None) -> str:
 
 def load(name: str) -> Recipe:
     """The row of ``FILE.py:ROW``, under that name; raises ValueError where there is none. The file of an own topology
-    or codec that it names lies beside it, or where an absolute path says."""
+    or codec, or of a graph, that it names lies beside it, or where an absolute path says."""
     from dtrain.recipes import Recipe
 
     path, row, found = load_named(name, "recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"sync.recipe = {name!r}: {path.name} has no row {row}; define {row} = dtrain.recipes.Recipe(...) there")
     beside = {axis: absolute(value, path.parent) for axis in OWN_AXES[1:] if is_own(value := getattr(found, axis))}
+    if isinstance(found.graph, str) and is_file(found.graph):
+        beside["graph"] = str((path.parent / found.graph).absolute())
     return replace(found, name=f"{path}:{row}", **beside)
 
 

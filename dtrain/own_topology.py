@@ -4,7 +4,7 @@
 
 is that node's row of round ``index``'s matrix W: pure, the same on every island and whenever it is asked. W is doubly stochastic,
 and who is sent to hears. That is checked of all islands for the first LOOK rounds, before anything starts, and of each later
-round when it is first asked for."""
+round when it is first asked for. So is, for methods that need it, whether W stays the same or its rounds are meetings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from numbers import Real
-from typing import NamedTuple, SupportsIndex, cast
+from typing import Literal, NamedTuple, SupportsIndex, cast
 
 from dtrain import topology as topologies
 from dtrain.own import digest, load_named
@@ -24,6 +24,8 @@ from dtrain.topology import Mixing, Round, Topology
 
 LOOK = 64
 """Rounds. Within them each island must hear, if only by others, of all; and no later round may need more room than they do."""
+Kind = Literal["any", "same", "pairs"]
+"""What a method needs of its rounds: nothing more, the same symmetric W in all of them, or two that average in each."""
 _OFF = 1e-9
 """By which weights may miss 1 in sum: float64 rounds 1024 of them to 1e-13, and somebody's 0.333 are no third."""
 
@@ -51,8 +53,8 @@ class _Looked(NamedTuple):
     digest: bytes
 
 
-def mixing_of(topology: str, graph: str | None, seed: int, server: str | None) -> Mixing:
-    """The topology of a name that ``check_topology`` has let pass."""
+def mixing_of(topology: str, graph: str | None, seed: int, server: str | None, kind: Kind = "any") -> Mixing:
+    """The topology of a name that ``check_topology``, and ``check_kind`` of one's own, have let pass."""
     if not is_own(topology):
         return topologies.mixing(topology, graph, seed, server)
     own = _own_of(topology)
@@ -66,11 +68,14 @@ def mixing_of(topology: str, graph: str | None, seed: int, server: str | None) -
                     f"{_where(topology, index)} lets island {node} hear {len(row.recvs)} others, and none of the first {LOOK} "
                     f"rounds more than {most}; let one of those be as large"
                 )
+        misfit = None if kind == "any" else _misfit(kind, each, own.rounds(0, num_nodes))
+        if misfit is not None:
+            raise ValueError(f"{_where(topology, index)} {misfit}, as none of the first {LOOK} did; let it be like them")
         return each
 
     base = Mixing(
         lambda index, node, num_nodes: checked(index, num_nodes)[node],
-        lambda _: 1,
+        lambda _: LOOK,
         heard=lambda node, num_nodes: own.looked(num_nodes).heard[node],
     )
     return base if server is None else topologies.served(base, server, seed)
@@ -91,6 +96,34 @@ def check_topology(topology: str, graph: str | None, num_nodes: int, seed: int =
             f"sync.topology = {topology!r}: in its first {LOOK} rounds islands {', '.join(map(str, apart))} never hear of "
             "island 0; add edges, or rounds with a server (sync.server)"
         )
+
+
+def check_kind(algorithm: str, needs: str, topology: str, num_nodes: int, kind: Kind) -> None:
+    """Raises ValueError where the first LOOK rounds of one's own topology are not of the kind that a method needs."""
+    rounds = _own_of(topology).rounds
+    first = rounds(0, num_nodes)
+    for index in range(LOOK):
+        misfit = _misfit(kind, rounds(index, num_nodes), first)
+        if misfit is not None:
+            raise ValueError(
+                f"{algorithm} {needs}, and {_where(topology, index)}, of {LOOK} that were looked at, {misfit}; use another "
+                'topology, or sync.recipe = "dpsgd"'
+            )
+
+
+def _misfit(kind: Kind, each: tuple[Round, ...], first: tuple[Round, ...]) -> str | None:
+    """What a round does that one of its kind does not; ``first`` is round 0."""
+    weights = [dict(row.recvs) for row in each]
+    if kind == "same":
+        if each != first:
+            return "is another than round 0"
+        lopsided = ((a, b) for a, row in enumerate(weights) for b, w in row.items() if abs(w - weights[b].get(a, 0.0)) > _OFF)
+        found = next(lopsided, None)
+        return None if found is None else f"lets island {found[0]} hear island {found[1]} with another weight than the other way"
+    for node, row in enumerate(weights):
+        if len(row) > 1 or any(abs(w - 0.5) > _OFF or node not in weights[peer] for peer, w in row.items()):
+            return f"is no meeting of two, of weight 1/2, for island {node}"
+    return None
 
 
 def digest_of_rows(topology: str, num_nodes: int) -> bytes:

@@ -10,7 +10,7 @@ from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
-from dtrain.own_topology import check_topology
+from dtrain.own_topology import check_kind, check_topology
 
 if TYPE_CHECKING:
     from dtrain.recipes import Recipe
@@ -155,6 +155,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
         )
+    if r.algorithm == "push_sum" and is_own(r.topology):
+        raise ValueError(
+            f"push_sum is for links that go one way, and of sync.topology = {r.topology!r} rows and columns sum to one, as of "
+            'every topology of your own; use topology = "directed" with sync.graph, a file of arcs, or sync.recipe = "dpsgd"'
+        )
     if r.algorithm == "push_sum" and r.topology not in topologies.DIRECTED:
         raise ValueError(
             f'push_sum is for links that go one way: it needs sync.topology = "directed", got "{r.topology}"; use that, or '
@@ -177,12 +182,16 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
         )
-    if rules.static is not None and r.topology not in topologies.STATIC:
+    if rules.static is not None and is_own(r.topology):
+        check_kind(r.algorithm, f"{rules.static}, so W must stay the same, and be symmetric", r.topology, num_islands, "same")
+    elif rules.static is not None and r.topology not in topologies.STATIC:
         raise ValueError(
             f"{r.algorithm} {rules.static}, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
         )
-    if rules.pairs and r.topology not in topologies.PAIRS:
+    if rules.pairs and is_own(r.topology):
+        check_kind(r.algorithm, "has rounds that are meetings of two", r.topology, num_islands, "pairs")
+    elif rules.pairs and r.topology not in topologies.PAIRS:
         raise ValueError(
             f'the rounds of {r.algorithm} are meetings of two; sync.topology = "{r.topology}" has others: use one of '
             f"{', '.join(topologies.PAIRS)}"

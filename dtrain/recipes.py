@@ -30,10 +30,7 @@ _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() 
 
 def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int) -> Recipe:
     """The named row with its overrides, checked as a whole; raises ValueError with one line."""
-    wanted = name or DEFAULT_RECIPE
-    if not is_own(wanted) and wanted not in RECIPES:
-        raise ValueError(f"recipe {wanted!r} is not known; use one of {', '.join(sorted(RECIPES))}, or FILE.py:ROW")
-    row = own.load(wanted) if is_own(wanted) else RECIPES[wanted]
+    row = row_of(name or DEFAULT_RECIPE)
     changes = {key: value for key, value in overrides.items() if value is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
@@ -47,6 +44,26 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     check_used(recipe, row, changes)
     check_together(recipe, num_islands)
     return replace(recipe, combine=combine_of(recipe))
+
+
+def row_of(name: str) -> Recipe:
+    """The row of a name, of one's own too, without any change; raises ValueError where there is none."""
+    if is_own(name):
+        return own.load(name)
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is not known; use one of {', '.join(sorted(RECIPES))}, or FILE.py:ROW")
+    return RECIPES[name]
+
+
+def moments_of(recipe: Recipe, said: int | None) -> int | None:
+    """s of AccumAdamW in the training job: the recipe's where train.moments_every is not said, None where neither says one.
+    Raises ValueError where that would take accumulation from a recipe that is defined with it."""
+    if said == 1 and recipe.moments_every not in (None, 1):
+        raise ValueError(
+            f'train.moments_every = 1 takes accumulation from sync.recipe = "{recipe.name}", which is defined with it; leave it '
+            'out, or use sync.recipe = "decent_adam"'
+        )
+    return recipe.moments_every if said is None else said
 
 
 def with_steps(recipe: Recipe, total_steps: int | None) -> Recipe:

@@ -39,7 +39,7 @@ def gather(codec: Codec) -> Reduce:
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             own = encode(x, state)
-            for peer in _others(link):
+            for peer in link.others():
                 link.post(peer, own)
                 link.expect(peer, bound.wire_bytes, bound.check)
             yield
@@ -77,14 +77,14 @@ def all_to_all(codec: Codec) -> Reduce:
             wires = [
                 encode(x[p], _under(state, f"to{j}.")) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))
             ]
-            for peer in _others(link):
+            for peer in link.others():
                 link.post(peer, wires[peer])
                 link.expect(peer, mine.wire_bytes, mine.check)
             yield
             combined = part.on(out.device)
             combine(combined, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
             result = encode_mine(combined, _under(state, "owner."))
-            for peer in _others(link):
+            for peer in link.others():
                 link.post(peer, result)
                 link.expect(peer, bound[peer].wire_bytes, bound[peer].check)
             yield
@@ -121,11 +121,6 @@ class _Scratch:
         if self._made is None:
             self._made = torch.empty(self._numel, device=device)
         return self._made
-
-
-def _others(link: Link) -> list[int]:
-    """Peers in an order that starts behind oneself, so that not everyone sends to island 0 first."""
-    return [(link.node + k) % link.num_nodes for k in range(1, link.num_nodes)]
 
 
 def _under(state: State, prefix: str) -> State:

@@ -8,6 +8,7 @@ et al. 2023, arXiv 2306.02913), so its islands are an ensemble that was trained 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,14 +41,14 @@ class _Counts:
         self.bins = torch.zeros(2, BINS, dtype=torch.float64)
         """Tokens that were right, and confidence, by bin."""
 
-    def add(self, p: Tensor, target: Tensor, spread: float) -> None:
+    def add(self, p: Tensor, target: Tensor, nats: float, spread: float) -> None:
         confidence, best = p.max(dim=-1)
         # The bins are (0, 1/15], (1/15, 2/15] ... as in the paper.
         index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
         right = (best == target).double()
         for row, values in enumerate((right, confidence.double())):
             self.bins[row].index_add_(0, index, values)
-        self.nats -= p.gather(-1, target[:, None]).double().log().sum().item()
+        self.nats += nats
         self.spread += spread
         self.tokens += len(target)
 
@@ -70,11 +71,15 @@ def predict(models: Sequence[nn.Module], sequences: tuple[Tensor, Tensor], *, ba
         for start in range(0, y.numel(), TOKENS):
             part = slice(start, start + TOKENS)
             target = y.flatten()[part]
-            each = torch.stack([of_one[part].float().softmax(dim=-1).cpu() for of_one in logits])  # (m, tokens, V)
-            for count, p in zip(counts, each, strict=False):
-                count.add(p, target, 0.0)
+            # Logarithms throughout: fp32 has no probability below 1e-45, and 120 nats are a number.
+            logs = torch.stack([of_one[part].float().log_softmax(dim=-1).cpu() for of_one in logits])  # (m, tokens, V)
+            of_target = logs[:, torch.arange(len(target)), target].double()  # (m, tokens)
+            each = logs.exp()
+            for count, p, log in zip(counts, each, of_target, strict=False):
+                count.add(p, target, -log.sum().item(), 0.0)
             mean = each.mean(dim=0)
-            counts[-1].add(mean, target, (each - mean).square().sum(dim=-1).mean(dim=0).sum().item())
+            nats = len(target) * math.log(len(models)) - of_target.logsumexp(dim=0).sum().item()
+            counts[-1].add(mean, target, nats, (each - mean).square().sum(dim=-1).mean(dim=0).sum().item())
     return [count.result() for count in counts]
 
 

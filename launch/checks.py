@@ -12,7 +12,7 @@ from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, of_section, rho_of, with_start
+from dtrain.recipes import AXES, moments_of, of_section, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -55,6 +55,7 @@ def resolved(job: Job) -> Job:
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
     with_start(recipe, job.islands.start)
     rho_of(recipe, job.train.sam_rho)
+    moments_of(recipe, job.train.moments_every)
     if job.train.merge != "mean" and job.islands.start != "own":
         raise ValueError(
             f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
@@ -105,7 +106,6 @@ def check_answers(job: Job, how: How) -> None:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
 
 
-
 def check_text(job: Job) -> None:
     from dtrain.data.corpus import check_fits, load_corpus
 
@@ -136,6 +136,12 @@ def _check_sim(job: Job) -> None:
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
     for key in ("moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
+    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
+    if defined_with is not None:
+        raise ValueError(
+            f'{sim} steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with {defined_with}; use sync.recipe = '
+            f'"{recipe.algorithm}"'
+        )
     if job.sim.clock == "poisson":
         from dtrain.event_run import check_events  # torch
 
@@ -145,12 +151,6 @@ def _check_sim(job: Job) -> None:
         raise ValueError(
             f'sim.problem = "consensus" has no gradients, and sync.recipe = "{recipe.name}" moves parameters by nothing else; '
             'use another recipe, "dpsgd" say, or sim.problem = "quadratic"'
-        )
-    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
-    if defined_with is not None:
-        raise ValueError(
-            f'sim.problem = "{job.sim.problem}" steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with '
-            f'{defined_with}; use sync.recipe = "{recipe.algorithm}"'
         )
 
 

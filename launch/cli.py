@@ -258,8 +258,9 @@ def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a name, 
 
     console, broken = Console(), 0
     for one in check_recipe(recipe):
-        broken += not one.kept
-        console.print(Text(f"{'kept   ' if one.kept else 'BROKEN '} {one.promise}: {one.found}"), soft_wrap=True)
+        broken += one.kept is False
+        word = {True: "kept", False: "BROKEN", None: "skipped"}[one.kept]
+        console.print(Text(f"{word:<7} {one.promise}: {one.found}"), soft_wrap=True)
     if broken:
         raise typer.Exit(_complain(1, f"{recipe} breaks {broken} of its promises"))
 

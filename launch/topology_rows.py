@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.topology import Mixing
-from dtrain.topology.consensus import TARGET, consensus
+from dtrain.topology.consensus import DRAWN, TARGET, consensus
 from dtrain.topology.names import ARCS, CHANGING, DIRECTED, GRAPHS, OF_GRAPHS, STATIC
 
 MOST_ISLANDS = 1024
@@ -29,7 +29,8 @@ def rows(mixing: Mixing, num_islands: int, *, wire_bytes: int, wire: str) -> lis
     """(what, number, what it means)."""
     found = consensus(mixing, num_islands)
     factor = "mean factor of a round" if mixing.drawn else "the part of the disagreement that a round leaves, at worst"
-    rounds = "never" if found.rounds is None else str(found.rounds)
+    beyond = f"more than {DRAWN:,}" if mixing.drawn else "never"
+    rounds = beyond if found.rounds is None else str(found.rounds)
     cut = ", ".join(map(str, found.articulation)) or "none"
     low, high = found.weights
     one_way = f"push-sum's; an island's steps count up to {1 / low:.3g} times as much where it is small"

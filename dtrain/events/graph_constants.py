@@ -60,7 +60,7 @@ def rates_of_rounds(mixing: Mixing, num_nodes: int, every: int) -> tuple[Ints, A
     if mixing.chances is not None:
         chances = mixing.chances(num_nodes)
         return np.array(list(chances), dtype=np.int64).reshape(-1, 2), np.array(list(chances.values())) / every
-    period = mixing.period(num_nodes)
+    period = mixing.period(num_nodes)  # of one's own topology, as many rounds as were looked at
     met = np.mean([matrix(mixing, index, num_nodes) for index in range(period)], axis=0)
-    pairs = edge_list(mixing, num_nodes)
+    pairs = np.argwhere(np.triu(met, 1) > 0)
     return pairs, 2 * met[pairs[:, 0], pairs[:, 1]] / every

@@ -31,14 +31,14 @@ class Problem:
 
 def consensus(num_nodes: int, numel: int, seed: int) -> Problem:
     """Agree on the mean of what the nodes begin with."""
-    start = np.random.default_rng((seed, 0)).standard_normal((num_nodes, numel))
+    start = _draw(seed).standard_normal((num_nodes, numel))
     return Problem(start, start.mean(axis=0), None)
 
 
 def quadratic(num_nodes: int, numel: int, seed: int, *, condition: float = CONDITION) -> Problem:
     """f_i(x) = sum_k a_k / 2 (x_k - c_ik)^2 with a_k from 1 to L = condition, as far apart by ratio, and any c_ik."""
     a = np.geomspace(1.0, condition, numel) if numel > 1 else np.ones(1)
-    c = np.random.default_rng((seed, 0)).standard_normal((num_nodes, numel))
+    c = _draw(seed).standard_normal((num_nodes, numel))
     return Problem(np.zeros_like(c), c.mean(axis=0), lambda nodes, x: a * (x - c[nodes]), 1.0, float(a.max()))
 
 
@@ -48,7 +48,7 @@ def scattered(num_nodes: int, numel: int, seed: int, *, condition: float = 100.0
     k = np.arange(numel)
     a = np.ones((num_nodes, numel))
     a[k * num_nodes // numel, k] = condition
-    c = np.random.default_rng((seed, 0)).standard_normal(numel)
+    c = _draw(seed).standard_normal(numel)
     return Problem(np.zeros_like(a), c, lambda nodes, x: a[nodes] * (x - c), 1.0, condition)
 
 
@@ -86,8 +86,13 @@ def logistic(num_nodes: int, numel: int, seed: int, *, penalty: float = 0.01) ->
     return Problem(np.zeros((num_nodes, numel)), optimum, gradient, penalty, float(largest) / 4 + penalty)
 
 
+def _draw(seed: int) -> np.random.Generator:
+    """No stream of the clocks (``clock.py``), whose units of time draw from (seed, unit), which is (seed, unit, 0)."""
+    return np.random.default_rng((seed, 0, 1))
+
+
 def _rows(num_nodes: int, numel: int, seed: int) -> tuple[Array, np.random.Generator]:
-    draw = np.random.default_rng((seed, 0))
+    draw = _draw(seed)
     return draw.standard_normal((num_nodes, SAMPLES, numel)), draw
 
 

@@ -135,8 +135,15 @@ def _numbers(group: dict[str, Any], t: int) -> Adam:
 
 
 def check_accumulates(recipe: str, every: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raises ValueError where a recipe that is defined with accumulated moments meets an optimizer without."""
+    """Raises ValueError where a recipe that is defined with AdamW, or with accumulated moments, meets an optimizer without."""
     for optimizer in optimizers:
+        if every == 1 and not isinstance(optimizer, AccumAdamW | torch.optim.AdamW):
+            raise ValueError(
+                f"recipe {recipe!r} is defined with AdamW, and {type(optimizer).__name__} is another optimizer; use "
+                'dtrain.optim.AccumAdamW, or torch.optim.AdamW, or recipe = "dpsgd"'
+            )
+        if every == 1:
+            continue
         if not isinstance(optimizer, AccumAdamW) or any(group["every"] == 1 for group in optimizer.param_groups):
             raise ValueError(
                 f"recipe {recipe!r} is defined with accumulated moments, and {type(optimizer).__name__} has none; use "

@@ -35,6 +35,8 @@ def matchings(graph: Graph) -> Matchings:
 def in_turns(of: Matchings) -> Topology:
     def topology(index: int, node: int, num_nodes: int) -> Round:
         turns = of(num_nodes)
+        if not turns:  # a graph without edges, whose islands only a server brings together
+            return ALONE
         peer = turns[index % len(turns)].get(node)
         return ALONE if peer is None else pair(peer)
 

@@ -22,8 +22,10 @@ Matrix = npt.NDArray[np.float64]
 TARGET = 1e-3
 _LOOK_AT = 8_000
 """Rounds x nodes up to which the round is found, not only the period in which it lies."""
-_DRAWN = 4096
+DRAWN = 4096
 """Rounds after which a topology that is drawn anew each time is given up."""
+_LOOK_EVERY = 16
+"""Rounds of it between two looks, as each takes a singular value decomposition: 64 nodes' in 1 ms, 1,024 nodes' in 400."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Consensus:
 
     lambda2: float
     rounds: int | None
-    """Until disagreement is TARGET of what it was, whatever it was; None where it never is."""
+    """Until disagreement is TARGET of what it was, whatever it was; None where it never is, and beyond DRAWN of drawn rounds."""
     mean_sends: float
     most_sends: int
     """Wires that an island sends in a round."""
@@ -148,12 +150,18 @@ def _by_squaring(whole: Matrix, period: int, mixing: Mixing) -> int | None:
 
 def _drawn(mixing: Mixing, num_nodes: int) -> tuple[int | None, float]:
     product = np.eye(num_nodes)
-    for index in range(_DRAWN):
-        product = matrix(mixing, index, num_nodes) @ product
-        distance = _distance(product, mixing)
-        if distance <= TARGET:
-            return index + 1, distance ** (1 / (index + 1))
-    return None, 1.0
+    for start in range(0, DRAWN, _LOOK_EVERY):
+        before = product
+        each = [matrix(mixing, index, num_nodes) for index in range(start, start + _LOOK_EVERY)]
+        for w in each:
+            product = w @ product
+        if _distance(product, mixing) > TARGET:
+            continue
+        for index, w in enumerate(each, start + 1):  # no round adds to the distance, so the first is one of these
+            before = w @ before
+            if (distance := _distance(before, mixing)) <= TARGET:
+                return index, distance ** (1 / index)
+    return None, _distance(product, mixing) ** (1 / DRAWN)
 
 
 def edges(mixing: Mixing, num_nodes: int) -> nx.DiGraph[int]:

@@ -30,8 +30,10 @@ def random_out(degree: int, seed: int) -> Arcs:
     has not so many others."""
 
     def arcs(num_nodes: int) -> nx.DiGraph[int]:
-        if not 1 <= degree < num_nodes:
-            raise ValueError(f"random_out:{degree} needs more than {max(degree, 1)} islands, got {num_nodes}, and 1 arc")
+        if degree < 1:
+            raise ValueError("random_out:0 has no arcs; use random_out:K with K of 1 or more")
+        if degree >= num_nodes:
+            raise ValueError(f"random_out:{degree} needs {degree + 1} islands or more, got {num_nodes}; use fewer arcs")
         made = cycle(num_nodes)
         draw = random.Random(f"arcs/{seed}")
         for node in range(num_nodes):

@@ -141,14 +141,15 @@ def check(topology: str, graph: str | None, num_nodes: int, seed: int = 0, serve
             'each round, or "coloured", one edge an island a round'
         )
     if num_nodes < 2 and name != "complete":
-        raise ValueError(f'sync.topology = "{topology}" needs at least 2 islands, got {num_nodes}; use "complete"')
+        said = f'sync.topology = "{topology}" needs at least 2 islands, got {num_nodes}'
+        raise ValueError(f'{said}; use more, or sync.recipe = "local"')
     if name == "hypercube" or graph == "hypercube":
         _need_power_of_two("hypercube", num_nodes)
     if name == "alternating_exp_ring":
         if num_nodes % ranks or not _is_power_of_two(num_nodes // ranks):
             raise ValueError(
-                f'sync.topology = "{topology}" pairs hosts of {ranks} islands, and needs 2, 4, 8 ... hosts, not {num_nodes} '
-                f"islands; use {ranks} x 2, 4, 8 ..."
+                f'sync.topology = "{topology}" pairs hosts of {ranks} islands, and needs 1, 2, 4, 8 ... hosts, not {num_nodes} '
+                f"islands; use {ranks} x 1, 2, 4, 8 ..."
             )
     elif name == "directed":
         from dtrain.topology import directed

@@ -77,7 +77,7 @@ def test_every_command_of_the_readme_runs(
             assert run_command([*words[1:], *(smaller if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
-    assert said["check"].count("kept ") == 6
+    assert said["check"].count("kept ") == 7
     assert [line.split()[0] for line in said["uncertainty"].splitlines()[1:-1]] == ["merged", "island0", "island1", "ensemble"]
     assert "a step takes" in said["profile"]
     assert "2 islands: take " in said["plan"]

@@ -14,10 +14,14 @@ from torch import Tensor
 
 import dtrain
 from dtrain import engine
+from dtrain.build import build_optimizer
+from dtrain.config import parse_job
 from dtrain.connect import Connection
 from dtrain.fused import FusedSteps
 from dtrain.hooks import take_over
+from dtrain.launch.checks import resolved
 from dtrain.optim import AccumAdamW
+from dtrain.recipes import RECIPES, moments_of
 from tests.islands import Quadratic, run_islands, sgd_step
 
 Matrix = NDArray[np.float64]
@@ -309,7 +313,7 @@ def test_a_round_in_flight_between_fused_steps_survives_a_checkpoint(recipe: str
 
 
 def test_accumulated_moments_are_asked_for_by_name() -> None:
-    """A recipe that is defined with them refuses an optimizer without; decentralized AdamW takes any."""
+    """A recipe that is defined with them refuses an optimizer without; decentralized AdamW takes AdamW, torch's too."""
     start, a, c = problem(1)
 
     def island(connection: Connection) -> None:
@@ -321,8 +325,30 @@ def test_accumulated_moments_are_asked_for_by_name() -> None:
         with dtrain.join(model, accumulates, recipe="accum_adam", link=connection) as sync:
             assert isinstance(sync._fused, FusedSteps)
             sgd_step(model, accumulates)
+        for other in (torch.optim.SGD(model.parameters(), lr=LR), torch.optim.Adam(model.parameters())):
+            with pytest.raises(ValueError, match=f"recipe 'decent_adam' is defined with AdamW, and {type(other).__name__} is"):
+                dtrain.join(model, other, recipe="decent_adam", link=connection)
 
     run_islands(2, island)
+
+    def of_torch(connection: Connection) -> None:
+        model = Quadratic(start, a[0], c[0], CUT)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        with dtrain.join(model, optimizer, recipe="decent_adam", link=connection):
+            sgd_step(model, optimizer)
+
+    run_islands(2, of_torch)
+
+
+def test_a_job_does_not_take_accumulation_from_its_recipe() -> None:
+    assert [moments_of(RECIPES["accum_adam"], said) for said in (None, 4, 8)] == [4, 4, 8]
+    assert [moments_of(RECIPES["decent_adam"], said) for said in (None, 1, 4)] == [1, 1, 4]
+    assert [moments_of(RECIPES["dpsgd"], said) for said in (None, 1)] == [None, 1]
+    job = parse_job({"sync": {"recipe": "accum_adam"}, "train": {"moments_every": 1}})
+    with pytest.raises(ValueError, match=r'train\.moments_every = 1 takes accumulation from sync\.recipe = "accum_adam"'):
+        resolved(job)
+    with pytest.raises(ValueError, match="takes accumulation"):
+        build_optimizer(job, RECIPES["accum_adam"], torch.nn.Linear(2, 2))
 
 
 def test_the_optimizer_is_given_back() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dtrain.algorithms.multi_gossip import chebyshev_steps
+from dtrain.launch.topology_rows import rows as table_rows
 from dtrain.topology import NAMES, Mixing, check, fingerprint, mixing
 from dtrain.topology.coloured import edge_colours
 from dtrain.topology.consensus import TARGET, Matrix, consensus, matrix
@@ -264,18 +265,22 @@ def test_random_pairs_shrink_the_square_as_expected() -> None:
         ("rign", None, 4, "topology = 'rign' is not known; use one of complete, ring, torus"),
         ("ring:3", None, 4, "topology = 'ring:3' is not known"),
         ("alternating_exp_ring:0", None, 4, "is not known"),
-        ("ring", None, 1, 'sync.topology = "ring" needs at least 2 islands, got 1; use "complete"'),
+        ("ring", None, 1, 'sync.topology = "ring" needs at least 2 islands, got 1; use more, or sync.recipe = "local"'),
         ("ring", "torus", 4, 'sync.graph = "torus" has no effect with sync.topology = "ring"'),
         ("graph", None, 4, "is made of the edges of a graph; name it in sync.graph: ring, path"),
         ("graph", "circle", 4, "sync.graph = 'circle' is no graph; use ring, path"),
         ("directed", "ring", 4, "sync.graph = 'ring' is no directed graph; use cycle"),
         ("hypercube", None, 6, "a hypercube has 2, 4, 8 ... islands, got 6; use 4 or 8"),
         ("coloured", "hypercube", 12, "a hypercube has 2, 4, 8 ... islands, got 12; use 8 or 16"),
-        ("alternating_exp_ring:2", None, 6, "pairs hosts of 2 islands, and needs 2, 4, 8 ... hosts, not 6 islands"),
+        ("alternating_exp_ring:2", None, 6, "pairs hosts of 2 islands, and needs 1, 2, 4, 8 ... hosts, not 6 islands"),
         ("graph", "random_regular:3", 5, "no connected graph of 5 islands; use a degree from 2 to 4, an even one"),
         ("graph", "random_regular:9", 6, "use a degree from 2 to 5"),
-        ("graph", "barabasi_albert:6", 6, "barabasi_albert:6 needs more than 6 islands, got 6"),
-        ("directed", "random_out:6", 6, "random_out:6 needs more than 6 islands, got 6"),
+        ("graph", "barabasi_albert:6", 6, "barabasi_albert:6 needs 7 islands or more, got 6; use fewer edges"),
+        ("graph", "barabasi_albert:0", 6, "barabasi_albert:0 has no edges; use barabasi_albert:M with M of 1 or more"),
+        ("directed", "random_out:6", 6, "random_out:6 needs 7 islands or more, got 6; use fewer arcs"),
+        ("directed", "random_out:0", 6, "random_out:0 has no arcs; use random_out:K with K of 1 or more"),
+        ("graph", "rings:0", 8, "rings:0 is no graph; use rings:C with C of 1 or more"),
+        ("graph", "rings:9", 8, "rings:9 needs 9 islands or more, got 8; use fewer rings"),
         ("graph", "./nowhere.edges", 4, "the edges of nowhere.edges cannot be read"),
     ],
 )
@@ -318,6 +323,45 @@ def test_consensus_of_a_slow_walk_is_found_by_squaring() -> None:
     values = np.sort(np.abs(np.linalg.eigvalsh(w)))
     assert found.lambda2 == pytest.approx(values[-2], rel=0, abs=1e-12)
     assert found.rounds == int(np.ceil(np.log(TARGET) / np.log(values[-2])))
+
+
+@pytest.mark.parametrize(
+    ("name", "graph", "n"), [("random_pairs", None, 8), ("random_edges", "ring", 9), ("random_edges", "path", 6)]
+)
+def test_the_first_round_of_a_drawn_topology_is_found(name: str, graph: str | None, n: int) -> None:
+    mixed = mixing(name, graph, 0)
+    found = consensus(mixed, n)
+    assert found.rounds is not None
+    left, before = (np.linalg.norm(product(mixed, n, r) - 1 / n, 2) for r in (found.rounds, found.rounds - 1))
+    assert left <= TARGET < before
+    assert found.lambda2 == pytest.approx(left ** (1 / found.rounds), rel=1e-9)
+
+
+def test_of_a_slow_drawn_topology_the_factor_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many rounds it is no fixed point: they leave a part of the disagreement, and that is no 1."""
+    monkeypatch.setattr("dtrain.topology.consensus.DRAWN", 64)
+    monkeypatch.setattr("dtrain.launch.topology_rows.DRAWN", 64)
+    mixed, n = mixing("random_edges", "path", 0), 16
+    found = consensus(mixed, n)
+    left = np.linalg.norm(product(mixed, n, 64) - 1 / n, 2)
+    assert 0.5 < left < 0.99
+    assert found.rounds is None
+    assert found.lambda2 == pytest.approx(left ** (1 / 64), rel=1e-9)
+    said = {what: number for what, number, _ in table_rows(mixed, n, wire_bytes=1, wire="")}
+    assert said["rounds"] == "more than 64"
+
+
+@pytest.mark.parametrize(("graph", "n"), [("rings:2", 2), ("rings:5", 5), ("./none.edges", 3)])
+def test_a_graph_without_edges_has_rounds_alone_until_the_server_comes(
+    graph: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("none.edges").write_text("# none\n")
+    check("coloured", graph, n, server="sampled:2:3")
+    mixed = mixing("coloured", graph, 0, "sampled:2:3")
+    assert all((matrix(mixed, index, n) == np.eye(n)).all() for index in range(3))
+    assert np.linalg.matrix_rank(matrix(mixed, 3, n)) == n - 1
+    assert consensus(mixed, n).lambda2 < 1
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 12])

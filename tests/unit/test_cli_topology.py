@@ -9,6 +9,7 @@ import pytest
 
 from dtrain.config import load_job
 from dtrain.launch.cli import run_command
+from dtrain.recipes import resolve
 from dtrain.topology import NAMES
 from tests.unit.small_run import opened, write_job_file
 
@@ -85,3 +86,16 @@ def test_a_run_keeps_where_its_edges_are(tmp_path: Path, monkeypatch: pytest.Mon
     Path("links.edges").write_text("0 1\n")
     run = opened("sync.recipe=dpsgd", "sync.every=1", "sync.topology=graph", "sync.graph=./links.edges").run
     assert load_job(run / "job.toml").sync.graph == str(Path("links.edges").resolve())
+
+
+def test_a_row_of_ones_own_names_a_graph_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder; a family stays a family."""
+    (tmp_path / "links.edges").write_text("0 1\n1 2\n")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom dtrain.recipes import RECIPES\n"
+        'file = replace(RECIPES["dpsgd"], topology="graph", graph="links.edges")\nfamily = replace(file, graph="rings:1")\n'
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resolve("../mine.py:file", {}, 3).graph == str(tmp_path / "elsewhere" / ".." / "links.edges")
+    assert resolve("../mine.py:family", {}, 3).graph == "rings:1"

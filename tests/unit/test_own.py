@@ -6,9 +6,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from dtrain.config import load_job
+from dtrain.contract import optimizer_of
 from dtrain.launch.cli import run_command
+from dtrain.optim import AccumAdamW
 from dtrain.recipes import RECIPES, resolve
 from tests.unit.small_run import opened, write_job_file
 
@@ -68,11 +71,16 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str
 def test_it_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -> None:
     status, lines, err = said(capsys, "check", "mine.py:row")
     assert (status, err) == (0, "")
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert all(line.startswith("kept ") for line in lines)
 
 
 BREAKS = {
+    "takes a thousandth too much": (
+        'weight * SHARE',
+        'weight * (1.001 if peers.node == 0 else 1)',
+        "mixing keeps the mean of all islands",
+    ),
     "moves the mean": ('weight * SHARE', 'weight * (1 + peers.node)', "mixing keeps the mean of all islands"),
     "forgets its state": ('"other": torch.zeros_like(b.x), "sent"', '"sent"', "KeyError"),
     "is random": ('theirs - state["sent"]', 'theirs - state["sent"] + 1e-3 * torch.rand_like(theirs)', "twice is the same bits"),
@@ -94,6 +102,55 @@ def test_what_it_breaks_is_seen(capsys: pytest.CaptureFixture[str], what: str) -
     assert status == 1
     assert any(line.startswith("BROKEN") and promise in line for line in lines), lines
     assert err.startswith("dtrain: bad.py:row breaks ")
+
+
+def changed(*changes: tuple[str, str]) -> str:
+    text = MINE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    name = f"changed{sum(1 for _ in Path().iterdir())}.py"  # a process loads a file once
+    Path(name).write_text(text)
+    return f"{name}:row"
+
+
+SLOW = ('"parameters", 2,', '"parameters", 4,'), ("delay=1", "delay=4")
+"""Rounds every 4 steps, that fly for 4: the last 3 of them know nothing of what was sent."""
+
+
+def test_a_round_that_throws_training_away_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else is wrong with it: it mixes well, and the mean stays where nobody trains."""
+    thrown = changed(*SLOW, ('b.x.add_(state["other"] - state["sent"])', 'b.x.copy_(state["other"])'))
+    status, lines, _ = said(capsys, "check", thrown)
+    assert status == 1
+    assert [line.split(":")[0] for line in lines if not line.startswith("kept ")] == [
+        "BROKEN  what islands train outlives their rounds"
+    ]
+
+
+def test_what_happens_beyond_the_first_chunk_of_a_codec_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = ("delay=1", 'delay=1, codec="topk:64/4096:2"')
+    beyond = ("            yield\n", '            yield\n            state["sent"][4096:] += 1e-3\n')
+    status, lines, _ = said(capsys, "check", changed(chunks, beyond))
+    assert status == 1
+    assert any(line.startswith("BROKEN  mixing keeps the mean") for line in lines), lines
+
+
+def test_what_a_row_says_nothing_of_is_said_to_be_unchecked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines, err = said(capsys, "check", changed((', combine="gossip",\n', ",\n")))
+    assert (status, err) == (0, "")
+    skipped = [line for line in lines if not line.startswith("kept ")]
+    assert len(skipped) == 3
+    assert all(line.startswith("skipped ") and 'not checked, because the row says combine = "mean"' in line for line in skipped)
+
+
+def test_a_recipe_is_checked_with_the_optimizer_that_it_is_defined_with() -> None:
+    model = torch.nn.Linear(2, 2)
+    for name, every in (("decent_adam", 1), ("accum_adam", 4)):
+        optimizer = optimizer_of(model, RECIPES[name], 0.1)
+        assert isinstance(optimizer, AccumAdamW)
+        assert optimizer.param_groups[0]["every"] == every
+    assert isinstance(optimizer_of(model, RECIPES["dpsgd"], 0.1), torch.optim.SGD)
 
 
 QUICK = ("dpsgd", "push_sum", "accum_adam")

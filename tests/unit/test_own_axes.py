@@ -322,7 +322,7 @@ def test_error_feedback_keeps_what_it_lost() -> None:
     ("recipe", "changes", "message"),
     [
         ("choco", {"codec": "mine.py:half"}, "choco codes differences by the project's own kernels"),
-        ("choco", {"topology": "mine.py:rows"}, "its topology must not change by round"),
+        ("choco", {"topology": "mine.py:rows"}, "round 1, of 64 that were looked at, is another than round 0; use another"),
         ("dpsgd", {"topology": "mine.py:rows", "graph": "ring"}, 'has no effect with sync.topology = "mine.py:rows" of your own'),
         ("dpsgd", {"topology": "mine.py:half"}, "mine.py has no function half; define def half(index, node, num_nodes) there"),
         ("dpsgd", {"topology": "nowhere.py:rows"}, "sync.topology = 'nowhere.py:rows': there is no file"),

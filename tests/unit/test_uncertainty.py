@@ -83,3 +83,27 @@ def test_the_diagonal_by_two_sums() -> None:
     thetas = torch.randn(5, 100, generator=torch.Generator().manual_seed(4)).double()
     diagonal = covariance_diagonal(thetas.sum(dim=0), thetas.square().sum(dim=0), 5)
     torch.testing.assert_close(diagonal, thetas.var(dim=0, correction=0), rtol=1e-12, atol=1e-12)
+
+
+class Sure(nn.Module):
+    """Its logit of one token is 120 above all others, which are alike."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        row = torch.zeros(VOCAB)
+        row[token] = 120.0
+        self.table = nn.Embedding.from_pretrained(row.repeat(VOCAB, 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens)
+
+
+def test_a_model_that_is_sure_and_wrong_has_a_loss_that_is_a_number() -> None:
+    """exp(-120) is 0 in fp32: -log softmax is 120 of whoever is wrong; of two that are sure of different tokens the mean is
+    1/2 of what either says, log 2 and 120 + log 1 where both are wrong."""
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    y = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    found = predict([Sure(0), Sure(1)], (x, y))
+    wanted = (80.0, 80.0, (2 * math.log(2) + 120) / 3)
+    # fp32 near 120: half of 2^-17 each.
+    assert [one.loss for one in found] == pytest.approx(wanted, rel=0, abs=2.0**-17)
