@@ -66,7 +66,8 @@ TIMES: dict[str, dict[str, int]] = {
     "a step late": {"every": 1, "delay": 1},
     "every third, two late": {"every": 3, "delay": 2},
 }
-NEEDS = {"choco": STATIC, "chebyshev": STATIC, "beer": STATIC, "a2cid2": PAIRS}
+NEEDS = {"choco": STATIC, "chebyshev": STATIC, "beer": STATIC, "multi_gossip": STATIC, "a2cid2": PAIRS}
+NO_SERVER = ("choco", "chebyshev", "beer", "a2cid2")
 
 Case = tuple[str, str, str, str]
 
@@ -83,7 +84,7 @@ def cases(codecs: tuple[str, ...]) -> list[Case]:
         if time in METHODS[method].times
         and (METHODS[method].matrix is not None or codecs != EXACT)
         and (method not in NEEDS or TOPOLOGIES[topology]["topology"] in NEEDS[method])
-        and (method not in NEEDS or "server" not in TOPOLOGIES[topology])
+        and (method not in NO_SERVER or "server" not in TOPOLOGIES[topology])
         and (topology != "server to all" or codecs == EXACT)  # which moves the mean, and has no place in gradient tracking
     ]
 
