@@ -65,7 +65,7 @@ def test_push_sum_merges_into_the_mean_that_it_keeps(tmp_path: Path, rounds: int
     apart = np.random.default_rng(1).uniform(-1, 1, (n, WIDTH)).astype(np.float32)
     p = problem(n)
 
-    def island(connection: Connection) -> tuple[NDArray[np.float32], ...]:
+    def island(connection: Connection) -> tuple[Any, ...]:
         model = p.model(connection.node)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         with dtrain.join(model, optimizer, recipe="push_sum", graph=str(file), delay=delay, link=connection) as sync:
@@ -78,10 +78,10 @@ def test_push_sum_merges_into_the_mean_that_it_keeps(tmp_path: Path, rounds: int
             with sync.merged():
                 seen = model.flat().numpy().copy()
             back = model.flat().numpy().copy()
-            sync.merge()
-            return before, seen, back, model.flat().numpy().copy()
+            distance = sync.merge()
+            return before, seen, back, model.flat().numpy().copy(), distance
 
-    before, seen, back, merged = (np.array(each, dtype=np.float64) for each in zip(*run_islands(n, island), strict=True))
+    before, seen, back, merged, distances = (np.array(each, dtype=np.float64) for each in zip(*run_islands(n, island), strict=True))
     want = apart.astype(np.float64).mean(axis=0)
     w = np.linalg.matrix_power(columns(n), rounds) @ np.ones(n)
     assert np.abs(w - 1).max() > 0.1, "a plain mean of z would be off"
@@ -90,3 +90,5 @@ def test_push_sum_merges_into_the_mean_that_it_keeps(tmp_path: Path, rounds: int
     assert largest(seen - want) <= bound
     assert largest(merged - want) <= bound
     assert (back == before).all()
+    if delay == 0:  # else a round lands before the merge
+        np.testing.assert_allclose(distances, np.square(before - want).sum(axis=1).mean() ** 0.5, rtol=1e-5)
