@@ -1,10 +1,10 @@
 """How much of a vector does a codec lose, and which mixing does that leave stable? Pure.
 
-C is a contraction where E|C(x) - x|^2 <= r^2 |x|^2 with r < 1. CHOCO's copies and DeepSqueeze's error feedback, round by round and
-along a direction in which I - W has the eigenvalue l, are one loop: E_t = v, what is lost of it e = E - C(E), and
+C is a contraction where E|C(x) - x|^2 <= r^2 |x|^2 with r < 1. CHOCO's copies and DeepSqueeze's error feedback, round by round
+and along a direction in which I - W has the eigenvalue l, are one loop: v is coded, e_{t+1} = v_t - C(v_t) is lost, and
     v_{t+1} = (1 - a) v_t + (1 + a) e_{t+1} - e_t,   a = gamma l,   so   v = G e,   G(z) = ((1 + a) - 1/z) / (z - (1 - a)).
-|G| is largest at z = -1, (2 + a) / (2 - a). By the small-gain theorem no loss of norm r < (2 - a) / (2 + a), whatever it is and
-however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I).
+|G| is largest at z = -1, (2 + a) / (2 - a). By the small-gain theorem no loss of norm r < (2 - a) / (2 + a), whatever it is
+and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I).
 
 Top-k loses nearly all, r^2 = 1 - K / CHUNK, but of each element nothing or everything: it goes out about once in CHUNK / K rounds,
 while x goes on by gamma (W - I) of the old copy in each. Between two sendings that adds up to 1 - a CHUNK / K: a < 2 K / CHUNK.

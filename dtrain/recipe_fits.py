@@ -20,11 +20,11 @@ MOST_GOSSIP_STEPS = 64
 """A wire's name has 6 bits for the phase of its round."""
 
 _STABLE_GAMMA = (
-    "more than 0 and at most 1: without loss I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more "
-    "for whatever W, and drives them apart above it"
+    "more than 0 and at most 1: without loss I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or "
+    "more for whatever W, and drives them apart above it"
 )
-"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range. What a
-codec loses does: ``codec_fits``."""
+"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range. What
+a codec loses does: ``codec_fits``."""
 
 
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:

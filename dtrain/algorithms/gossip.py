@@ -5,8 +5,7 @@ D-PSGD (Lian et al. 2017, arXiv 1705.09056), with any contraction C and the mean
     x_i <- x_i + gamma sum_j W_ij (C(x_j) - C(x_i)),   gamma = 1.
 DeepSqueeze (Tang et al. 2019, arXiv 1907.07346) is the same with gamma < 1 and a codec with error feedback, z_i = C(x_i + e_i)
 with e_i what is left; how small gamma must be for C is in ``contraction.py``. It needs no state of a neighbour, so any topology
-will do; it compresses the model and not a difference, so some disagreement always stays. What is left of models that were averaged
-exactly is no one's to be sent any more.
+will do; it compresses the model and not a difference, so some disagreement always stays. An exact average leaves no e_i.
 With delay 1 it is X_{t+1} = W_t X_t - lr U(G(X_t)): the gradient is taken at the un-mixed parameters while the same
 parameters mix on the wire, so the mixing has no staleness; and mixing, optimizer and the next encoding are one pass (arXiv
 2410.11998). Arrived wires lie in State until they land."""

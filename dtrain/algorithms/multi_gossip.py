@@ -60,8 +60,8 @@ def chebyshev_growth(mixing: Mixing, num_nodes: int, steps: int, lost: float) ->
     """By which a round multiplies E|x - mean|^2, in the long run, where each of its encodings loses E|e|^2 = ``lost`` E|y|^2 that
     is the same in all directions and owes nothing to the others: y_k = P_k(W) x + sum_j R_kj(W) e_j. Below 1 it is stable.
 
-    A codec's error does not quite keep to that. On a ring of 16, for 4 steps, it foretells |x - mean| times 0.50 (int4), 0.68 (e3m0)
-    and 4.1 (sign) a round; of 35.8 the first two left 3.9 and 6.9 after 40 rounds, their floors, and sign made 1.5e6."""
+    A codec's error does not quite keep to that. On a ring of 16, for 4 steps, it foretells |x - mean| times 0.50 (int4), 0.68
+    (e3m0) and 4.1 (sign) a round; of 35.8 the first two left 3.9 and 6.9 after 40 rounds, their floors, and sign made 1.5e6."""
     values = np.linalg.eigvalsh(matrix(mixing, 0, num_nodes))[:-1]
     scale, weights = chebyshev_steps(float(values[0]), float(values[-1]), steps)
     zero = np.zeros((steps + 1, len(values)))

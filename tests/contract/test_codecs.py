@@ -1,8 +1,8 @@
 """Does every codec that a method may have bring its islands together, at the row's gamma and at the largest that is let through?
 
-Islands that begin apart and only talk (dtrain.virtual), 4,096 elements each. What diverges grows between the middle and the end of
-a run. CHOCO and BEER go to no disagreement at all; the others, which code parameters themselves, keep some of it, and no more than
-half of what they began with."""
+Islands that begin apart and only talk (dtrain.virtual), 4,096 elements each. What diverges grows between the middle and the end
+of a run. CHOCO and BEER go to no disagreement at all; the others, which code parameters themselves, keep some of it, and no more
+than half of what they began with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def cases() -> Iterator[Any]:
             for codec in CODECS:
                 if refused(of_gamma(method, gamma, codec), ISLANDS) is None:
                     fast = (method, gamma, codec) in FAST
-                    yield pytest.param(method, gamma, codec, id=f"{method}-{gamma}-{codec}", marks=() if fast else pytest.mark.slow)
+                    mark = () if fast else pytest.mark.slow
+                    yield pytest.param(method, gamma, codec, id=f"{method}-{gamma}-{codec}", marks=mark)
 
 
 def distances(recipe: Recipe, problem: Consensus, steps: int) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Does no codec lose more of a vector than is said of it, and how much is lost usually? Against vectors that search for the worst."""
+"""Does no codec lose more of a vector than is said of it, and how much is lost usually?"""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_normal_values_lose_what_is_usual(name: str) -> None:
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 1.0, 1.5, 1.9])
 def test_the_worst_loss_alternates_and_grows_beyond_the_bound(a: float) -> None:
-    """e = -r E at each step, by CHOCO's own lines on two islands, whose disagreement has one direction: the root of largest modulus
-    of z^2 - (1 - a - r (1 + a)) z - r passes -1 where r = (2 - a) / (2 + a)."""
+    """e = -r v at each step, by CHOCO's own lines on two islands, whose disagreement has one direction: the root of largest
+    modulus of z^2 - (1 - a - r (1 + a)) z - r passes -1 where r = (2 - a) / (2 + a)."""
     r = (2 - a) / (2 + a)
     for factor, grows in ((0.999, False), (1.001, True)):
         loss = factor * r
