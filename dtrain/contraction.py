@@ -7,8 +7,8 @@ and along a direction in which I - W has the eigenvalue l, are one loop: v is co
 and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I).
 
 Top-k loses nearly all, r^2 = 1 - K / CHUNK, but of each element nothing or everything: it goes out about once in CHUNK / K
-rounds,
-while x goes on by gamma (W - I) of the old copy in each. Between two sendings that adds up to 1 - a CHUNK / K: a < 2 K / CHUNK.
+rounds, while x goes on by gamma (W - I) of the old copy in each. Between two sendings that adds up to 1 - a CHUNK / K, and so
+a < 2 K / CHUNK.
 This is no proof, as which element goes out when is up to the values; measured, 8 islands in a ring and 4,096 elements came
 together within 600 rounds at 1.7 times that bound (64 of 4,096) and 2.1 times (512 of 4,096), and did not at 4.3 and 4.8."""
 

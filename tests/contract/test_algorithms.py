@@ -163,7 +163,7 @@ def rounding(method: str, want: Matrix) -> float:
     """A step rounds as D-PSGD's (8 u M), a mix of n terms n (1 + 1 + 2) u M, times the gossip steps of a round and, for
     Chebyshev, its weights, below 2; kept sums (CHOCO) carry what all rounds before rounded. lr a <= 1/4 and ||M|| <= 1 in the
     2-norm, so errors of sqrt(n) in the largest entry do not grow: 2 sqrt(n) (8 + 8 n Q) u M a step and T of them, squared for
-    kept sums. That is wide for CHOCO's gamma, 1e-3 of which moves a run by half as much: test_gossip holds it a step at a time."""
+    kept sums. That is wide for CHOCO's gamma, 1e-3 of which moves a run by half as much: test_gossip holds each step."""
     M = max(largest(want), largest(problem(ISLANDS).c.astype(np.float64)))
     return 2 * ISLANDS**0.5 * (8 + 8 * ISLANDS * RECIPES[method].gossip_steps) * U * M
 

@@ -85,7 +85,7 @@ def test_push_sum_merges_into_the_mean_that_it_keeps(tmp_path: Path, rounds: int
     want = apart.astype(np.float64).mean(axis=0)
     w = np.linalg.matrix_power(columns(n), rounds) @ np.ones(n)
     assert np.abs(w - 1).max() > 0.1, "a plain mean of z would be off"
-    # n + 3 roundings a round of values up to 1, none of which grows (rows of A sum to one); w and the division by it twice.
+    # n + 3 roundings a round of values up to 1, none of which grows (rows of A sum to one); w and dividing by it twice.
     bound = (rounds + 1) * (n + 3) * U * 2 / w.min()
     assert largest(seen - want) <= bound
     assert largest(merged - want) <= bound
