@@ -172,7 +172,7 @@ class Sync:
 
         Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
         self.drain()
-        self.core.rest()
+        self._exact.rest(self.core)
         distance = self._average()
         self.core.merged()
         return distance
@@ -180,7 +180,7 @@ class Sync:
     def merge_corrected(self) -> float:
         """``merge`` for islands that were never in sync: it gives back the variance that a mean takes out (``corrected.py``)."""
         self.drain()
-        self.core.rest()
+        self._exact.rest(self.core)
         before, distance = moments(self._flat.parameters), self._average()
         self._exact.correct(self.step, before)
         self.core.merged()

@@ -41,7 +41,7 @@ class Averaged(NamedTuple):
     """What an exact average found before it made all islands equal."""
 
     distance: float
-    """sqrt(mean_i |x_i - mean x|^2) over all trained parameters."""
+    """sqrt(mean_i |x_i - mean|^2) over all trained parameters."""
     steps: tuple[int, ...]
     """Optimizer steps of each island."""
 
@@ -60,6 +60,8 @@ class Exact:
         self._device = buckets[0].x.device
         self._mine = [b for b in buckets if b.owner == self._ranks.rank]
         self._averaged: list[Tensor] = []
+        self._as_trained: dict[int, Tensor] = {}
+        """Parameters by bucket as they were before ``rest`` moved them, from which the next average takes their distance."""
 
     @torch.no_grad()
     def align(self, recipe: Recipe, seed: int, edges: int) -> None:
@@ -86,7 +88,7 @@ class Exact:
         rests = [value for lane in core.lanes if lane.algorithm.rest is not None for value in lane.state.values()]
         tensors = [*(b.x for b in self._buckets), *self._averaged, *rests]
         saved = [x.clone() for x in tensors]
-        core.rest()
+        self.rest(core)
 
         @torch.no_grad()
         def restore() -> None:
@@ -94,6 +96,13 @@ class Exact:
                 x.copy_(value)
 
         return restore
+
+    @torch.no_grad()
+    def rest(self, core: Core) -> None:
+        """Move the parameters to where a plain mean of theirs is the mean that the method keeps."""
+        if any(lane.algorithm.rest is not None for lane in core.lanes):
+            self._as_trained = {b.index: b.x.clone() for b in self._mine}
+        core.rest()
 
     @torch.no_grad()
     def average(self, step: int) -> Averaged:
@@ -112,9 +121,11 @@ class Exact:
             ],
         )
         apart = 0.0
-        for _, _, x, mean in pieces:
-            apart += float((x.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
+        for index, _, x, mean in pieces:
+            before = self._as_trained.get(index, x)
+            apart += float((before.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
             x.copy_(mean)
+        self._as_trained = {}
         if buffers is not None:
             unpack(self._averaged, buffers)
         self._ranks.refresh(self._buckets, gradients=False)

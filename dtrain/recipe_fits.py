@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from dtrain import codec_name, schedule
 from dtrain import topology as topologies
+from dtrain.codec_fits import NO_FEEDBACK, check_codec_fits
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
 from dtrain.own_topology import check_kind, check_topology
@@ -19,10 +20,11 @@ MOST_GOSSIP_STEPS = 64
 """A wire's name has 6 bits for the phase of its round."""
 
 _STABLE_GAMMA = (
-    "more than 0 and at most 1: I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or more for "
-    "whatever W, and drives them apart above it"
+    "more than 0 and at most 1: without loss I + gamma (W - I) brings islands together below gamma = 2 / (1 - lambda_n), 1 or "
+    "more for whatever W, and drives them apart above it"
 )
-"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range."""
+"""lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range. What
+a codec loses does: ``codec_fits``."""
 
 
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
@@ -72,7 +74,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
-    used = RULES[r.algorithm].axes | {"algorithm"}
+    used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
     if r.schedule == schedule.READY:
@@ -189,6 +191,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f"{r.algorithm} {rules.static}, so its topology must not change by round; "
             f'"{r.topology}" does: use one of {", ".join(topologies.STATIC)}'
         )
+    if "gossip_steps" in rules.axes and r.algorithm != "own" and r.topology == "complete" and r.gossip_steps > 1:
+        raise ValueError(
+            f'sync.gossip_steps = {r.gossip_steps} over sync.topology = "complete", whose first step is the exact mean; use '
+            "gossip_steps = 1, or another topology"
+        )
     if rules.pairs and is_own(r.topology):
         check_kind(r.algorithm, "has rounds that are meetings of two", r.topology, num_islands, "pairs")
     elif rules.pairs and r.topology not in topologies.PAIRS:
@@ -218,6 +225,7 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
             'another codec, or sync.recipe = "deepsqueeze"'
         )
+    check_codec_fits(r, num_islands)
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")
     if regular and r.fragments > r.every:

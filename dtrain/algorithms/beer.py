@@ -1,10 +1,11 @@
-"""Gradient tracking whose both exchanges are compressed differences, exact in the limit whatever the codec loses.
+"""Gradient tracking whose both exchanges are compressed differences, exact in the limit for a gamma that C bears.
 
-BEER (Zhao et al. 2022, arXiv 2201.13320): H and G are public copies of x and v, C any codec, U any optimizer:
+BEER (Zhao et al. 2022, arXiv 2201.13320): H and G are public copies of x and v, C a contraction, U any optimizer:
     x <- x + gamma sum_j W_ij (H_j - H_i) - lr U(v);              H <- H + C(x - H);
     v <- v + gamma sum_j W_ij (G_j - G_i) + g(x) - g(x_before);   G <- G + C(v - G).
 The first line is CHOCO's with a delay of one step (``choco.py``), which keeps s = sum_j W_ij H_j and not each H_j; the second
-does the same before each update. The mean of all v is the mean of all g, always. W must be static."""
+does the same before each update, and bears the same gamma (``contraction.py``). The mean of all v is the mean of all g, always,
+also after an exact average, which leaves v alone. W must be static."""
 
 from __future__ import annotations
 
@@ -44,6 +45,6 @@ def beer(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
                 bound.decode_add(link.received(peer), v_s, weight=weight)
             b.g.copy_(v)
 
-        return Algorithm(init, parameters.send, parameters.land, grad)
+        return Algorithm(init, parameters.send, parameters.land, grad, merged=parameters.merged)
 
     return bind

@@ -1,9 +1,11 @@
-"""Gossip on compressed differences with public copies, exact in the limit whatever the codec loses.
+"""Gossip on compressed differences with public copies, exact in the limit for a gamma that is small enough for what C loses.
 
 CHOCO-SGD (Koloskova et al. 2019, arXiv 1902.00340), memory-efficient form. Each island keeps its own public copy xhat
 and s_i = sum_j W_ij xhat_j:
     q = C(x - xhat);  xhat += q;  s += W_ii q;      and where the round lands:   s += sum_j W_ij q_j;  x += gamma (s - xhat).
-W must be static. All islands start from the same x, so xhat = s = x needs no first exchange."""
+W must be static. C must be a contraction, and how large gamma may be for it is derived in ``contraction.py``: beyond that the
+islands drift apart. All islands start from the same x, so xhat = s = x needs no first exchange; an exact average is such a start,
+and without it what copies lag behind would drive equal islands apart again."""
 
 from __future__ import annotations
 
@@ -46,6 +48,10 @@ def choco(codec: Blocks, gamma: float, mixing: Mixing) -> Method:
             )
             yield from arrivals.fly(state, link)
 
-        return Algorithm(init, send, land, fused=fused if bound.fuses else None)
+        def merged(b: Bucket, state: State) -> None:
+            state["xhat"].copy_(b.x)
+            state["s"].copy_(b.x)
+
+        return Algorithm(init, send, land, fused=fused if bound.fuses else None, merged=merged)
 
     return bind

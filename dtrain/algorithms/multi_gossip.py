@@ -7,7 +7,7 @@ P y_i = y_i + 1 / (1 - c) sum_j W_ij (C(y_j) - C(y_i)):
                 a_0 = 1,  a_1 = m,  a_{k+1} = 2 m a_k - a_{k-1};   all eigenvalues of W but 1 lie in [c - h, c + h].
 That is the polynomial of degree Q that is smallest on this interval: at most 1 / T_Q(m) of the disagreement is left, where plain
 gossip leaves lambda2^Q (Scaman et al. 2017, arXiv 1702.08704). Each round begins with k = 0, so no momentum outlives a change of
-the graph. Where the round lands:  x <- x + y_Q - x_sent."""
+the graph; all Q steps of a round are by its one W. Where the round lands:  x <- x + y_Q - x_sent."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dtrain.algorithm import Algorithm, Method
@@ -23,7 +24,7 @@ from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.link import Link, Peers
 from dtrain.topology import Mixing
-from dtrain.topology.consensus import spectrum
+from dtrain.topology.consensus import matrix, spectrum
 
 
 class Steps(NamedTuple):
@@ -53,6 +54,31 @@ def chebyshev_steps(least: float, largest: float, steps: int) -> Steps:
         weights.append(2 * m / following)
         ratio = following
     return Steps(1 / (1 - c), weights)
+
+
+def chebyshev_growth(mixing: Mixing, num_nodes: int, steps: int, lost: float) -> float:
+    """By which a round multiplies E|x - mean|^2, in the long run, where each of its encodings loses E|e|^2 = ``lost`` E|y|^2 that
+    is the same in all directions and owes nothing to the others: y_k = P_k(W) x + sum_j R_kj(W) e_j. Below 1 it is stable.
+
+    A codec's error does not quite keep to that. On a ring of 16, for 4 steps, it foretells |x - mean| times 0.50 (int4), 0.68
+    (e3m0) and 4.1 (sign) a round; of 35.8 the first two left 3.9 and 6.9 after 40 rounds, their floors, and sign made 1.5e6."""
+    values = np.linalg.eigvalsh(matrix(mixing, 0, num_nodes))[:-1]
+    scale, weights = chebyshev_steps(float(values[0]), float(values[-1]), steps)
+    zero = np.zeros((steps + 1, len(values)))
+    y = zero.copy()
+    y[0] = 1.0
+    before, power, means = y, np.ones(len(values)), [np.full(len(values), 1 / len(values))]
+    rows = []
+    for k, w in enumerate(weights):
+        mixed = y * (1 - scale * (1 - values))
+        mixed[k + 1] += scale * (1 - values)
+        y, before = w * mixed + (1 - w) * before, y
+        # The share of each direction's power in the mean power of y_k, as a row.
+        power = y[0] ** 2
+        rows = [(y[j + 1] ** 2, lost * means[j]) for j in range(k + 1)]
+        means.append(power / len(values) + sum(float(r.mean()) * m for r, m in rows))
+    whole = np.diag(power) + sum(np.outer(r, m) for r, m in rows)
+    return float(np.abs(np.linalg.eigvals(whole)).max())
 
 
 def _gossip(codec: Codec, steps_of: Callable[[int], Steps]) -> Method:

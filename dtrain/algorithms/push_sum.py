@@ -53,10 +53,13 @@ def push_sum(codec: Codec, mixing: Mixing) -> Method:
             state["base"].add_(b.x)
             w.copy_(after)
 
+        def rest(b: Bucket, state: State) -> None:
+            b.x.add_(state["base"], alpha=float(state["w"][peers.node]) - 1)
+
         def merged(b: Bucket, state: State) -> None:
             state["base"].copy_(b.x)
             state["w"].fill_(1.0)
 
-        return Algorithm(init, send, land, merged=merged)
+        return Algorithm(init, send, land, merged=merged, rest=rest)
 
     return bind

@@ -5,11 +5,14 @@ defined with SAM where train.sam_rho is 0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 from dtrain import topology as topologies
+from dtrain.codec_fits import refused
 from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
@@ -42,6 +45,8 @@ def candidates(
         if row.sam_rho is not None and sam_rho == 0:
             continue
         for overrides in _variants(row, num_islands, per_host, steps):
+            if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
+                continue
             recipe = resolve(row.name, overrides, num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
@@ -58,7 +63,7 @@ def check_plannable(recipe: Recipe) -> None:
         )
 
 
-def _variants(row: Recipe, num_islands: int, per_host: int, steps: int | None) -> Iterator[Mapping[str, object]]:
+def _variants(row: Recipe, num_islands: int, per_host: int, steps: int | None) -> Iterator[dict[str, Any]]:
     if row.payload == "none":
         yield {}
         return
@@ -89,6 +94,8 @@ def _takes(row: Recipe, topology: str, graph: str | None) -> bool:
     """Whether a method runs over a topology. No key of a job takes away the graph that a row names."""
     rules = RULES[row.algorithm]
     allowed = topologies.PAIRS if rules.pairs else topologies.STATIC if rules.static is not None else topologies.NAMES
+    if topology == "complete" and row.gossip_steps > 1:
+        return False
     return topologies.parameter(topology)[0] in allowed and (graph is not None or row.graph is None)
 
 

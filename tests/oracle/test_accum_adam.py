@@ -218,8 +218,8 @@ CASES: list[dict[str, Any]] = [
     {"recipe": "dpsgd", "topology": "complete", "codec": "int8:64", "delay": 1},
 ]
 CASES += [
-    {"recipe": "choco", "codec": codec, "delay": delay, "gamma": 0.75}
-    for codec, delay in (("int8:64", 1), ("sign:64", 1), ("int4:64:stochastic", 0), ("lut4:128", 1))
+    {"recipe": "choco", "codec": codec, "delay": delay, "gamma": gamma}
+    for codec, delay, gamma in (("int8:64", 1, 0.75), ("sign:64", 1, 0.3), ("int4:64:stochastic", 0, 0.75), ("lut4:128", 1, 0.75))
 ]
 CASES += [{"recipe": "dpsgd", "codec": codec} for codec in ("bf16", "e3m0:32")]
 CASES += [{"recipe": "dpsgd", "codec": "int8:64", "every": every, "delay": delay} for every, delay in ((3, 2), (2, 1))]

@@ -72,13 +72,6 @@ def gossip(s: Seen, t: int) -> Pairs:
     yield fine(now.updated) + (0.0 if s.delay else (s.w(t) - EYE) @ coded(now.updated)), now.x
 
 
-def mean_of_all(s: Seen, t: int) -> Pairs:
-    """x <- x - x_sent + mean_j C(x_j)."""
-    before, now, X = s.steps[t], s.steps[t + 1], fine(s.steps[t].x)
-    yield (mean_on_all(coded(before.x)) if s.delay and t else X) - LR * s.p.gradient(X), now.updated
-    yield (fine(now.updated) if s.delay else mean_on_all(coded(now.updated))), now.x
-
-
 def deepsqueeze(s: Seen, t: int) -> Pairs:
     """e <- e + x;  z = C(e);  e <- e - z;  x <- x + gamma (W - I) z."""
     before, now, X = s.steps[t], s.steps[t + 1], fine(s.steps[t].x)
@@ -193,7 +186,6 @@ def eager(s: Seen, t: int) -> Pairs:
 OUTER = {"reduce": "gather", "outer": "nesterov", "outer_lr": OUTER_LR, "outer_momentum": MU, "error_feedback": True, "every": 1}
 CASES: list[tuple[Callable[[Seen, int], Pairs], int, dict[str, Any]]] = [
     *((gossip, d, {"recipe": "dpsgd", "topology": "one_peer_exponential"}) for d in (0, 1)),
-    *((mean_of_all, d, {"recipe": "dpsgd", "topology": "complete", "reduce": "gather"}) for d in (0, 1)),
     *((deepsqueeze, d, {"recipe": "deepsqueeze", "gamma": GAMMA, "topology": "one_peer_ring"}) for d in (0, 1)),
     (push_sum, 1, {"recipe": "push_sum"}),
     *((multi_gossip, d, {"recipe": "multi_gossip", "gossip_steps": 2, "every": 1}) for d in (0, 1)),

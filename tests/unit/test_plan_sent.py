@@ -28,10 +28,10 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
         if name not in ("dadao", "single_merge")  # which cannot be planned
     ),
     ("allreduce", {"reduce": "gather"}),
-    ("choco", {"codec": "topk:64/4096:2"}),
+    ("choco", {"codec": "topk:64/4096:2", "gamma": 0.02}),
     ("dpsgd", {"codec": "int4:64:stochastic"}),
-    ("dpsgd", {"topology": "complete", "reduce": "all_to_all", "codec": "sign:64"}),
-    ("dpsgd", {"topology": "star"}),
+    ("dpsgd", {"topology": "complete", "reduce": "all_to_all"}),
+    ("dpsgd", {"topology": "star", "codec": "sign:64"}),
     ("dpsgd", {"topology": "coloured", "graph": "path"}),
     ("dpsgd", {"topology": "alternating_exp_ring:2"}),
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
