@@ -10,8 +10,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from dtrain import codec_name, schedule
+from dtrain import codec_name, comparison, schedule
 from dtrain.config import Job
+from dtrain.launch.bench_recipes import JOB
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
@@ -98,6 +99,14 @@ def test_the_files_to_read_open_with_a_question_and_methods_with_their_equations
 
 def test_nothing_is_left_to_be_filled_in() -> None:
     assert re.findall(r"^.*\b(?:RESULTS|TODO|TBD|FIXME|XXX)\b.*$", README, flags=re.MULTILINE) == []
+
+
+def test_what_recipes_reach_is_what_the_rows_say() -> None:
+    digest = comparison.digest(JOB.read_text(encoding="utf-8"))
+    rows = [row for row in comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl") if row.job == digest]
+    shown = [[ticked(entry)[0], *numbers] for entry, *numbers in table("recipe | budget")]
+    assert shown
+    assert shown == comparison.table(rows, list(dict.fromkeys(entry for entry, *_ in shown)))
 
 
 def test_the_speeds_are_those_that_were_measured() -> None:
