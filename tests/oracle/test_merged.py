@@ -81,7 +81,8 @@ def test_push_sum_merges_into_the_mean_that_it_keeps(tmp_path: Path, rounds: int
             distance = sync.merge()
             return before, seen, back, model.flat().numpy().copy(), distance
 
-    before, seen, back, merged, distances = (np.array(each, dtype=np.float64) for each in zip(*run_islands(n, island), strict=True))
+    each_of = zip(*run_islands(n, island), strict=True)
+    before, seen, back, merged, distances = (np.array(each, dtype=np.float64) for each in each_of)
     want = apart.astype(np.float64).mean(axis=0)
     w = np.linalg.matrix_power(columns(n), rounds) @ np.ones(n)
     assert np.abs(w - 1).max() > 0.1, "a plain mean of z would be off"
