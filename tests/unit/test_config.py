@@ -68,6 +68,7 @@ rates = "uniform"
 step_s = 1
 step_noise = 0.1
 stragglers = 1
+processes = 1
 straggler_factor = 3
 jitter = "1ms"
 loss = 0.01

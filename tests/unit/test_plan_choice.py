@@ -100,8 +100,8 @@ def test_an_outer_loop_needs_rounds() -> None:
 
 
 def test_gossip_steps_that_move_nothing_are_not_taken() -> None:
-    """Rings of two and three average exactly in one round, as everyone with everyone does; a ring of four does not."""
-    cases = [(2, "ring", 1), (3, "ring", 1), (4, "ring", 4), (4, "complete", 1), (2, "one_peer_exponential", 1)]
+    """Rings of two and three average exactly in one round; a ring of four does not."""
+    cases = [(2, "ring", 1), (3, "ring", 1), (4, "ring", 4)]
     for n, topology, steps in cases:
         found = [r for r in candidates(resolve(None, {}, n), n) if r.name == "multi_gossip" and r.topology == topology]
         assert found
@@ -113,7 +113,10 @@ def test_buckets_that_are_alike_send_as_each_of_them_would(monkeypatch: pytest.M
     shapes = {**{f"layer{k}": (4096, 24) for k in range(6)}, "norm": (130,), "odd": (37, 1100), "last": (5000, 9)}
     recipes = [
         resolve(name, {"bucket_bytes": 2**17} | axes, 4)
-        for name, axes in (("allreduce", {}), ("dpsgd", {}), ("delayed_diloco", {"fragments": 2}), ("choco", {"codec": "topk"}))
+        for name, axes in (
+            *(("allreduce", {}), ("dpsgd", {}), ("delayed_diloco", {"fragments": 2})),
+            ("choco", {"codec": "topk", "gamma": 0.02}),
+        )
     ]
     found = [sent.sent(r, shapes, 4, per_host=2) for r in recipes]
     kinds = set[object]()
@@ -136,14 +139,14 @@ def test_equal_ones_are_told_apart_by_bytes() -> None:
 
 def test_the_order_rests_on_what_is_in_the_files_of_measurements() -> None:
     quality = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
-    rows = comparison.read_rows(RESULTS / "recipes.jsonl")
-    plain = [row for row in rows if row.entry == "allreduce" and row.budget == 1]
+    rows = [row for row in comparison.read_rows(RESULTS / "recipes.jsonl") if row.budget == 1]
     for name, found in MEASURED.items():
         if found.source == "quality.json":
             percent = mean(quality["behind_allreduce_percent"]) if name == quality["recipe"] else None
         else:
-            ours = [row for row in rows if row.entry == name and row.budget == 1]
-            beside = comparison.behind(ours, plain)
+            ours = [row for row in rows if row.entry == name]
+            jobs = {row.job for row in ours}
+            beside = comparison.behind(ours, [row for row in rows if row.entry == "allreduce" and row.job in jobs])
             percent = beside.percent if beside is not None else None
             assert {row.islands for row in ours} == {found.islands}
         assert percent == pytest.approx(found.percent, abs=0.05), f"{name}: plan/order.py says another number than {found.source}"
