@@ -48,7 +48,8 @@ class Islands:
         self._job, self._owners = job, owners_of(job, numel_of(shapes))
         self._with_parameters = with_parameters
         self._others: list[_Other] = []
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._end)
             self._start(shapes, first_step)
             here = _nodes(self._owners, 0)
             self._part, link = simulation_of(job, shapes, problem, first_step, here)
@@ -60,9 +61,7 @@ class Islands:
                 of_here = dict(zip(here, self._part.parameters, strict=True))
                 nodes = range(len(self._owners))
                 self.parameters = [of_here[node] if node in of_here else begin(problem, node) for node in nodes]
-        except BaseException:
-            self._end()
-            raise
+            undo.pop_all()
 
     def __enter__(self) -> Islands:
         return self
