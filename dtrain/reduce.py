@@ -6,7 +6,8 @@ Bytes an island sends for n islands and a wire of w bytes: gather (n - 1) w; all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,16 +75,15 @@ def all_to_all(codec: Codec) -> Reduce:
             return state | {f"owner.{k}": v for k, v in mine.init(device).items()}
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            wires = [
-                encode(x[p], _under(state, f"to{j}.")) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))
-            ]
+            of = _split(state)
+            wires = [encode(x[p], of[f"to{j}"]) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))]
             for peer in link.others():
                 link.post(peer, wires[peer])
                 link.expect(peer, mine.wire_bytes, mine.check)
             yield
             combined = part.on(out.device)
             combine(combined, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
-            result = encode_mine(combined, _under(state, "owner."))
+            result = encode_mine(combined, of["owner"])
             for peer in link.others():
                 link.post(peer, result)
                 link.expect(peer, bound[peer].wire_bytes, bound[peer].check)
@@ -123,5 +123,10 @@ class _Scratch:
         return self._made
 
 
-def _under(state: State, prefix: str) -> State:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _split(state: State) -> Mapping[str, State]:
+    """``init``'s residuals by what stands before the dot, in one pass: 1,000 parts have 1,000."""
+    of: defaultdict[str, State] = defaultdict(dict)
+    for name, tensor in state.items():
+        part, _, own = name.partition(".")
+        of[part][own] = tensor
+    return of

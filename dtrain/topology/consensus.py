@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,8 +61,16 @@ def spectrum(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
     """The least and the largest eigenvalue, but for the 1 of the mean, of a W that stays the same and is symmetric."""
     if num_nodes == 1:
         return 0.0, 0.0
-    values = np.linalg.eigvalsh(matrix(mixing, 0, num_nodes))
+    values = eigenvalues(mixing, num_nodes)
     return float(values[0]), float(values[-2])
+
+
+@lru_cache(maxsize=32)
+def eigenvalues(mixing: Mixing, num_nodes: int) -> Matrix:
+    """All of a W that stays the same and is symmetric, shape (num_nodes,), rising. Kept, as 1,000 islands' take 0.6 s."""
+    values = np.asarray(np.linalg.eigvalsh(matrix(mixing, 0, num_nodes)), np.float64)
+    values.setflags(write=False)
+    return values
 
 
 def consensus(mixing: Mixing, num_nodes: int) -> Consensus:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,9 @@ class Mixing:
 
 
 def mixing(topology: str, graph: str | None, seed: int, server: str | None = None) -> Mixing:
-    """The topology of a name that ``check`` has let pass."""
-    base = _mixing(topology, graph, seed)
+    """The topology of a name that ``check`` has let pass: the same object each time, unless a file, which may change, says its
+    edges."""
+    base = (_mixing if graph is not None and is_file(graph) else _kept)(topology, graph, seed)
     return base if server is None else served(base, server, seed)
 
 
@@ -100,6 +102,12 @@ def _mixing(topology: str, graph: str | None, seed: int) -> Mixing:
     }
     rows, period = changing[name]
     return Mixing(rows, period)
+
+
+@lru_cache(maxsize=32)
+def _kept(topology: str, graph: str | None, seed: int) -> Mixing:
+    """What was made of it is not made again: of 1,000 islands the arcs of ``random_out:2`` take 0.4 s."""
+    return _mixing(topology, graph, seed)
 
 
 def _of_graph(name: str, graph: str | None, seed: int) -> Mixing:

@@ -6,8 +6,10 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dtrain.algorithms.multi_gossip import spectral_radius
 from dtrain.codec_fits import largest_move
 from dtrain.codec_name import parse
 from dtrain.contraction import most_moved
@@ -83,3 +85,19 @@ def test_how_far_a_round_moves() -> None:
     r = math.sqrt(1 - 2 / math.pi)
     assert most_moved(parse("sign:64")) == pytest.approx(2 * (1 - r) / (1 + r), rel=1e-12)
     assert most_moved(parse("topk:64/4096:8")) == 2 / 64
+
+
+@pytest.mark.parametrize("alone", [0.0, 0.4, 3.0])
+def test_the_radius_is_that_of_the_whole_matrix(alone: float) -> None:
+    """All is at least 0; with ``alone`` = 3 the largest stands on the diagonal, where no row joins."""
+    draw = np.random.default_rng(5)
+    diagonal, left, right = draw.random(30) * 0.4, draw.random((4, 30)), draw.random((4, 30)) / 30
+    diagonal[7], left[:, 7] = alone, 0.0
+    want = np.abs(np.linalg.eigvals(np.diag(diagonal) + left.T @ right)).max()
+    assert spectral_radius(diagonal, left, right) == pytest.approx(want, rel=1e-12)
+    assert want == pytest.approx(alone) or alone < 3
+
+
+def test_a_radius_of_the_diagonal_alone() -> None:
+    nothing = np.zeros((2, 3))
+    assert spectral_radius(np.array([0.2, 0.5, 0.1]), nothing, nothing) == 0.5
