@@ -181,9 +181,8 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(rules.paths)}'
         )
     if r.reduce in ("gather", "all_to_all") and r.topology != "complete":
-        raise ValueError(
-            f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; use reduce = "neighbours"'
-        )
+        remedy = 'use reduce = "neighbours"' if "neighbours" in rules.paths else 'use a gossip recipe, sync.recipe = "dpsgd" say'
+        raise ValueError(f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; {remedy}')
     if rules.static is not None and is_own(r.topology):
         check_kind(r.algorithm, f"{rules.static}, so W must stay the same, and be symmetric", r.topology, num_islands, "same")
     elif rules.static is not None and r.topology not in topologies.STATIC:

@@ -4,6 +4,7 @@ Pure: no torch. ``assemble.py`` turns a row into code."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -51,7 +52,9 @@ def row_of(name: str) -> Recipe:
     if is_own(name):
         return own.load(name)
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is not known; use one of {', '.join(sorted(RECIPES))}, or FILE.py:ROW")
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"recipe {name!r} is not known{meant}; use one of {', '.join(sorted(RECIPES))}, or FILE.py:ROW")
     return RECIPES[name]
 
 

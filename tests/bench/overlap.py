@@ -15,7 +15,7 @@ from typing import Any
 
 from dtrain import metrics, units
 from dtrain.recipes import DEFAULT_RECIPE
-from tests.bench.runs import ROOT, hardware, run_job, save
+from tests.bench.runs import ROOT, arguments, hardware, run_job, save
 
 RATES = ("100mbit", "10mbit", "1mbit")
 REPEATS = 5
@@ -90,4 +90,5 @@ def _row(rate: str, runs: dict[str, list[tuple[dict[str, Any], float]]]) -> dict
 
 
 if __name__ == "__main__":
+    arguments(__doc__)
     main()

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from dtrain.recipes import DEFAULT_RECIPE
-from tests.bench.runs import ROOT, hardware, run_job, save
+from tests.bench.runs import ROOT, arguments, hardware, run_job, save
 
 SEEDS = (0, 1, 2)
 ALLREDUCE_LRS = ("3e-3", "6e-3", "1.2e-2")
@@ -86,4 +86,5 @@ def _table(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    arguments(__doc__)
     main()

@@ -3,6 +3,7 @@ stopped goes on."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -20,6 +21,18 @@ from dtrain.launch.hardware import cpu_name
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "launch" / "jobs" / "quickstart.toml"
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def arguments(page: str | None, rates: Sequence[str] = ()) -> list[str]:
+    """The rates that the command line names, of those that can be measured, or all of them; ``--help`` prints the module's page
+    and ends, and anything else is one line and status 2."""
+    parser = argparse.ArgumentParser(description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rates:
+        parser.add_argument("rates", nargs="*", metavar="RATE", help=f"of {', '.join(rates)}; left out: all")
+    asked: list[str] = getattr(parser.parse_args(), "rates", [])
+    if unknown := [one for one in asked if one not in rates]:
+        parser.error(f"{unknown[0]} is no rate that is measured; use {', '.join(rates)}")
+    return asked or list(rates)
 
 
 def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ link is its rate."""
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dtrain import metrics, units
+from dtrain import metrics
 from dtrain.launch.checks import read_job
 from dtrain.launch.plan_job import Said, setting_of
 from dtrain.plan.plans import Planner, Row
 from dtrain.recipes import resolve
-from tests.bench.runs import JOB, ROOT, hardware, run_job, save
+from tests.bench.runs import JOB, ROOT, arguments, hardware, run_job, save
 
 RATES = ("1mbit", "10mbit", "100mbit", "1gbit")
 RECIPES: dict[str, tuple[str, dict[str, object]]] = {
@@ -132,7 +131,4 @@ def _verdict(rate: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or list(RATES)
-    for one in asked:
-        units.bits_per_s(one)
-    main(asked)
+    main(arguments(__doc__, RATES))

@@ -85,7 +85,7 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["profile", "job.toml", "--", "no.py"], "only dtrain run takes a script"),
         (["sim"], "Missing argument 'JOB.toml'. See dtrain sim --help."),
         (["rnu", "job.toml"], "No such command 'rnu'. Did you mean 'run'? See dtrain --help."),
-        (["recipes", "--show", "dilco"], "recipe 'dilco' is not known; use one of"),
+        (["recipes", "--show", "dilco"], "recipe 'dilco' is not known (did you mean diloco?); use one of"),
         (["report", "runs/none"], "runs/none is no run folder"),
         (["eval", "runs/none"], "runs/none is not a run folder"),
     ],

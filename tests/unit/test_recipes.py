@@ -60,7 +60,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("dilco", {}, "recipe 'dilco' is not known; use one of"),
+        ("dilco", {}, "recipe 'dilco' is not known (did you mean diloco?); use one of"),
         ("diloco", {"topology": "rign"}, "topology = 'rign' is not known; use one of complete, ring"),
         ("diloco", {"reduce": "ring"}, "reduce = 'ring' is not known"),
         ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov"),
