@@ -40,7 +40,7 @@ class Measured:
 _PAIRS = "+topology=alternating_exp_ring:2+train.lr=2.4e-2"
 MEASURED = {
     "delayed_diloco": Measured(2.1, 2, "quality.json"),
-    "accum_adam": Measured(1.1, 8, "recipes.jsonl", f"accum_adam{_PAIRS}"),
+    "accum_adam": Measured(1.6, 8, "recipes.jsonl", f"accum_adam{_PAIRS}"),
     "dpsgd": Measured(2.2, 8, "recipes.jsonl", f"decent_adam{_PAIRS}"),
     "decent_adam": Measured(2.2, 8, "recipes.jsonl", f"decent_adam{_PAIRS}"),
 }
