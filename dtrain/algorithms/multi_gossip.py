@@ -16,7 +16,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dtrain.algorithm import Algorithm, Method
@@ -25,10 +24,7 @@ from dtrain.bucket import Bucket, Layout
 from dtrain.codec import Codec, State
 from dtrain.link import Link, Peers
 from dtrain.topology import Mixing
-from dtrain.topology.consensus import eigenvalues, spectrum
-
-Vector = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.float64]
+from dtrain.topology.consensus import Matrix, eigenvalues, spectrum
 
 
 class Steps(NamedTuple):
@@ -84,12 +80,12 @@ def chebyshev_growth(mixing: Mixing, num_nodes: int, steps: int, lost: float) ->
     return spectral_radius(power, np.stack([r for r, _ in rows]), np.stack([m for _, m in rows]))
 
 
-def spectral_radius(diagonal: Vector, left: Rows, right: Rows) -> float:
+def spectral_radius(diagonal: Matrix, left: Matrix, right: Matrix) -> float:
     """Of A = diag(``diagonal``) + sum_j outer(``left``_j, ``right``_j), shapes (n,) and (k, n), all at least 0, for few j.
 
     A v = x v with c = right v says c = K(x) c, K(x) = right (x - diag)^-1 left'. Of what is not negative the radius is an
     eigenvalue, and where it lies above the diagonal it is the x at which K's own radius, that falls with x, is 1. Halving the
-    space up to the largest sum of a row finds it: of 1,000 islands in 4 ms, where all eigenvalues of A take 1.5 s."""
+    space up to the largest sum of a row finds it: of 1,000 islands in 5 ms, where all eigenvalues of A take 690 ms."""
     least, most = float(diagonal.max()), float((diagonal + right.sum(axis=1) @ left).max())
     for _ in range(60):
         x = (least + most) / 2

@@ -37,7 +37,7 @@ def random_out(degree: int, seed: int) -> Arcs:
         made = cycle(num_nodes)
         draw = random.Random(f"arcs/{seed}")
         for node in range(num_nodes):
-            # Counted past the two that are left out, as a list of the others for each node takes 0.3 s of 1,000.
+            # Counted past the two that are left out, as a list of the others for each node is a million steps of 1,000.
             first, second = sorted((node, (node + 1) % num_nodes))
             places = draw.sample(range(num_nodes - 2), degree - 1)
             peers = (place + (place >= first) + (place >= second - 1) for place in places)
