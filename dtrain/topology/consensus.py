@@ -67,7 +67,8 @@ def spectrum(mixing: Mixing, num_nodes: int) -> tuple[float, float]:
 
 @lru_cache(maxsize=32)
 def eigenvalues(mixing: Mixing, num_nodes: int) -> Matrix:
-    """All of a W that stays the same and is symmetric, shape (num_nodes,), rising. Kept, as 1,000 islands' take 90 ms, and a planner asks a dozen times."""
+    """All of a W that stays the same and is symmetric, shape (num_nodes,), rising. Kept: 1,000 islands' take 90 ms, and a planner
+    asks a dozen times."""
     values = np.asarray(np.linalg.eigvalsh(matrix(mixing, 0, num_nodes)), np.float64)
     values.setflags(write=False)
     return values
