@@ -26,7 +26,8 @@ from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
 from dtrain.corrected import moments
-from dtrain.exact import Exact
+from dtrain.errors import IslandsDiffer
+from dtrain.exact import Exact, refuse_unequal_steps
 from dtrain.fused import fused_steps
 from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
@@ -84,15 +85,16 @@ class Sync:
         self._base: dict[str, float] = {}
         self._prepared = self._closed = False
         self._merged_at: tuple[int, ...] = ()
+        self._meetings = None
         with ExitStack() as undo:
-            undo.callback(self._traffic.close, drain_s=0.0)
-            undo.callback(connection.membership.announce, Notice(0, 0, failed=True))
+            undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, plan.edges)
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
         self._fused = fused_steps(self.core, optimizers, self._flat) if self._ranks.num_ranks == 1 else None
-        self._meetings = None if plan.graph is None else Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
+        if plan.graph is not None:
+            self._meetings = Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
         if self._fused is not None:
             self._release = take_over(optimizers[0], self._fused_step, self._release)
@@ -164,7 +166,7 @@ class Sync:
             yield self._model
         finally:
             restore()
-        self._refuse_unequal_steps()
+        refuse_unequal_steps(self._merged_at)
 
     def merge(self) -> float:
         """Land what flies, then replace every island's model (buffers too) by the exact average, the same bits on all
@@ -197,7 +199,7 @@ class Sync:
         finally:
             restore()
         self._wait.waited_s = waited_s
-        self._refuse_unequal_steps()
+        refuse_unequal_steps(self._merged_at)
         return distance
 
     def settle(self) -> None:
@@ -237,8 +239,11 @@ class Sync:
         if self._closed:
             return
         self._closed = True
+        self._leave(self.step, failed=failed)
+
+    def _leave(self, step: int, *, failed: bool) -> None:
         membership = self._connection.membership
-        membership.announce(Notice(self.step, self._exact.merges, failed=failed))
+        membership.announce(Notice(step, self._exact.merges, failed=failed))
         if self._meetings is not None:
             self._meetings.close()
         self._traffic.close(
@@ -258,14 +263,14 @@ class Sync:
                 self.drain()
                 drained = True
         finally:
-            self.close(failed=not drained)
+            self.close(failed=not drained and not isinstance(error, IslandsDiffer))
 
     # ---- rounds and waiting
 
     def _launch(self, flights: Sequence[Flight]) -> None:
         if flights:
             self._flat.check_in_place(self._model)
-            self._refuse_unequal_steps()
+            refuse_unequal_steps(self._merged_at)
         with span("launch"):  # payload, encoding, and handing to the transport
             self._traffic.launch(flights)
         if self._meetings is not None:
@@ -322,15 +327,6 @@ class Sync:
         averaged = self._exact.average(self.step)
         self._merged_at = averaged.steps
         return averaged.distance
-
-    def _refuse_unequal_steps(self) -> None:
-        """Islands that averaged after different numbers of steps have lost each other: no later round would pair up."""
-        if len(set(self._merged_at)) > 1:
-            steps = ", ".join(f"island {n} after {s}" for n, s in enumerate(self._merged_at))
-            raise ValueError(
-                f"the islands averaged their models after different numbers of steps ({steps}) and cannot go on together; "
-                "give all islands loaders of one length"
-            )
 
 
 def join(

@@ -33,6 +33,11 @@ class Regroup(Exception):
         super().__init__(f"regroup as epoch {epoch} from step {step}")
 
 
+class IslandsDiffer(ValueError):
+    """Islands cannot go on together (another model, another number of steps). All of them find it from the same notes, and raise
+    it: who raises it lets its own notes leave first."""
+
+
 class NonFinite(ValueError):
     """A payload holds inf or NaN; it is never put on a wire."""
 

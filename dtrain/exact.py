@@ -17,6 +17,7 @@ from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent
 from dtrain.connect import Connection
 from dtrain.core import Core, Flight
 from dtrain.corrected import correct, moments
+from dtrain.errors import IslandsDiffer
 from dtrain.exchange import align, merge, tell
 from dtrain.link import Link
 from dtrain.membership import Notice
@@ -44,6 +45,16 @@ class Averaged(NamedTuple):
     """sqrt(mean_i |x_i - mean|^2) over all trained parameters."""
     steps: tuple[int, ...]
     """Optimizer steps of each island."""
+
+
+def refuse_unequal_steps(merged_at: Sequence[int]) -> None:
+    """Islands that averaged after different numbers of steps have lost each other: no later round would pair up."""
+    if len(set(merged_at)) > 1:
+        steps = ", ".join(f"island {n} after {s}" for n, s in enumerate(merged_at))
+        raise IslandsDiffer(
+            f"the islands averaged their models after different numbers of steps ({steps}) and cannot go on together; "
+            "give all islands loaders of one length"
+        )
 
 
 class Exact:
@@ -164,7 +175,7 @@ class Exact:
         return [told[k : k + size] for k in range(0, len(told), size)]
 
     def _compare(self, recipe: Recipe, seed: int, edges: int) -> None:
-        """Raises ValueError where an island brought another recipe, model, number of ranks or seed than island 0."""
+        """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0."""
         everyone: list[Tensor] = []
         own = torch.frombuffer(bytearray(self._promises(recipe, seed, edges)), dtype=torch.uint8).to(self._device)
         self._run(0, [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
@@ -172,7 +183,7 @@ class Exact:
             for k, name in enumerate(_PROMISES):
                 part = slice(k * _PROMISE_BYTES, (k + 1) * _PROMISE_BYTES)
                 if not torch.equal(told.cpu()[part], everyone[0].cpu()[part]):
-                    raise ValueError(
+                    raise IslandsDiffer(
                         f"island {node} has another {name} than island 0; join all islands of a job with the same "
                         "recipe, axes, model, number of ranks and seed"
                     )

@@ -17,9 +17,10 @@ from dtrain.assemble import Plan, assemble
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import State
 from dtrain.connect import Connection
-from dtrain.errors import NonFinite, PeerLost
+from dtrain.errors import IslandsDiffer, NonFinite, PeerLost
 from dtrain.link import Link, Peers
 from dtrain.recipes import Recipe
+from dtrain.transport.throttle import Throttle
 from tests.islands import run_islands
 
 
@@ -101,6 +102,45 @@ def test_islands_that_do_not_fit_together_are_refused_at_join(name: str, island_
     assert first == second
     assert first.startswith(f"island 1 has another {name} than island 0; ")
     assert "\n" not in first
+
+
+def late(connection: Connection, rtt_s: float) -> Connection:
+    """What this island sends arrives later than what it gets."""
+    return dataclasses.replace(connection, transport=Throttle(connection.transport, uplink=None, rtt_s=rtt_s))
+
+
+def test_who_refuses_first_lets_the_others_know_why_at_join() -> None:
+    """Island 1 has island 0's notes half a second before its own leave, and island 0 can only refuse by those."""
+
+    def island(connection: Connection) -> str:
+        model, optimizer = pair()
+        link = late(connection, 1.0) if connection.node else connection
+        with pytest.raises(IslandsDiffer, match="island 1 has another seed") as caught:
+            dtrain.join(model, optimizer, recipe="fedavg", every=5, seed=connection.node, link=link)
+        return str(caught.value)
+
+    first, second = run_islands(2, island)
+    assert first == second
+
+
+def test_who_refuses_first_lets_the_others_know_why_after_an_average() -> None:
+    def island(connection: Connection) -> str:
+        model, optimizer = pair()
+        link = late(connection, 1.0) if connection.node else connection
+        said = ""
+        try:
+            with dtrain.join(model, optimizer, recipe="fedavg", every=5, link=link) as sync:
+                for _ in range(3 - connection.node):
+                    step(model, optimizer)
+                with sync.merged():
+                    pass
+        except IslandsDiffer as e:
+            said = str(e)
+        return said
+
+    first, second = run_islands(2, island)
+    assert first == second
+    assert "island 0 after 3, island 1 after 2" in first
 
 
 def moved(model: nn.Linear) -> None:
