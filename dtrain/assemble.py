@@ -51,6 +51,8 @@ class Plan:
     """A number of what says who talks to whom where that is more than a name: a graph, a server, one's own topology; else 0."""
     sends: bool
     """Whether the method has rounds that land (all but local and all-reduce)."""
+    moves: bool
+    """Whether to send changes the parameters as well."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
 
@@ -71,6 +73,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
+        moves=rules.moves or recipe.landing == "eager",
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
 

@@ -144,6 +144,8 @@ class Sync:
             if self._wait.peer_left:
                 return
             self._launch(self.core.start_rounds() if self._meetings is None else self._meetings.after_step())
+            if self._ranks.num_ranks > 1 and (moved := self.core.moved_fragments()):
+                self._ranks.refresh([b for b in self.buckets if b.fragment in moved], gradients=False)
         if self.core.plan.delay_steps == 0:
             self._land_due(self.step)
 

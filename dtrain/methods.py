@@ -28,6 +28,8 @@ class Rules:
     """Why it is only simulated, by ``dtrain.events``; None where it trains models."""
     needs_same_start: str | None = None
     """Why all islands must start from the same parameters; None where each may start from its own."""
+    moves: bool = False
+    """Whether to send changes the parameters as well, so that an island's ranks differ until they are made equal."""
     fuses: bool = False
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
@@ -47,20 +49,21 @@ RULES: Mapping[AlgorithmName, Rules] = {
     "local": Rules(frozenset({"bucket_bytes"}), ("none",)),
     "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True, needs_same_start=_REPLICAS),
     "dpsgd": Rules(_PLAIN | _SERVER, ("neighbours", *_ALL), fuses=True),
-    "push_sum": Rules(_PLAIN),
+    "push_sum": Rules(_PLAIN, moves=True),
     "multi_gossip": Rules(_PLAIN | _SERVER | {"gossip_steps"}, static="mixes several times by one matrix"),
     "chebyshev": Rules(_PLAIN | {"gossip_steps"}, static="has the polynomial of one matrix"),
     "deepsqueeze": Rules(_GOSSIP | _SERVER | {"gamma"}),
     "gradient_tracking": Rules(_PLAIN | _SERVER, rewrites_gradients=True),
     "beer": Rules(_PLAIN | {"gamma"}, static=_COPIES, rewrites_gradients=True, needs_same_start=_COPIES),
     "choco": Rules(_PLAIN | {"gamma"}, static=_COPIES, needs_same_start=_COPIES, fuses=True),
-    "a2cid2": Rules(_PLAIN, pairs=True),
+    "a2cid2": Rules(_PLAIN, pairs=True, moves=True),
     "dadao": Rules(
         frozenset({"topology", "graph"}),
         simulated="is for strongly convex problems whose curvature is known, and is only simulated",
     ),
     "own": Rules(
-        _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN
+        _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN,
+        moves=True,
     ),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL, needs_same_start=_ANCHOR),
 }

@@ -19,6 +19,11 @@ SCENARIOS = {
     "wrapped after": functools.partial(_plain, wrap="after"),
     "sharpness-aware": functools.partial(_plain, wrap="after", rho=0.1),
     "corrected": functools.partial(_plain, wrap="after", corrects=True),
+    # Its rounds move the parameters when they start; the look two steps before the end falls into one.
+    "eager": functools.partial(
+        ranked.ddp_loop, wrap="after", recipe="diloco", codec="identity", delay=ranked.EVERY, landing="eager", outer_lr=0.3,
+        outer_momentum=0.5,
+    ),
     "default recipe": functools.partial(ranked.ddp_loop, wrap="after", recipe="delayed_diloco", codec="int4:64", delay=2),
 }
 
