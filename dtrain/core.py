@@ -106,11 +106,9 @@ class Core:
         """The rounds that start now, after step ``self.step``."""
         return [self.start(lane, self.step) for lane in self.lanes if self.starts(lane, self.step)]
 
-    def moved_fragments(self) -> set[int]:
-        """The fragments of which a round that starts now changes the parameters before it lands, on whatever rank."""
-        if not self.plan.moves or self.plan.delay_steps == 0:
-            return set()
-        return {f for f in range(self.plan.recipe.fragments) if self.plan.when(self.step, f, self.plan.control)}
+    def begun(self, step: int) -> set[int]:
+        """The fragments of which rounds start after ``step``, on whatever rank: each finds the same answer without asking."""
+        return {f for f in range(self.plan.recipe.fragments) if self.plan.when(step, f, self.plan.control)}
 
     def starts(self, lane: Lane, step: int) -> bool:
         """Whether a round of the lane starts after ``step``."""

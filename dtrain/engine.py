@@ -144,8 +144,9 @@ class Sync:
             if self._wait.peer_left:
                 return
             self._launch(self.core.start_rounds() if self._meetings is None else self._meetings.after_step())
-            if self._ranks.num_ranks > 1 and (moved := self.core.moved_fragments()):
-                self._ranks.refresh([b for b in self.buckets if b.fragment in moved], gradients=False)
+            if self._ranks.num_ranks > 1 and self.core.plan.moves and self.core.plan.delay_steps:  # else landing does it
+                begun = self.core.begun(self.step)
+                self._ranks.refresh([b for b in self.buckets if b.fragment in begun], gradients=False)
         if self.core.plan.delay_steps == 0:
             self._land_due(self.step)
 
@@ -309,10 +310,8 @@ class Sync:
         asking."""
         if self._ranks.num_ranks == 1:
             return {lane.bucket.fragment for lane in self.core.due(step)}
-        plan, begun = self.core.plan, step - self.core.plan.delay_steps
-        if not plan.sends or begun <= 0:
-            return set()
-        return {f for f in range(self.recipe.fragments) if plan.when(begun, f, plan.control)}
+        begun = step - self.core.plan.delay_steps
+        return self.core.begun(begun) if self.core.plan.sends and begun > 0 else set()
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None

@@ -109,6 +109,32 @@ def test_what_recipes_reach_is_what_the_rows_say() -> None:
     assert shown == comparison.table(rows, list(dict.fromkeys(entry for entry, *_ in shown)))
 
 
+def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
+    """`dtrain bench recipes` sets all beside all-reduce; these are beside each other, by the same mean of paired seeds."""
+    digest = comparison.digest(JOB.read_text(encoding="utf-8"))
+    rows = comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl")
+    rows = [row for row in rows if (row.job, row.budget) == (digest, 4)]
+    pairs = "+topology=alternating_exp_ring:2+train.lr="
+
+    def beside(entry: str, other: str) -> tuple[float, float, int]:
+        found = comparison.behind(*([row for row in rows if row.entry == name] for name in (entry, other)))
+        assert found is not None
+        assert found.percent is not None
+        assert found.half_width is not None
+        return found.percent, found.half_width, found.seeds
+
+    text = README.replace("\n", " ")
+    percent, within, _ = beside(f"accum_adam{pairs}2.4e-2", f"decent_adam{pairs}2.4e-2")
+    assert f"at 4x it is {-percent:.2f} % +- {within:.2f} better than `decent_adam`" in text
+    plain = "choco+codec=identity+train.lr=2.4e-2"
+    eight, four = (beside(f"choco{codec}+train.lr=2.4e-2", plain) for codec in ("", "+codec=int4:64"))
+    assert f"8 bits {eight[0]:+.2f} % +- {eight[1]:.2f} and 4 bits {four[0]:+.2f} % +- {four[1]:.2f} (four paired" in text
+    assert eight[2] == four[2] == 4
+    bits = {row.entry: row.bits_per_byte for row in rows if row.seed == 3}
+    slow, slower = bits["allreduce+train.lr=6e-3"], bits[f"accum_adam{pairs}1.2e-2"]
+    assert f"all-reduce with 6e-3 reaches {slow:.4f} and `accum_adam` with 1.2e-2 {slower:.4f}" in text
+
+
 def test_the_speeds_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "tests/bench/results/speed.json").read_text(encoding="utf-8"))
     cells = {(cell["rate"], cell["recipe"]): cell for cell in measured["cells"]}
