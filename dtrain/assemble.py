@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -22,8 +23,11 @@ from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.push_sum import push_sum
+from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.events.graph_constants import rates_of_rounds
+from dtrain.low_rank import low_rank
 from dtrain.matchmaker import Graph, graph_of
+from dtrain.matrices import check_rank, rank_of
 from dtrain.methods import RULES
 from dtrain.outer import Outer
 from dtrain.own_codec import codec_of
@@ -76,6 +80,23 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         moves=rules.moves or recipe.landing == "eager",
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
+
+
+def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:
+    """The buckets that a recipe asks for; raises ValueError where no parameter of the model is sent by a rank that it names."""
+    keeps_whole = None
+    if r.reduce == "low_rank" and r.rank is not None:
+        check_rank({name: p.shape for name, p in zip(flat.names, flat.parameters, strict=True)}, r.rank)
+        keeps_whole = functools.partial(columns, r)
+    return make_buckets(
+        flat, num_fragments=r.fragments, bucket_bytes=r.bucket_bytes, num_ranks=num_ranks, with_grad=with_grad,
+        keeps_whole=keeps_whole,
+    )  # fmt: skip
+
+
+def columns(r: Recipe, s: Span) -> int:
+    """Of the factors by which a parameter is sent; 0: as it is."""
+    return 0 if r.reduce != "low_rank" or r.rank is None else rank_of(s.name, s.shape, r.rank)
 
 
 def _graph(mixed: Mixing, num_islands: int) -> Graph:
@@ -143,6 +164,9 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
 
 def _reduce(r: Recipe) -> Reduce:
     codec = codec_of(r.codec, error_feedback=r.error_feedback)
+    if r.reduce == "low_rank":
+        plain = codec_of(r.codec, error_feedback=False)
+        return low_rank(plain, functools.partial(columns, r), error_feedback=r.error_feedback)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

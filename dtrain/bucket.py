@@ -2,13 +2,14 @@
 
 All parameters of one dtype are moved into one flat storage, in the model's order, and stay views of it. The storage
 is cut into buckets in global coordinates, never by rank, so that wires do not depend on how an island is sharded.
-Cuts inside a parameter fall on multiples of GRAIN elements from its start, so that no codec block is ever cut in two.
+Cuts inside a parameter fall on multiples of GRAIN elements from its start, so that no codec block is ever cut in two;
+parameters that a path must see whole are never cut.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -49,6 +50,10 @@ class Span:
         return self.stop - self.start
 
 
+KeepsWhole = Callable[[Span], bool]
+"""Whether a parameter must lie in one bucket, of which it may then be all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What lies where in a bucket: spans in order, without gaps."""
@@ -71,10 +76,11 @@ class Layout:
                 spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
         return Layout(tuple(spans))
 
-    def cuts(self, num_parts: int, grain: int) -> tuple[int, ...]:
+    def cuts(self, num_parts: int, grain: int, keeps_whole: KeepsWhole | None = None) -> tuple[int, ...]:
         """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a
-        span."""
-        return cut_evenly([s.numel for s in self.spans], num_parts, grain)
+        span that may be cut."""
+        grains = [max(1, s.numel) if keeps_whole is not None and keeps_whole(s) else grain for s in self.spans]
+        return cut_evenly([s.numel for s in self.spans], num_parts, grains)
 
 
 def whole(name: str, x: Tensor) -> Layout:
@@ -96,19 +102,19 @@ class Bucket:
     """The rank of the island that carries this bucket over the link."""
 
 
-def cut_evenly(numels: Sequence[int], num_parts: int, grain: int) -> tuple[int, ...]:
-    """Split sum(numels) into num_parts near-equal parts; cuts lie on multiples of grain from an item's start, or on
+def cut_evenly(numels: Sequence[int], num_parts: int, grains: Sequence[int]) -> tuple[int, ...]:
+    """Split sum(numels) into num_parts near-equal parts; cuts lie on multiples of an item's grain from its start, or on
     its start."""
     total = sum(numels)
     positions = [0]
     start = 0
-    items = iter(numels)
-    size = next(items, 0)
+    items = zip(numels, grains, strict=True)
+    size, grain = next(items, (0, 1))
     for k in range(1, num_parts):
         ideal = total * k // num_parts
         while start + size <= ideal and start + size < total:
             start += size
-            size = next(items)
+            size, grain = next(items)
         inside = (ideal - start + grain // 2) // grain * grain
         positions.append(max(positions[-1], start + min(inside, size)))
     return (*positions, total)
@@ -186,22 +192,23 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
 
 
 def make_buckets(
-    flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool
-) -> list[Bucket]:
+    flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool,
+    keeps_whole: KeepsWhole | None = None,
+) -> list[Bucket]:  # fmt: skip
     """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
 
     The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
-    otherwise), never on num_ranks."""
+    otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
     global_base = 0
     for storage, members in zip(flat.storages, flat.order, strict=True):
         layout = _layout(flat, members, global_base)
         global_base += storage.numel()
-        fragments = layout.cuts(num_fragments, GRAIN)
+        fragments = layout.cuts(num_fragments, GRAIN, keeps_whole)
         for f in range(num_fragments):
             inside = layout.part(fragments[f], fragments[f + 1])
-            cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN)
+            cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN, keeps_whole)
             for a, b in pairwise(cuts):
                 if a < b:
                     pieces.append((f, inside.part(a, b), storage[fragments[f] + a : fragments[f] + b]))

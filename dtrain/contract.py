@@ -1,11 +1,13 @@
 """Does a recipe keep the promises that every method makes? Small runs of it, in this process, with what came out.
 
-Four islands hold a loss each, in two tensors of two chunks of the codec and some more, and step by SGD, or by what the recipe is
-defined with: AccumAdamW, SAM. Each check is a number that should be below a bound, both shown, or bits that should be equal."""
+Four islands hold a loss each, in two tensors of two chunks of the codec and some more (the first a matrix, for a path of low
+rank), and step by SGD, or by what the recipe is defined with: AccumAdamW, SAM. Each check is a number that should be below a
+bound, both shown, or bits that should be equal."""
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,34 +60,43 @@ class _Loss(nn.Module):
     """sum_k a_k / 2 (x_k - c_k)^2 + s_tk x_k; its slopes s_t are drawn anew each step t, so that a step that is lost shows even
     where an island had settled."""
 
-    def __init__(self, node: int, sizes: tuple[int, int]) -> None:
+    def __init__(self, node: int, row: Recipe) -> None:
         super().__init__()
+        sizes = _sizes(row)
         self._node, (self._cut, width) = node, (sizes[0], sum(sizes))
         own = torch.Generator().manual_seed(1 + node)
         self.a, self.c = 0.25 + 1.75 * torch.rand(width, generator=own), torch.rand(width, generator=own) * 2 - 1
-        self.left, self.right = nn.Parameter(torch.empty(sizes[0])), nn.Parameter(torch.empty(sizes[1]))
+        self.left, self.right = nn.Parameter(torch.empty(_left(row))), nn.Parameter(torch.empty(sizes[1]))
         self.set_flat(_start(width))
 
     def forward(self, step: int) -> Tensor:
         drawn = torch.Generator().manual_seed(ISLANDS * step + self._node)
         slopes = torch.rand(len(self.a), generator=drawn) - 0.5
-        x = torch.cat((self.left, self.right))
+        x = torch.cat((self.left.flatten(), self.right))
         return (0.5 * self.a * (x - self.c).square() + slopes * x).sum()
 
     def flat(self) -> Tensor:
-        return torch.cat((self.left.detach(), self.right.detach()))
+        return torch.cat((self.left.detach().flatten(), self.right.detach()))
 
     @torch.no_grad()
     def set_flat(self, x: Tensor) -> None:
-        self.left.copy_(x[: self._cut])
+        self.left.copy_(x[: self._cut].view_as(self.left))
         self.right.copy_(x[self._cut :])
 
 
 def _sizes(row: Recipe) -> tuple[int, int]:
     """Elements of the two tensors: top-k of a shorter chunk would keep nearly all, and a block's scale would never be another's.
     Of somebody's own codec the longest chunk is assumed."""
-    block = MAX_BLOCK if is_own(row.codec) else parse(row.codec).block
-    return 2 * block + 68, 2 * block + 81
+    return math.prod(_left(row)), 2 * _block(row) + 81
+
+
+def _left(row: Recipe) -> tuple[int, ...]:
+    """The first tensor's shape; a matrix of so many rows and columns goes by its factors."""
+    return (2 * row.rank + 4, 3 * row.rank) if row.reduce == "low_rank" and row.rank is not None else (2 * _block(row) + 68,)
+
+
+def _block(row: Recipe) -> int:
+    return MAX_BLOCK if is_own(row.codec) else parse(row.codec).block
 
 
 def _start(width: int) -> Tensor:
@@ -200,7 +211,7 @@ def _run(
     sizes = _sizes(row)
 
     def island(connection: Connection) -> _Island:
-        model, beside = _Loss(connection.node, sizes), _Loss(connection.node, sizes)
+        model, beside = _Loss(connection.node, row), _Loss(connection.node, row)
         beside.set_flat(torch.zeros(sum(sizes)))
         optimizer, alone = optimizer_of(model, row, lr), optimizer_of(beside, row, lr)
         sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.assemble import assemble
-from dtrain.bucket import flatten, make_buckets
+from dtrain.assemble import assemble, cut
+from dtrain.bucket import flatten
 from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
@@ -70,13 +70,7 @@ class Sync:
         self._flat = flatten(model.named_parameters())
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        self.buckets = make_buckets(
-            self._flat,
-            num_fragments=recipe.fragments,
-            bucket_bytes=recipe.bucket_bytes,
-            num_ranks=self._ranks.num_ranks,
-            with_grad=plan.rewrites_gradients,
-        )
+        self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_ranks, with_grad=plan.rewrites_gradients)
         mine = [b for b in self.buckets if b.owner == self._ranks.rank]
         self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device)
@@ -352,6 +346,7 @@ def join(
     landing: str | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
+    rank: int | None = None,
     total_steps: int | None = None,
     start: Literal["same", "own"] = "same",
     clip: float | None = None,
@@ -387,6 +382,7 @@ def join(
         "landing": landing,
         "fragments": fragments,
         "bucket_bytes": bucket_bytes,
+        "rank": rank,
     }
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}

@@ -40,6 +40,8 @@ _SERVER = frozenset({"server"})
 _PLAIN = _GOSSIP - {"error_feedback"}
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
 _ALL = ("gather", "all_to_all")
+_MEANS = (*_ALL, "low_rank")
+"""Of what is small beside the parameters, so that a part of it may be left for later."""
 _COPIES = "keeps sums of its neighbours' public copies"
 _ANCHOR = "keeps an anchor that all islands share"
 _REPLICAS = "changes replicas by one mean gradient"
@@ -65,5 +67,5 @@ RULES: Mapping[AlgorithmName, Rules] = {
         _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN,
         moves=True,
     ),
-    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL, needs_same_start=_ANCHOR),
+    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing", "rank"}, _MEANS, needs_same_start=_ANCHOR),
 }

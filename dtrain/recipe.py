@@ -17,7 +17,7 @@ class Recipe:
     algorithm: AlgorithmName
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
-    reduce: Literal["none", "neighbours", "gather", "all_to_all"] = "all_to_all"
+    reduce: Literal["none", "neighbours", "gather", "all_to_all", "low_rank"] = "all_to_all"
     topology: str = "complete"
     graph: str | None = None
     server: str | None = None
@@ -36,6 +36,8 @@ class Recipe:
     fragments: int = 1
     schedule: str = "every"
     bucket_bytes: int | None = None
+    rank: int | None = None
+    """r: columns of the factors of reduce = "low_rank"; None without."""
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None

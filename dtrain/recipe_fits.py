@@ -57,6 +57,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
+        ("rank", r.rank is None or (_is_int(r.rank) and r.rank >= 1), "1 or more"),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, said in ranges:
@@ -77,6 +78,8 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    if r.reduce != "low_rank":
+        idle["rank"] = f'reduce = "{r.reduce}"'
     if r.schedule == schedule.READY:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:
@@ -180,9 +183,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'sync.reduce = "{r.reduce}" does not fit sync.algorithm = "{r.algorithm}"; use one of {", ".join(rules.paths)}'
         )
-    if r.reduce in ("gather", "all_to_all") and r.topology != "complete":
+    if r.reduce in ("gather", "all_to_all", "low_rank") and r.topology != "complete":
         remedy = 'use reduce = "neighbours"' if "neighbours" in rules.paths else 'use a gossip recipe, sync.recipe = "dpsgd" say'
         raise ValueError(f'sync.topology = "{r.topology}" has no effect with sync.reduce = "{r.reduce}"; {remedy}')
+    if r.reduce == "low_rank" and r.rank is None:
+        raise ValueError('sync.reduce = "low_rank" needs a rank: set sync.rank, 32 say, or use sync.recipe = "dilocox"')
     if rules.static is not None and is_own(r.topology):
         check_kind(r.algorithm, f"{rules.static}, so W must stay the same, and be symmetric", r.topology, num_islands, "same")
     elif rules.static is not None and r.topology not in topologies.STATIC:

@@ -36,7 +36,7 @@ def gather(codec: Codec) -> Reduce:
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout, peers.node)
-        combine, encode = mean(peers.num_nodes), _encoder(bound)
+        combine, encode = mean(peers.num_nodes), encoder(bound)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             own = encode(x, state)
@@ -63,19 +63,19 @@ def all_to_all(codec: Codec) -> Reduce:
         parts = [slice(a, b) for a, b in pairwise(cuts)]
         bound = [codec.bind(layout.part(p.start, p.stop), peers.node) for p in parts]
         combine = mean(peers.num_nodes)
-        encoders = [_encoder(b) for b in bound]
+        encoders = [encoder(b) for b in bound]
         mine = bound[peers.node]
         # The owner's second rounding draws other random bits than its first, or the two would not cancel out.
         mine_layout = layout.part(parts[peers.node].start, parts[peers.node].stop)
-        encode_mine = _encoder(codec.bind(mine_layout, peers.num_nodes + peers.node))
-        part = _Scratch(parts[peers.node].stop - parts[peers.node].start)
+        encode_mine = encoder(codec.bind(mine_layout, peers.num_nodes + peers.node))
+        part = Scratch(parts[peers.node].stop - parts[peers.node].start)
 
         def init(device: torch.device) -> State:
             state = {f"to{j}.{k}": v for j, b in enumerate(bound) for k, v in b.init(device).items()}
             return state | {f"owner.{k}": v for k, v in mine.init(device).items()}
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            of = _split(state)
+            of = split(state)
             wires = [encode(x[p], of[f"to{j}"]) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))]
             for peer in link.others():
                 link.post(peer, wires[peer])
@@ -97,7 +97,7 @@ def all_to_all(codec: Codec) -> Reduce:
     return bind
 
 
-def _encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
+def encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
     """Encode into a wire that is made once and written again each round."""
     made: list[Tensor] = []
 
@@ -110,7 +110,7 @@ def _encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
     return encode
 
 
-class _Scratch:
+class Scratch:
     """fp32 that no one reads after the round, made once."""
 
     def __init__(self, numel: int) -> None:
@@ -123,7 +123,7 @@ class _Scratch:
         return self._made
 
 
-def _split(state: State) -> Mapping[str, State]:
+def split(state: State) -> Mapping[str, State]:
     """``init``'s residuals by what stands before the dot, in one pass: 1,000 parts have 1,000."""
     of: defaultdict[str, State] = defaultdict(dict)
     for name, tensor in state.items():

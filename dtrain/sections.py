@@ -130,7 +130,9 @@ class Sync(Section):
         "left out; or FILE.py:NAME of your own",
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
-    reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
+    reduce: Literal["none", "neighbours", "gather", "all_to_all", "low_rank"] | None = Field(
+        None, description="path of the bytes"
+    )
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
@@ -143,6 +145,7 @@ class Sync(Section):
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
+    rank: int | None = Field(None, ge=1, description='r of reduce = "low_rank": a matrix goes as r columns and r rows')
 
     @field_validator("topology")
     @classmethod

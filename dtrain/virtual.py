@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtrain.assemble import Plan
-from dtrain.bucket import flatten, make_buckets
+from dtrain.assemble import Plan, cut
+from dtrain.bucket import flatten
 from dtrain.core import Core, Flight, Lane
 from dtrain.errors import PeerLost, WireError
 from dtrain.link import Peers
@@ -158,13 +158,10 @@ class Simulation:
             self.clock.at(0.0, island.node, self._go_on, island)
 
     def _island(self, node: int, num_islands: int, shapes: Shapes) -> _Island:
-        recipe = self._plan.recipe
         flat = flatten((name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes)
         (x,) = flat.storages
         g = torch.zeros(x.numel() if self._problem.moves or self._plan.rewrites_gradients else 0)
-        buckets = make_buckets(
-            flat, num_fragments=recipe.fragments, bucket_bytes=recipe.bucket_bytes, num_ranks=1, with_grad=False
-        )
+        buckets = cut(self._plan.recipe, flat, num_ranks=1, with_grad=False)
         if self._plan.rewrites_gradients:
             starts = [b.layout.spans[0].global_offset for b in buckets]
             buckets = [replace(b, g=g[at : at + b.x.numel()]) for at, b in zip(starts, buckets, strict=True)]

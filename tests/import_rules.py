@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
-    *("contraction", "errors"),
+    *("contraction", "errors", "matrices"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
@@ -20,7 +20,10 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 LAYERS = (
     PURE,
     ("kernels", "transport", "spans", "staging"),
-    ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
+    (
+        *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
+        "low_rank",
+    ),
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "own", "own_codec", "own_topology"),
     ("membership", "words", "island"),
     (

@@ -5,7 +5,7 @@ defined with SAM where train.sam_rho is 0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -13,6 +13,7 @@ from typing import Any
 
 from dtrain import topology as topologies
 from dtrain.codec_fits import refused
+from dtrain.matrices import rank_of
 from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
@@ -33,16 +34,20 @@ _FEW_BITS = ("int4:64",)
 
 
 def candidates(
-    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None
-) -> list[Recipe]:
+    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[Recipe]:  # fmt: skip
     """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` and ``steps`` are the job's own; outer
-    loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out."""
+    loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out, and rows with a rank that no parameter of
+    ``shapes`` is sent by."""
     check_plannable(asked)
     found = {_key(asked): asked}
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
         if row.sam_rho is not None and sam_rho == 0:
+            continue
+        if row.rank is not None and shapes is not None and not any(rank_of(n, s, row.rank) for n, s in shapes.items()):
             continue
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
@@ -75,7 +80,7 @@ def _variants(row: Recipe, num_islands: int, per_host: int, steps: int | None) -
         axes = {"topology": topology, "graph": graph, "codec": codec, "every": every, "delay": delay}
         if several and _exact(topology, graph, row.server, num_islands):
             axes["gossip_steps"] = 1
-        yield axes | {"error_feedback": feedback and codec != "identity"}
+        yield axes | {"error_feedback": feedback and (codec != "identity" or row.reduce == "low_rank")}
 
 
 def _topologies(row: Recipe, num_islands: int, per_host: int) -> list[tuple[str, str | None]]:
@@ -131,6 +136,6 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
-    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
+    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes, recipe.rank)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

@@ -52,12 +52,13 @@ _ONE_PEER = "alternating_exp_ring:2"
 ORDER = (
     "gradients averaged every step; then what was measured beside that on a small model ("
     + ", ".join(f"{name} {found.percent:g} % behind with {found.islands} islands" for name, found in MEASURED.items())
-    + "); then what was not, by the time between rounds and the bits a number; last codecs too coarse for what they carry"
+    + "); then what was not, by the time between rounds and the bits a number; then matrices sent by a few "
+    "columns; last codecs too coarse for what they carry"
 )
 
 _FEWEST_BITS = {"gradients": 16, "parameters": 8, "differences": 4, "pseudo_gradients": 4, "none": 0}
 """Below these a payload loses more than an outer loop does: a model that is itself sent in 4 bits, or gradients in 8."""
-_AVERAGED, _MEASURED, _UNMEASURED, _COARSE, _SILENT = range(5)
+_AVERAGED, _MEASURED, _UNMEASURED, _LOW_RANK, _COARSE, _SILENT = range(6)
 _BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1}
 _MANY = 2**20
 """Numbers, beside which a wire's header is nothing."""
@@ -90,7 +91,7 @@ def loss_order(row: Row) -> tuple[float, ...]:
     elif known is not None:
         place, percent = _MEASURED, known.percent
     else:
-        place, percent = _UNMEASURED, 0.0
+        place, percent = _LOW_RANK if r.reduce == "low_rank" else _UNMEASURED, 0.0
     # Rounds of neighbours that fall apart reach some islands only; those with the server join them.
     apart = r.every if r.server is None else r.every * (1 + parse_server(r.server).every)
     # What was measured itself, with its few bits, before what should lose less and sends more.

@@ -149,8 +149,9 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
     if r.payload not in ("none", "gradients") and r.delay_steps and r.landing == "keep" and r.algorithm != "beer":
         waits = planner.row(replace(r, delay=0), n)
         lines.append(f"overlap: {_gain(chosen, waits)} the speed of waiting for each round (delay 0)")
-    if r.payload != "none" and r.codec != "identity":
-        plain = planner.row(replace(r, codec="identity", error_feedback=False), n)
+    if r.payload != "none" and (r.codec != "identity" or r.reduce == "low_rank"):
+        whole = "all_to_all" if r.reduce == "low_rank" else r.reduce
+        plain = planner.row(replace(r, codec="identity", error_feedback=False, reduce=whole), n)
         fewer = plain.bytes_per_step / chosen.bytes_per_step
         lines.append(f"compression: {_gain(chosen, plain)} the speed of fp32 on the wire, {fewer:.3g} times fewer bytes")
     if r.every > 1 and r.payload == "pseudo_gradients":

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from dtrain import spans
-from dtrain.assemble import Plan, assemble
-from dtrain.bucket import GRAIN, Bucket, Flat, flatten, make_buckets
+from dtrain.assemble import Plan, assemble, columns, cut
+from dtrain.bucket import GRAIN, Bucket, Flat, flatten
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
 from dtrain.own_name import is_own
@@ -152,14 +152,8 @@ def sent(
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
-    buckets = make_buckets(
-        model_flat(shapes, device),
-        num_fragments=recipe.fragments,
-        bucket_bytes=recipe.bucket_bytes,
-        num_ranks=num_ranks,
-        with_grad=plan.rewrites_gradients,
-    )
-    alike = _Alike(buckets)
+    buckets = cut(recipe, model_flat(shapes, device), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+    alike = _Alike(buckets, recipe)
 
     def make(node: int) -> Core:
         return Core(plan, alike.one_each, Peers(node, num_islands))
@@ -213,8 +207,8 @@ def _exchange(core: Core, plan: Plan, alike: _Alike, index: int, per_host: int) 
 class _Alike:
     """Which buckets send as much as another: a large model has hundreds, of a few kinds."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._kind_of = [_kind_of(b) for b in buckets]
+    def __init__(self, buckets: Sequence[Bucket], recipe: Recipe) -> None:
+        self._kind_of = [_kind_of(b, recipe) for b in buckets]
         self._places = [(b.fragment, b.owner) for b in buckets]
         self._many = Counter(self._kind_of)
         first: dict[object, Bucket] = {}
@@ -236,9 +230,10 @@ class _Alike:
         return sum(count * self._many[kind] for count, kind in zip(held, self._kinds, strict=True))
 
 
-def _kind_of(bucket: Bucket) -> object:
+def _kind_of(bucket: Bucket, recipe: Recipe) -> object:
     """Wires and parts follow from where a bucket's parameters begin and end, those side by side that fill whole grains being as
-    good as one. A bucket that lies in memory, where a method of one's own may look at it, is a kind of its own."""
+    good as one, and from the shapes of those that are sent by factors. A bucket that lies in memory, where a method of one's own
+    may look at it, is a kind of its own."""
     if bucket.x.device.type != "meta":
         return bucket.index
     runs: list[tuple[int, int, bool]] = []
@@ -248,7 +243,7 @@ def _kind_of(bucket: Bucket) -> object:
             runs[-1] = (runs[-1][0], s.stop, True)
         else:
             runs.append((s.start, s.stop, full))
-    return tuple(runs)
+    return tuple(runs), tuple((s.start, s.shape) for s in bucket.layout.spans if columns(recipe, s))
 
 
 @contextmanager

@@ -1,0 +1,213 @@
+"""By what path does a bucket go whose matrices are sent as products of two thin ones?
+
+One step of power iteration a round, as in PowerSGD (Vogels et al. 2019, arXiv 1905.13727), with coded factors (DiLoCoX, arXiv
+2506.21263). Of a matrix x_i (m x k) of island i, with e_i what it has not sent and Q (k x r) from the round before:
+    M_i = x_i + e_i;   P = orth(mean_i C(M_i Q));   Q_i = C(M_i^T P);   Q = mean_i Q_i;
+    out = P Q^T;   e_i <- M_i - P Q_i^T.
+P is the same on all islands, so mean_i e_i = mean_i M_i - out to rounding, whatever C lost of either factor: nothing is lost,
+only late. Both means are ``gather``'s: each island sends its wire to all others and decodes all, its own included, in node order.
+What is no matrix rides in the first wire and has the same feedback: e <- x + e - C(x + e).
+
+Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing. All
+islands end with the same bits where their linear algebra rounds alike; else they differ as two machines' products do."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dtrain.bucket import Layout, Span
+from dtrain.codec import BoundCodec, Codec, State
+from dtrain.combine import mean
+from dtrain.link import Link, Peers
+from dtrain.reduce import BoundReduce, Reduce, Scratch, encoder, split
+from dtrain.spans import moving, span
+
+RankOf = Callable[[Span], int]
+"""Columns of the factors by which a parameter is sent; 0: as it is. A parameter that has some lies whole in its bucket."""
+
+
+class _Matrix(NamedTuple):
+    """A parameter of a bucket, and where its factors lie among a wire's numbers: the columns of P and Q as rows."""
+
+    name: str
+    start: int
+    shape: tuple[int, int]
+    rank: int
+    p_start: int
+    q_start: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def of(self, x: Tensor) -> Tensor:  # (bucket) -> (m, k)
+        return x[self.start : self.start + self.numel].view(self.shape)
+
+    def p_of(self, values: Tensor) -> Tensor:  # (r, m)
+        return values[self.p_start : self.p_start + self.rank * self.shape[0]].view(self.rank, -1)
+
+    def q_of(self, values: Tensor) -> Tensor:  # (r, k)
+        return values[self.q_start : self.q_start + self.rank * self.shape[1]].view(self.rank, -1)
+
+
+class _Cut(NamedTuple):
+    """What of a bucket goes in which wire."""
+
+    matrices: tuple[_Matrix, ...]
+    rest: tuple[tuple[Span, int], ...]
+    """Parameters that go as they are, and where they begin among the first wire's numbers."""
+    first: Layout
+    """The rest, then every P."""
+    second: Layout
+    """Every Q."""
+
+    def pairs(self, bucket: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest in both."""
+        return ((bucket[s.start : s.stop], values[at : at + s.numel]) for s, at in self.rest)
+
+    def passing(self, name: str, times: int) -> AbstractContextManager[None]:
+        """``span`` of work that goes through all matrices so often; their factors are small beside them."""
+        return span(name, 4 * times * sum(a.numel for a in self.matrices))
+
+
+def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
+    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks."""
+
+    def bind(layout: Layout, peers: Peers) -> BoundReduce:
+        cut = _cut(layout, rank_of, codec.grain)
+        first = _Wire(codec.bind(cut.first, peers.node), cut.first, peers)
+        # Rounding by chance draws other bits for the second factor, or its errors would go with those of the first.
+        second = _Wire(codec.bind(cut.second, peers.num_nodes + peers.node), cut.second, peers)
+        room, unsent = Scratch(max(cut.first.numel, cut.second.numel)), Scratch(layout.numel)
+
+        def init(device: torch.device) -> State:
+            state = {f"warm.{a.name}": _start(a, device) for a in cut.matrices}
+            for name, wire in (("first", first), ("second", second)):
+                state |= {f"{name}.{key}": value for key, value in wire.codec.init(device).items()}
+            return state | ({"residual": torch.zeros(layout.numel, device=device)} if error_feedback else {})
+
+        def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
+            of = split(state)
+            values = room.on(x.device)[: cut.first.numel]
+            kept = state["residual"] if error_feedback else unsent.on(x.device).zero_()
+            with moving("encode", x, kept, kept):
+                kept.add_(x)
+            with cut.passing("encode", 1):
+                for own, value in cut.pairs(kept, values):
+                    value.copy_(own)
+                for a in cut.matrices:
+                    torch.mm(of["warm"][a.name], a.of(kept).T, out=a.p_of(values))
+            first.post(values, of["first"], link)
+            yield
+            if error_feedback:
+                first.own(values)
+                for own, value in cut.pairs(kept, values):
+                    own.sub_(value)
+            first.mean(values, link)
+            for combined, value in cut.pairs(out, values):
+                combined.copy_(value)
+            if not cut.matrices:
+                return
+            with cut.passing("encode", 1):
+                bases = [_orthonormal(a.p_of(values)) for a in cut.matrices]
+                values = room.on(x.device)[: cut.second.numel]
+                for a, p in zip(cut.matrices, bases, strict=True):
+                    torch.mm(p, a.of(kept), out=a.q_of(values))
+            second.post(values, of["second"], link)
+            yield
+            if error_feedback:
+                second.own(values)
+                with cut.passing("decode", 2):
+                    for a, p in zip(cut.matrices, bases, strict=True):
+                        a.of(kept).addmm_(p.T, a.q_of(values), alpha=-1)
+            second.mean(values, link)
+            with cut.passing("decode", 1):
+                for a, p in zip(cut.matrices, bases, strict=True):
+                    torch.mm(p.T, a.q_of(values), out=a.of(out))
+                    normalize(a.q_of(values), out=of["warm"][a.name])
+
+        return BoundReduce(init, run)
+
+    return bind
+
+
+class _Wire:
+    """One of a round's two."""
+
+    def __init__(self, codec: BoundCodec, layout: Layout, peers: Peers) -> None:
+        self.codec = codec
+        self._encode = encoder(codec)
+        self._combine = mean(peers.num_nodes)
+        self._posted = torch.empty(0)
+
+    def post(self, values: Tensor, state: State, link: Link) -> None:
+        self._posted = self._encode(values, state)
+        for peer in link.others():
+            link.post(peer, self._posted)
+            link.expect(peer, self.codec.wire_bytes, self.codec.check)
+
+    def own(self, values: Tensor) -> None:
+        """values <- what was posted, as all decode it."""
+        values.zero_()
+        self.codec.decode_add(self._posted, values, weight=1.0)
+
+    def mean(self, values: Tensor, link: Link) -> None:
+        """values <- the mean over islands of what they posted."""
+        wires = [self._posted if j == link.node else link.received(j) for j in range(link.num_nodes)]
+        self._combine(values, wires, self.codec)
+
+
+def _orthonormal(p: Tensor) -> Tensor:
+    """(r, m) -> (r, m): orthonormal rows, the first j of which span p's first j; where p has fewer directions than rows, any
+    others stand in. Signs differ from one library to another; these make what a row adds to those before it positive."""
+    basis, weights = torch.linalg.qr(p.T)
+    return torch.where(weights.diagonal() < 0, -basis, basis).T.contiguous()
+
+
+def _start(a: _Matrix, device: torch.device) -> Tensor:
+    """The first Q: the same on all islands, whatever their machines, as its numbers are whole multiples of 2^-23."""
+    if device.type == "meta":
+        return torch.empty(a.rank, a.shape[1], device=device)
+    drawn = torch.rand(a.rank, a.shape[1], generator=torch.Generator().manual_seed(zlib.crc32(a.name.encode())))
+    return (2 * drawn - 1).to(device)
+
+
+def _cut(layout: Layout, rank_of: RankOf, grain: int) -> _Cut:
+    matrices: list[_Matrix] = []
+    rest: list[tuple[Span, int]] = []
+    first, second = _Laid(layout), _Laid(layout)
+    for s in layout.spans:
+        if not rank_of(s):
+            rest.append((s, first.add(s, 1, s.numel, grain)))
+    for s in layout.spans:
+        rank = rank_of(s)
+        if rank:
+            m, k = s.shape
+            assert s.numel == m * k, "make_buckets keeps it whole"
+            matrices.append(_Matrix(s.name, s.start, (m, k), rank, first.add(s, rank, m, grain), second.add(s, rank, k, grain)))
+    return _Cut(tuple(matrices), tuple(rest), Layout(tuple(first.spans)), Layout(tuple(second.spans)))
+
+
+class _Laid:
+    """Numbers of one wire, one parameter's behind the other's."""
+
+    def __init__(self, bucket: Layout) -> None:
+        self.spans: list[Span] = []
+        self._base = bucket.spans[0].global_offset if bucket.spans else 0
+
+    def add(self, of: Span, rows: int, length: int, grain: int) -> int:
+        """Returns where they begin. A row's blocks are its own."""
+        start = at = self.spans[-1].stop if self.spans else 0
+        if length % grain == 0:  # no block crosses rows anyway
+            rows, length = 1, rows * length
+        for _ in range(rows):
+            self.spans.append(Span(of.name, of.shape, self._base + at, at, at + length))
+            at += length
+        return start
