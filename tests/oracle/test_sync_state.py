@@ -27,6 +27,7 @@ class Case:
     every: int = EVERY
     codec: str | None = None
     fragments: int | None = None
+    rank: int | None = None
 
     def join(self, model: nn.Module, opt: torch.optim.Optimizer, link: Connection) -> Sync:
         return dtrain.join(
@@ -39,6 +40,7 @@ class Case:
             codec=self.codec,
             error_feedback=True if self.codec else None,
             fragments=self.fragments,
+            rank=self.rank,
             clip=1.0,
             link=link,
         )
@@ -54,6 +56,7 @@ CASES = [
     *(Case("choco", delay) for delay in DELAYS),
     *(Case(recipe, 1, every=1) for recipe in ("dpsgd", "choco")),
     Case("allreduce", 0, every=1),
+    Case("dilocox", 5, codec="int4:64:stochastic", rank=2),
 ]
 
 Saved = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
@@ -187,6 +190,10 @@ IN_FLIGHT, LANDED = SAVE_AT + EVERY, SAVE_AT + EVERY - 4
         (Case("diloco", 5, "keep", codec="int4:64"), IN_FLIGHT, ".residual"),
         (Case("diloco", 5, "eager"), IN_FLIGHT, ".own"),
         (Case("diloco", 5, "eager"), LANDED, ".late"),
+        (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".residual"),
+        (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".warm"),
+        (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".first.draws"),
+        (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".second.draws"),
         (Case("dpsgd", 5), IN_FLIGHT, ".own"),
         (Case("dpsgd", 5), IN_FLIGHT, ".in0"),
         (Case("dpsgd", 5), IN_FLIGHT, ".weights"),

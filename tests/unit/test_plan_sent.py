@@ -14,6 +14,7 @@ from dtrain.engine import join
 from dtrain.optim import SAM, AccumAdamW
 from dtrain.plan.sent import Sent, model_flat, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
+from dtrain.wire import HEADER_BYTES
 from tests.islands import run_islands
 
 ISLANDS = 4
@@ -23,7 +24,7 @@ BUCKET_BYTES = 8192
 
 OVERRIDES: list[tuple[str, dict[str, object]]] = [
     *(
-        (name, {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {})
+        (name, ({"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}) | ({"rank": 3} if row.rank else {}))
         for name, row in RECIPES.items()
         if name not in ("dadao", "single_merge")  # which cannot be planned
     ),
@@ -36,6 +37,7 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("dpsgd", {"topology": "alternating_exp_ring:2"}),
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
     ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
+    ("diloco", {"every": 2, "reduce": "low_rank", "rank": 8, "fragments": 2}),
 ]
 
 
@@ -128,6 +130,19 @@ def test_state_is_what_a_checkpoint_holds_of_a_round() -> None:
     runs = found.period[0].rounds
     wire = sum(f.phases[0].far_bytes // 2 for f in runs)
     assert found.state_bytes == 8 * numel + 3 * wire + 16 * len(runs)
+
+
+def test_state_of_a_path_of_low_rank_is_what_a_checkpoint_holds() -> None:
+    """Six vectors as long as the model (anchor, own, delta, late, momentum, residual), and the last Q of a matrix of 37 x 11."""
+    _, found = counted("dilocox", {"rank": 3})
+    assert found.state_bytes == 4 * (6 * (37 * 11 + 130 + 4100) + 3 * 11)
+
+
+def test_matrices_of_other_shapes_are_another_bucket() -> None:
+    """Two buckets of as many numbers, in as many whole grains: 32 (64 + 512) and 32 (128 + 256) of them go."""
+    row = resolve("dilocox", {"codec": "bf16", "bucket_bytes": 4 * 2**15}, 2)
+    found = sent(row, {"a": (64, 512), "b": (128, 256)}, 2)
+    assert found.mean_round_bytes - 4 * HEADER_BYTES == 2 * 32 * (64 + 512 + 128 + 256)
 
 
 def test_islands_of_one_host_are_near() -> None:

@@ -99,6 +99,13 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("local", {"schedule": "ready"}, 'sync.schedule = \'ready\' has no effect with sync.algorithm = "local"'),
         ("a2cid2", {"schedule": "ready", "delay": 3, "every": 3}, 'sync.delay = 3 has no effect with sync.schedule = "ready"'),
         ("a2cid2", {"schedule": "ready", "fragments": 2}, "sync.fragments = 2 cannot take turns with sync.schedule"),
+        ("diloco", {"rank": 4}, 'sync.rank = 4 has no effect with sync.reduce = "all_to_all"'),
+        ("dpsgd", {"rank": 4}, 'sync.rank = 4 has no effect with sync.algorithm = "dpsgd"'),
+        ("diloco", {"reduce": "low_rank"}, 'sync.reduce = "low_rank" needs a rank: set sync.rank, 32 say'),
+        ("fedavg", {"reduce": "low_rank", "rank": True}, "rank = True is not allowed; use 1 or more"),
+        ("dilocox", {"rank": 0}, "rank = 0 is not allowed; use 1 or more"),
+        ("dpsgd", {"reduce": "low_rank"}, 'sync.reduce = "low_rank" does not fit sync.algorithm = "dpsgd"'),
+        ("dilocox", {"topology": "ring"}, 'sync.topology = "ring" has no effect with sync.reduce = "low_rank"'),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
     ],
 )
