@@ -133,7 +133,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
             with cut.passing("decode", 1):
                 for a, p in zip(cut.matrices, bases, strict=True):
                     torch.mm(p.T, a.q_of(values), out=a.of(out))
-                    _units(a.q_of(values), of["warm"][a.name])
+                    _scaled(a.q_of(values), of["warm"][a.name])
 
         return BoundReduce(init, run)
 
@@ -169,15 +169,13 @@ class _Wire:
 def _orthonormal(p: Tensor) -> Tensor:
     """(r, m) -> (r, m): orthonormal rows, the first j of which span p's first j; where p has fewer directions than rows, any
     others stand in. Signs differ from one library to another; these make what a row adds to those before it positive."""
-    if p.is_meta:
-        return p
     basis, weights = torch.linalg.qr(p.T)
     return torch.where(weights.diagonal() < 0, -basis, basis).T.contiguous()
 
 
-def _units(q: Tensor, out: Tensor) -> None:
-    """out <- q's rows at length 1, zeros where they are: their space is what counts, and products of products shrink."""
-    torch.div(q, torch.linalg.vector_norm(q, dim=1, keepdim=True).clamp_min_(_TINY), out=out)
+def _scaled(q: Tensor, out: Tensor) -> None:
+    """out <- q, the largest number of each row 1: the space of the rows is what counts, and products of products vanish."""
+    torch.div(q, q.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY), out=out)
 
 
 def _start(a: _Matrix, device: torch.device) -> Tensor:
