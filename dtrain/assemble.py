@@ -84,13 +84,11 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
 
 def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:
     """The buckets that a recipe asks for; raises ValueError where no parameter of the model is sent by a rank that it names."""
-    keeps_whole = None
     if r.reduce == "low_rank" and r.rank is not None:
         check_rank({name: p.shape for name, p in zip(flat.names, flat.parameters, strict=True)}, r.rank)
-        keeps_whole = functools.partial(columns, r)
     return make_buckets(
         flat, num_fragments=r.fragments, bucket_bytes=r.bucket_bytes, num_ranks=num_ranks, with_grad=with_grad,
-        keeps_whole=keeps_whole,
+        keeps_whole=lambda s: columns(r, s) > 0,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def warning(recipe: Recipe, window: Window) -> str | None:
     if window.steps % recipe.every:
         return (
             f"a round starts every {recipe.every} steps: in {window.steps} steps of trace rounds weigh more than in a run; "
-            f"--steps {recipe.every} gives them their own weight"
+            f"--steps {_periods(recipe.delay_steps + 1, recipe.every) * recipe.every} gives them their own weight"
         )
     return None
 

@@ -91,7 +91,7 @@ def test_an_outer_loop_needs_rounds() -> None:
 
     assert loops(280 - 1) == set()
     assert loops(280) == {("delayed_diloco", 28)}
-    assert {every for _, every in loops(4480)} == {28, 112, 448, 50, 200, 100, 400}
+    assert {every for _, every in loops(4480)} == {28, 112, 448, 50, 200, 100, 400, 125}
     asked = resolve("diloco", {"every": 100}, 2)
     others = [resolve("dpsgd", {"codec": "int8:64"}, 2), resolve("allreduce", {}, 2)]
     planner, rows = rows_of(setting(1e7), [asked, *others])
@@ -121,8 +121,8 @@ def test_buckets_that_are_alike_send_as_each_of_them_would(monkeypatch: pytest.M
     found = [sent.sent(r, shapes, 4, per_host=2) for r in recipes]
     kinds = set[object]()
 
-    def apart(bucket: Bucket) -> object:
-        kinds.add(kind_of(bucket))
+    def apart(bucket: Bucket, recipe: Recipe) -> object:
+        kinds.add(kind_of(bucket, recipe))
         return bucket.index
 
     kind_of = sent._kind_of

@@ -22,9 +22,17 @@ SHAPES = {"left": (37, 11), "right": (130,), "last": (4100,)}
 BUCKET_BYTES = 8192
 """Three buckets, none of which ends with a tensor."""
 
+
+
+def small(row: Recipe) -> dict[str, object]:
+    """Few steps, and a rank that the one matrix is sent by."""
+    rare: dict[str, object] = {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}
+    return rare if row.rank is None else {**rare, "rank": 3}
+
+
 OVERRIDES: list[tuple[str, dict[str, object]]] = [
     *(
-        (name, ({"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}) | ({"rank": 3} if row.rank else {}))
+        (name, small(row))
         for name, row in RECIPES.items()
         if name not in ("dadao", "single_merge")  # which cannot be planned
     ),

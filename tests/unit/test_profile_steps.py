@@ -19,7 +19,9 @@ def starts(recipe: Recipe, first: int, last: int) -> list[int]:
     return [step for step in range(first, last) if plan.sends and plan.when(step + 1, 0, plan.control)]
 
 
-REGULAR = [r for r in RECIPES.values() if r.name not in ("local", "allreduce", "dadao") and r.schedule == "every"]
+LONG = RECIPES["dilocox"]
+"""Its rounds land in the period behind their own, and two periods are more than a trace holds."""
+REGULAR = [r for r in RECIPES.values() if r.name not in ("local", "allreduce", "dadao", LONG.name) and r.schedule == "every"]
 
 
 @pytest.mark.parametrize("recipe", REGULAR, ids=lambda r: r.name)
@@ -51,6 +53,13 @@ def test_rounds_of_a_budget_are_said_to_be_others() -> None:
 def test_a_long_period_is_cut_to_what_lands() -> None:
     assert window_of(replace(DELAYED, every=1000, delay=30), None) == Window(999, 1999, 31)
     assert window_of(replace(DELAYED, every=1000, delay=900), None).steps == 200
+
+
+def test_a_round_that_flies_a_long_period_is_whole_in_as_many_steps_as_are_advised() -> None:
+    cut = window_of(LONG, None)
+    assert cut.steps == LONG.every + 1
+    assert "--steps 250 gives them their own weight" in (warning(LONG, cut) or "")
+    assert warning(LONG, window_of(LONG, 250)) is None
 
 
 def test_steps_that_are_asked_for_are_taken_and_what_they_lack_is_said() -> None:
