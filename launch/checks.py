@@ -10,6 +10,7 @@ from typing import Literal
 from dtrain import own, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
+from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import AXES, moments_of, of_section, rho_of, with_start
@@ -101,9 +102,27 @@ def check_answers(job: Job, how: How) -> None:
         check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)
         refuse_sim(job)
         _check_link(job)
+    if how != "script" and job.sim.problem == "gpt":
+        _check_rank(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
+
+
+def _check_rank(job: Job) -> None:
+    """Raises ValueError where no matrix of the job's model is sent by the rank that its recipe names; how many words it knows is
+    nothing to that."""
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    if recipe.reduce != "low_rank" or recipe.rank is None:
+        return
+    import torch
+
+    from dtrain.models.gpt import GPT, GPTConfig
+
+    m = job.model
+    with torch.device("meta"):
+        model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    check_rank({name: p.shape for name, p in model.named_parameters()}, recipe.rank)
 
 
 def check_text(job: Job) -> None:

@@ -167,6 +167,26 @@ def test_cuts_are_even_and_never_within_a_grain() -> None:
         assert all(abs(cut - layout.numel * k / n) <= grain / 2 + 1 for k, cut in enumerate(cuts))
 
 
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_what_is_kept_whole_lies_in_one_bucket_whatever_the_number_of_ranks(fragments: int) -> None:
+    """Also where it is larger than a bucket may be; others are cut as ever."""
+    flat, _ = make(NUMELS)
+
+    def cut(ranks: int) -> list[Layout]:
+        buckets = make_buckets(
+            flat, num_fragments=fragments, bucket_bytes=20_000, num_ranks=ranks, with_grad=False,
+            keeps_whole=lambda s: s.name in ("1", "4"),
+        )  # fmt: skip
+        assert [b.fragment for b in buckets] == sorted(b.fragment for b in buckets)
+        return [b.layout for b in buckets]
+
+    assert cut(1) == cut(2) == cut(5)
+    spans = [s for layout in cut(1) for s in layout.spans]
+    assert [s.numel for s in spans if s.name in ("1", "4")] == [50_000, 12_288]
+    assert [s.numel for s in spans if s.name == "6"] == [4096, 9000 - 4096]
+    assert sum(s.numel for s in spans) == sum(NUMELS)
+
+
 @pytest.mark.parametrize("codec", ["identity", "bf16", "int8:64", "int4:64", "int4:4096"])
 def test_wire_bytes_do_not_depend_on_ranks_or_islands(codec: str) -> None:
     bound = by_name(codec, error_feedback=False)

@@ -172,6 +172,15 @@ def test_a_row_of_ones_own_may_be_what_says_ready(tmp_path: Path, monkeypatch: p
         check_answers(job, "sim")
 
 
+def test_a_rank_for_no_matrix_of_the_jobs_model_is_seen_before_anything_runs() -> None:
+    """Of width 16: 48 x 16, 16 x 16 and 64 x 16, of which 12 (64 + 16) is less than 64 x 16."""
+    small = {"sync": {"recipe": "dilocox"}, "model": {"width": 16, "heads": 2}}
+    with pytest.raises(ValueError, match=r"^sync\.rank = 32: .* use sync\.rank = 12 or less, or sync\.reduce = \"all_to_all\"$"):
+        check_answers(parse_job(small), "run")
+    check_answers(parse_job({**small, "sync": {"recipe": "dilocox", "rank": 12}}), "run")
+    check_answers(parse_job(small), "script")
+
+
 def test_round_is_a_delay_of_the_whole_period() -> None:
     assert resolve("diloco", {"delay": "round", "every": 9}, 2).delay_steps == 9
 
