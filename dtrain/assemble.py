@@ -27,7 +27,7 @@ from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.events.graph_constants import rates_of_rounds
 from dtrain.low_rank import low_rank
 from dtrain.matchmaker import Graph, graph_of
-from dtrain.matrices import check_rank, rank_of
+from dtrain.matrices import adapts, check_rank, highest, rank_of
 from dtrain.methods import RULES
 from dtrain.outer import Outer
 from dtrain.own_codec import codec_of
@@ -94,7 +94,7 @@ def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucke
 
 def columns(r: Recipe, s: Span) -> int:
     """Of the factors by which a parameter is sent; 0: as it is."""
-    return 0 if r.reduce != "low_rank" or r.rank is None else rank_of(s.name, s.shape, r.rank)
+    return 0 if r.reduce != "low_rank" or r.rank is None else rank_of(s.name, s.shape, highest(r.rank))
 
 
 def _graph(mixed: Mixing, num_islands: int) -> Graph:
@@ -163,8 +163,9 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
 def _reduce(r: Recipe) -> Reduce:
     codec = codec_of(r.codec, error_feedback=r.error_feedback)
     if r.reduce == "low_rank":
+        assert r.rank is not None, "check_together refuses it"
         plain = codec_of(r.codec, error_feedback=False)
-        return low_rank(plain, functools.partial(columns, r), error_feedback=r.error_feedback)
+        return low_rank(plain, functools.partial(columns, r), error_feedback=r.error_feedback, adapts=adapts(r.rank))
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

@@ -21,6 +21,7 @@ from dtrain.codec_name import MAX_BLOCK, parse
 from dtrain.connect import Connection, connect_local
 from dtrain.engine import join
 from dtrain.errors import NonFinite, PeerLost
+from dtrain.matrices import highest
 from dtrain.optim import SAM, AccumAdamW
 from dtrain.own_name import is_own
 from dtrain.recipe_fits import check_trains
@@ -92,7 +93,9 @@ def _sizes(row: Recipe) -> tuple[int, int]:
 
 def _left(row: Recipe) -> tuple[int, ...]:
     """The first tensor's shape; a matrix of so many rows and columns goes by its factors."""
-    return (2 * row.rank + 4, 3 * row.rank) if row.reduce == "low_rank" and row.rank is not None else (2 * _block(row) + 68,)
+    if row.reduce != "low_rank" or row.rank is None:
+        return (2 * _block(row) + 68,)
+    return 2 * highest(row.rank) + 4, 3 * highest(row.rank)
 
 
 def _block(row: Recipe) -> int:

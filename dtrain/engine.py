@@ -346,7 +346,7 @@ def join(
     landing: str | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
-    rank: int | None = None,
+    rank: int | str | None = None,
     total_steps: int | None = None,
     start: Literal["same", "own"] = "same",
     clip: float | None = None,

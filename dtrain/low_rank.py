@@ -8,14 +8,19 @@ P is the same on all islands, so mean_i e_i = mean_i M_i - out to rounding, what
 only late. Both means are ``gather``'s: each island sends its wire to all others and decodes all, its own included, in node order.
 What is no matrix rides in the first wire and has the same feedback: e <- x + e - C(x + e).
 
+With ``adapts`` a matrix has as many columns as its results needed of late, and never more than before: DiLoCoX's mean of the
+last c = WINDOW rounds' effective ranks, rounded up to a multiple of ADAPT_BY. A result's is how many of its directions hold
+ENOUGH of its squared size; its singular values are Q's, as P is orthonormal. The steps between rounds stay as many as they are.
+
 Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing. All
 islands end with the same bits where their linear algebra rounds alike; else they differ as two machines' products do."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,11 +39,19 @@ RankOf = Callable[[Span], int]
 
 _TINY = 1e-30
 
+WINDOW = 5
+"""Rounds."""
+ADAPT_BY = 8
+"""Columns; also the fewest."""
+ENOUGH = 0.95
+
 
 class _Matrix(NamedTuple):
     """A parameter of a bucket, and where its factors lie among a wire's numbers: the columns of P and Q as rows."""
 
     name: str
+    index: int
+    """Among the bucket's parameters."""
     start: int
     shape: tuple[int, int]
     rank: int
@@ -79,24 +92,45 @@ class _Cut(NamedTuple):
         return span(name, 4 * times * sum(a.numel for a in self.matrices))
 
 
-def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
-    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks."""
+class _Laid(NamedTuple):
+    """A bucket for some ranks."""
+
+    cut: _Cut
+    first: _Wire
+    second: _Wire
+
+
+def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: bool = False) -> Reduce:
+    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. With ``adapts``
+    ``rank_of`` says the ranks at first."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
-        cut = _cut(layout, rank_of, codec.grain)
-        first = _Wire(codec.bind(cut.first, peers.node), cut.first, peers)
-        # Rounding by chance draws other bits for the second factor, or its errors would go with those of the first.
-        second = _Wire(codec.bind(cut.second, peers.num_nodes + peers.node), cut.second, peers)
+        at_first = tuple(rank_of(s) for s in layout.spans)
+
+        @lru_cache(maxsize=1)
+        def laid(ranks: tuple[int, ...]) -> _Laid:
+            cut = _cut(layout, ranks, codec.grain)
+            # Rounding by chance draws other bits for the second factor, or its errors would go with those of the first.
+            first, second = codec.bind(cut.first, peers.node), codec.bind(cut.second, peers.num_nodes + peers.node)
+            return _Laid(cut, _Wire(first, peers), _Wire(second, peers))
+
+        cut, first, second = laid(at_first)
         room, unsent = Scratch(max(cut.first.numel, cut.second.numel)), Scratch(layout.numel)
 
         def init(device: torch.device) -> State:
             state = {f"warm.{a.name}": _start(a, device) for a in cut.matrices}
             for name, wire in (("first", first), ("second", second)):
                 state |= {f"{name}.{key}": value for key, value in wire.codec.init(device).items()}
-            return state | ({"residual": torch.zeros(layout.numel, device=device)} if error_feedback else {})
+            if error_feedback:
+                state["residual"] = torch.zeros(layout.numel, device=device)
+            if adapts:
+                needed = torch.zeros(WINDOW, len(at_first), dtype=torch.int64)
+                state |= {"ranks": torch.tensor(at_first), "needed": needed, "rounds": torch.tensor(0)}
+            return state
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             of = split(state)
+            cut, first, second = laid(tuple(state["ranks"].tolist()) if adapts else at_first)
             values = room.on(x.device)[: cut.first.numel]
             kept = state["residual"] if error_feedback else unsent.on(x.device).zero_()
             with moving("encode", x, kept, kept):
@@ -105,7 +139,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
                 for own, value in cut.pairs(kept, values):
                     value.copy_(own)
                 for a in cut.matrices:
-                    torch.mm(of["warm"][a.name], a.of(kept).T, out=a.p_of(values))
+                    torch.mm(of["warm"][a.name][: a.rank], a.of(kept).T, out=a.p_of(values))
             first.post(values, of["first"], link)
             yield
             if error_feedback:
@@ -133,7 +167,9 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
             with cut.passing("decode", 1):
                 for a, p in zip(cut.matrices, bases, strict=True):
                     torch.mm(p.T, a.q_of(values), out=a.of(out))
-                    _scaled(a.q_of(values), of["warm"][a.name])
+                    _scaled(a.q_of(values), of["warm"][a.name][: a.rank])
+            if adapts and not x.is_meta:
+                _adapt(cut, values, state)
 
         return BoundReduce(init, run)
 
@@ -143,7 +179,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool) -> Reduce:
 class _Wire:
     """One of a round's two."""
 
-    def __init__(self, codec: BoundCodec, layout: Layout, peers: Peers) -> None:
+    def __init__(self, codec: BoundCodec, peers: Peers) -> None:
         self.codec = codec
         self._encode = encoder(codec)
         self._combine = mean(peers.num_nodes)
@@ -173,6 +209,25 @@ def _orthonormal(p: Tensor) -> Tensor:
     return torch.where(weights.diagonal() < 0, -basis, basis).T.contiguous()
 
 
+def _adapt(cut: _Cut, values: Tensor, state: State) -> None:
+    """Note what this round needed, and find the next one's ranks: from numbers that all islands have alike."""
+    rounds, needed, ranks = state["rounds"], state["needed"], state["ranks"]
+    for a in cut.matrices:
+        needed[int(rounds) % WINDOW, a.index] = _needed(a.q_of(values))
+    rounds += 1
+    if int(rounds) >= WINDOW:
+        for a in cut.matrices:
+            mean = -(-int(needed[:, a.index].sum()) // (WINDOW * ADAPT_BY)) * ADAPT_BY
+            ranks[a.index] = min(a.rank, max(mean, ADAPT_BY))
+
+
+def _needed(q: Tensor) -> int:
+    """The fewest directions that hold ENOUGH of the squared size of q (r, k); all of zeros."""
+    q = q.double().cpu()
+    held = torch.linalg.eigvalsh(q @ q.T).flip(0).clamp_min(0).cumsum(0)
+    return 1 + int((held < ENOUGH * held[-1]).sum()) if float(held[-1]) > 0 else len(q)
+
+
 def _scaled(q: Tensor, out: Tensor) -> None:
     """out <- q, the largest number of each row 1: the space of the rows is what counts, and products of products vanish."""
     torch.div(q, q.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY), out=out)
@@ -186,23 +241,23 @@ def _start(a: _Matrix, device: torch.device) -> Tensor:
     return (2 * drawn - 1).to(device)
 
 
-def _cut(layout: Layout, rank_of: RankOf, grain: int) -> _Cut:
+def _cut(layout: Layout, ranks: Sequence[int], grain: int) -> _Cut:
     matrices: list[_Matrix] = []
     rest: list[tuple[Span, int]] = []
-    first, second = _Laid(layout), _Laid(layout)
-    for s in layout.spans:
-        if not rank_of(s):
+    first, second = _Row(layout), _Row(layout)
+    for s, rank in zip(layout.spans, ranks, strict=True):
+        if not rank:
             rest.append((s, first.add(s, 1, s.numel, grain)))
-    for s in layout.spans:
-        rank = rank_of(s)
+    for i, (s, rank) in enumerate(zip(layout.spans, ranks, strict=True)):
         if rank:
             m, k = s.shape
             assert s.numel == m * k, "make_buckets keeps it whole"
-            matrices.append(_Matrix(s.name, s.start, (m, k), rank, first.add(s, rank, m, grain), second.add(s, rank, k, grain)))
+            p_start, q_start = first.add(s, rank, m, grain), second.add(s, rank, k, grain)
+            matrices.append(_Matrix(s.name, i, s.start, (m, k), rank, p_start, q_start))
     return _Cut(tuple(matrices), tuple(rest), Layout(tuple(first.spans)), Layout(tuple(second.spans)))
 
 
-class _Laid:
+class _Row:
     """Numbers of one wire, one parameter's behind the other's."""
 
     def __init__(self, bucket: Layout) -> None:

@@ -7,10 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+Rank = int | str
+"""r, or ``"adaptive:R"``: as many columns as the last rounds needed, R at first and at most."""
+_ADAPTIVE = "adaptive:"
 _TABLES = ("embed", "wte", "wpe")
 """Within a part of a parameter's dotted name: a table of vectors, one of which belongs to a token or a position."""
 _HEADS = ("head", "lm_head", "output_layer")
 """A part of a parameter's dotted name: what turns features into a number for each token."""
+
+
+def check_word(rank: str) -> None:
+    """Raises ValueError for a text that is no rank."""
+    if not adapts(rank) or not rank.removeprefix(_ADAPTIVE).isdecimal() or int(rank.removeprefix(_ADAPTIVE)) < 1:
+        raise ValueError(f'rank = {rank!r} is not known; use 1 or more, or "adaptive:32": 32 at first, then as few as do')
+
+
+def adapts(rank: Rank) -> bool:
+    return isinstance(rank, str) and rank.startswith(_ADAPTIVE)
+
+
+def highest(rank: Rank) -> int:
+    """The largest that it may be."""
+    return int(rank.removeprefix(_ADAPTIVE)) if isinstance(rank, str) else rank
 
 
 def rank_of(name: str, shape: Sequence[int], rank: int) -> int:
@@ -21,23 +39,23 @@ def rank_of(name: str, shape: Sequence[int], rank: int) -> int:
     return rank if min(m, k) > rank and rank * (m + k) < m * k else 0
 
 
-def check_rank(shapes: Mapping[str, Sequence[int]], rank: int) -> None:
+def check_rank(shapes: Mapping[str, Sequence[int]], rank: Rank) -> None:
     """Raises ValueError where no parameter would be sent so."""
-    if any(rank_of(name, shape, rank) for name, shape in shapes.items()):
+    if any(rank_of(name, shape, highest(rank)) for name, shape in shapes.items()):
         return
-    highest = max((_highest(name, shape) for name, shape in shapes.items()), default=0)
+    most = max((_most(name, shape) for name, shape in shapes.items()), default=0)
     instead = 'sync.reduce = "all_to_all"'
-    if highest < 1:
+    if most < 1:
         raise ValueError(
-            f"sync.rank = {rank}: the model has no matrix but embeddings and heads, which are sent whole; use {instead}"
+            f"sync.rank = {rank!r}: the model has no matrix but embeddings and heads, which are sent whole; use {instead}"
         )
     raise ValueError(
-        f"sync.rank = {rank}: no matrix of the model has a product of so many columns that is smaller than itself; use "
-        f"sync.rank = {highest} or less, or {instead}"
+        f"sync.rank = {rank!r}: no matrix of the model has a product of so many columns that is smaller than itself; use "
+        f"sync.rank = {most} or less, or {instead}"
     )
 
 
-def _highest(name: str, shape: Sequence[int]) -> int:
+def _most(name: str, shape: Sequence[int]) -> int:
     """The largest rank by which a parameter is sent; 0 where there is none."""
     if len(shape) != 2 or min(shape) < 1:
         return 0

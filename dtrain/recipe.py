@@ -36,8 +36,8 @@ class Recipe:
     fragments: int = 1
     schedule: str = "every"
     bucket_bytes: int | None = None
-    rank: int | None = None
-    """r: columns of the factors of reduce = "low_rank"; None without."""
+    rank: int | str | None = None
+    """r of reduce = "low_rank", columns of a matrix's factors, or "adaptive:R" (``matrices``); None without."""
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard
 from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.codec_fits import NO_FEEDBACK, check_codec_fits
+from dtrain.matrices import check_word
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
 from dtrain.own_topology import check_kind, check_topology
@@ -44,6 +45,8 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     if not isinstance(r.schedule, str):
         raise ValueError(f'schedule = {r.schedule!r} is not allowed; use a name, as "every"')
     schedule.parse(r.schedule)
+    if isinstance(r.rank, str):
+        check_word(r.rank)
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
@@ -57,7 +60,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
-        ("rank", r.rank is None or (_is_int(r.rank) and r.rank >= 1), "1 or more"),
+        ("rank", r.rank is None or isinstance(r.rank, str) or (_is_int(r.rank) and r.rank >= 1), '1 or more, or "adaptive:32"'),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, said in ranges:

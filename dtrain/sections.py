@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dtrain import schedule, topology, units
+from dtrain.matrices import check_word
 from dtrain.methods import AlgorithmName
 from dtrain.own_name import is_own
 
@@ -145,7 +146,9 @@ class Sync(Section):
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
-    rank: int | None = Field(None, ge=1, description='r of reduce = "low_rank": a matrix goes as r columns and r rows')
+    rank: int | str | None = Field(
+        None, description='r of reduce = "low_rank": a matrix goes as r columns and r rows; "adaptive:R": as few as do, R at most'
+    )
 
     @field_validator("topology")
     @classmethod
@@ -166,6 +169,15 @@ class Sync(Section):
     def _schedule_parses(cls, value: str | None) -> str | None:
         if value is not None:
             schedule.parse(value)
+        return value
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_some(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            check_word(value)
+        elif value is not None and value < 1:
+            raise ValueError(f'rank = {value} is not allowed; use 1 or more, or "adaptive:32"')
         return value
 
     @field_validator("delay")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain import topology as topologies
 from dtrain.codec_fits import refused
-from dtrain.matrices import rank_of
+from dtrain.matrices import highest, rank_of
 from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
@@ -47,7 +47,7 @@ def candidates(
             continue
         if row.sam_rho is not None and sam_rho == 0:
             continue
-        if row.rank is not None and shapes is not None and not any(rank_of(n, s, row.rank) for n, s in shapes.items()):
+        if row.rank is not None and shapes is not None and not any(rank_of(n, s, highest(row.rank)) for n, s in shapes.items()):
             continue
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology

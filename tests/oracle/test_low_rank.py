@@ -120,6 +120,36 @@ def test_nothing_given_at_first_is_no_end() -> None:
     assert float((sum(came, torch.zeros_like(x)) - x).abs().max()) < 1e-5
 
 
+def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:
+    """Of two matrices by 12 columns one has two directions, and goes by 8 after the first rounds; the other has all, anew each
+    round. What is not sent still goes out later, and all islands, and those that go on from a saved state, do as each other."""
+    plain, rounds, g = by_name("int8:32", error_feedback=False), 9, torch.Generator().manual_seed(1)
+    path = low_rank(plain, of_rank(12), error_feedback=True, adapts=True)
+    paths = [path(LAYOUT, Peers(node, 2)) for node in range(2)]
+    states = [p.init(CPU) for p in paths]
+    tall = torch.rand(40, 2, generator=g) @ torch.rand(2, 16, generator=g)
+    total, given, lengths = torch.zeros(LAYOUT.numel), torch.zeros(LAYOUT.numel), []
+    for seed in range(rounds):
+        xs = drawn(2, seed)
+        for x in xs:
+            x[5 : 5 + 640] = tall.flatten()
+        if seed == 7:
+            states = [{key: value.clone() for key, value in state.items()} for state in states]
+            fresh = [path(LAYOUT, Peers(node, 2)) for node in range(2)]
+            others = [{key: value.clone() for key, value in state.items()} for state in states]
+            again = exchange(fresh, xs, others)[0]
+        outs, wires = exchange(paths, xs, states)
+        assert torch.equal(outs[0], outs[1])
+        assert seed != 7 or torch.equal(outs[0], again[0])
+        lengths.append([wire.wire.numel() for wire in wires if wire.source == 0])
+        total, given = total + outs[0], given + sum(xs, torch.zeros_like(total)) / 2
+    assert states[0]["ranks"].tolist() == states[1]["ranks"].tolist() == [0, 8, 0, 12]
+    kept = (states[0]["residual"] + states[1]["residual"]) / 2
+    assert float((total + kept - given).abs().max()) <= rounds * 3 * 14 * 16 * U
+    # Four columns of 40 numbers and two scales each, and of 16 and one.
+    assert lengths == 5 * [lengths[0]] + 4 * [[lengths[0][0] - 4 * 44, lengths[0][1] - 4 * 18]]
+
+
 @pytest.mark.parametrize("codec", ["identity", "int4:64"])
 def test_bytes_of_both_wires(codec: str) -> None:
     """r (m + k) numbers of each matrix; columns of 16 to 40 numbers have a scale each, of 2 bytes."""

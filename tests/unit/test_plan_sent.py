@@ -46,6 +46,7 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
     ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
     ("diloco", {"every": 2, "reduce": "low_rank", "rank": 8, "fragments": 2}),
+    ("dilocox", {"every": 2, "delay": 2, "rank": "adaptive:3"}),
 ]
 
 
