@@ -50,7 +50,7 @@ class _Matrix(NamedTuple):
     """A parameter of a bucket, and where its factors lie among a wire's numbers: the columns of P and Q as rows."""
 
     name: str
-    index: int
+    place: int
     """Among the bucket's parameters."""
     start: int
     shape: tuple[int, int]
@@ -213,12 +213,12 @@ def _adapt(cut: _Cut, values: Tensor, state: State) -> None:
     """Note what this round needed, and find the next one's ranks: from numbers that all islands have alike."""
     rounds, needed, ranks = state["rounds"], state["needed"], state["ranks"]
     for a in cut.matrices:
-        needed[int(rounds) % WINDOW, a.index] = _needed(a.q_of(values))
+        needed[int(rounds) % WINDOW, a.place] = _needed(a.q_of(values))
     rounds += 1
     if int(rounds) >= WINDOW:
         for a in cut.matrices:
-            mean = -(-int(needed[:, a.index].sum()) // (WINDOW * ADAPT_BY)) * ADAPT_BY
-            ranks[a.index] = min(a.rank, max(mean, ADAPT_BY))
+            mean = -(-int(needed[:, a.place].sum()) // (WINDOW * ADAPT_BY)) * ADAPT_BY
+            ranks[a.place] = min(a.rank, max(mean, ADAPT_BY))
 
 
 def _needed(q: Tensor) -> int:

@@ -129,18 +129,17 @@ def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:
     states = [p.init(CPU) for p in paths]
     tall = torch.rand(40, 2, generator=g) @ torch.rand(2, 16, generator=g)
     total, given, lengths = torch.zeros(LAYOUT.numel), torch.zeros(LAYOUT.numel), []
+    again: list[Tensor] = []
     for seed in range(rounds):
         xs = drawn(2, seed)
         for x in xs:
             x[5 : 5 + 640] = tall.flatten()
         if seed == 7:
-            states = [{key: value.clone() for key, value in state.items()} for state in states]
             fresh = [path(LAYOUT, Peers(node, 2)) for node in range(2)]
-            others = [{key: value.clone() for key, value in state.items()} for state in states]
-            again = exchange(fresh, xs, others)[0]
+            again = exchange(fresh, xs, [{key: value.clone() for key, value in state.items()} for state in states])[0]
         outs, wires = exchange(paths, xs, states)
         assert torch.equal(outs[0], outs[1])
-        assert seed != 7 or torch.equal(outs[0], again[0])
+        assert seed < 7 or torch.equal(outs[0], again[0]) == (seed == 7)
         lengths.append([wire.wire.numel() for wire in wires if wire.source == 0])
         total, given = total + outs[0], given + sum(xs, torch.zeros_like(total)) / 2
     assert states[0]["ranks"].tolist() == states[1]["ranks"].tolist() == [0, 8, 0, 12]
@@ -338,5 +337,6 @@ def test_it_is_its_paper(n: int, eager: bool) -> None:
 
 @pytest.mark.parametrize("error_feedback", [True, False])
 def test_islands_that_wait_for_a_round_hold_the_same_bits_after_it(error_feedback: bool) -> None:
-    got, _ = islands_of_dtrain(problem(3), 3, delay=0, landing="keep", error_feedback=error_feedback)
+    """Buckets of 256 numbers would cut the matrix, which stays whole."""
+    got, _ = islands_of_dtrain(problem(3), 3, delay=0, landing="keep", error_feedback=error_feedback, bucket_bytes=1024)
     assert all(torch.equal(got[:, 0], got[:, node]) for node in range(3))
