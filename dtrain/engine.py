@@ -350,6 +350,7 @@ def join(
     gamma: float | None = None,
     gossip_steps: int | None = None,
     landing: str | None = None,
+    alpha: float | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
     total_steps: int | None = None,
@@ -385,6 +386,7 @@ def join(
         "gamma": gamma,
         "gossip_steps": gossip_steps,
         "landing": landing,
+        "alpha": alpha,
         "fragments": fragments,
         "bucket_bytes": bucket_bytes,
     }

@@ -35,7 +35,9 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("dpsgd", {"topology": "coloured", "graph": "path"}),
     ("dpsgd", {"topology": "alternating_exp_ring:2"}),
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
-    ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
+    ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager", "outer_lr": 0.4}),
+    ("diloco", {"every": 2, "delay": "round", "landing": "pure", "outer_lr": 0.2}),
+    ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),
 ]
 
 
