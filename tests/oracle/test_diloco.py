@@ -6,7 +6,7 @@ exact, a fused multiply-add rounds like two operations, and the sums have one or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -149,8 +149,25 @@ def pure_paper(p: Problem, n: int, s: Settings) -> Tensor:
     return torch.stack([*seen, torch.stack(x)])
 
 
-def blend_paper(p: Problem, n: int, s: Settings, delay: int, alpha: float, cuts: Sequence[int]) -> Tensor:
-    """Streaming DiLoCo (2501.18512), its codec left out: fragment k of P starts k H / P steps after fragment 0."""
+def plain(v: Tensor) -> Tensor:
+    return v
+
+
+def e3m0(v: Tensor) -> Tensor:
+    """The nearest of 0, 2^-6, ..., 1 times the block's largest, which travels as bf16."""
+    levels = torch.tensor([0.0, *(2.0**-k for k in range(6, -1, -1))])
+    out = []
+    for block in v.split(64):
+        scale = block.abs().max().bfloat16().float()
+        nearest = (block.abs()[:, None] / scale - levels).abs().argmin(dim=1)
+        out.append(block.sign() * levels[nearest] * scale)
+    return torch.cat(out)
+
+
+def blend_paper(
+    p: Problem, n: int, s: Settings, delay: int, alpha: float, cuts: Sequence[int], coded: Callable[[Tensor], Tensor] = plain
+) -> Tensor:
+    """Streaming DiLoCo (2501.18512): fragment k of P starts k H / P steps after fragment 0."""
     parts = [slice(a, b) for a, b in pairwise(cuts)]
     thetas = [p.start[part].clone() for part in parts]
     outers = [outer_sgd(theta, s) for theta in thetas]
@@ -171,7 +188,7 @@ def blend_paper(p: Problem, n: int, s: Settings, delay: int, alpha: float, cuts:
         x = [x_i - LR * g for x_i, g in zip(x, grads, strict=True)]
         for k, part in enumerate(parts):
             if t % s.every == k * s.every // len(parts):
-                flights[k] = t + delay, sum(((thetas[k] - x_i[part]) / n for x_i in x), torch.zeros_like(thetas[k]))
+                flights[k] = t + delay, sum((coded(thetas[k] - x_i[part]) / n for x_i in x), torch.zeros_like(thetas[k]))
                 if delay == 0:
                     land(k)
         seen.append(torch.stack([x_i.clone() for x_i in x]))
@@ -233,10 +250,12 @@ def test_every_step_with_lr_1_and_no_momentum_is_plain_averaging(n: int) -> None
         assert float((got[t].double() - x).abs().max()) <= (t + 1) * (8 + 6 * n) * U * 2 * M
 
 
-def test_fedavg_averages_parameters() -> None:
-    n, every, steps = 3, 4, 16
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("recipe", ["fedavg", "local_sgd"])
+def test_fedavg_and_local_sgd_average_parameters(recipe: str, every: int) -> None:
+    n, steps = 3, 16
     p = problem(n)
-    got = islands_of_dtrain(p, n, steps, recipe="fedavg", every=every)
+    got = islands_of_dtrain(p, n, steps, recipe=recipe, every=every)
     q = p.double()
     x = q.start.expand(n, -1)
     for t in range(1, steps + 1):
@@ -320,9 +339,40 @@ def test_blend_is_its_paper_to_the_bit(n: int, cuts: tuple[int, ...], delay: int
 
 @pytest.mark.parametrize("reduce", ["all_to_all", "gather"])
 def test_blend_in_time_that_keeps_nothing_is_diloco(reduce: str) -> None:
-    p = problem(2)
-    blend = islands_of_dtrain(p, 2, 23, recipe="diloco", every=5, landing="blend", alpha=0.0, reduce=reduce)
-    assert torch.equal(blend, islands_of_dtrain(p, 2, 23, recipe="diloco", every=5, reduce=reduce))
+    p, said = problem(2), {"codec": "identity", "reduce": reduce, **axes_of(NESTEROV)}
+    blend = islands_of_dtrain(p, 2, NESTEROV.steps, recipe="streaming_diloco", fragments=1, delay=0, alpha=0.0, **said)
+    assert torch.equal(blend, islands_of_dtrain(p, 2, NESTEROV.steps, recipe="diloco", **said))
+
+
+# ---- rows, whose numbers are said here once more
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_local_sgd_is_its_paper_to_the_bit(n: int) -> None:
+    """Local SGD (1805.09767): what fedavg does to a common start, without one."""
+    p = problem(n)
+    x, seen = [p.start.clone() for _ in range(n)], []
+    for t in range(1, 3 * 16 + 3):
+        x = [x_i - LR * (a * (x_i - c)) for x_i, a, c in zip(x, p.a, p.c, strict=True)]
+        if t % 16 == 0:
+            mean = sum((x_i / n for x_i in x), torch.zeros_like(p.start))
+            x = [mean.clone() for _ in range(n)]
+        seen.append(torch.stack(x))
+    assert torch.equal(islands_of_dtrain(p, n, 3 * 16 + 2, recipe="local_sgd"), torch.stack([*seen, torch.stack(x)]))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_streaming_diloco_is_its_paper_to_the_bit(n: int) -> None:
+    """With its codec, over the path that codes once; fewer fragments, and fewer steps between rounds."""
+    p, s = problem(n), Settings(every=12, steps=45, outer_lr=0.4, outer_momentum=0.9)
+    got = islands_of_dtrain(p, n, s.steps, recipe="streaming_diloco", every=s.every, fragments=2, reduce="gather")
+    assert torch.equal(got, blend_paper(p, n, s, 5, 0.5, (0, CUT, WIDTH), e3m0))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_eager_diloco_is_its_paper_to_the_bit(n: int) -> None:
+    p, s = problem(n), Settings(every=30, steps=94, outer_lr=0.4, outer_momentum=0.6)
+    assert torch.equal(islands_of_dtrain(p, n, s.steps, recipe="eager_diloco"), eager_paper(p, n, s))
 
 
 @pytest.mark.parametrize("reduce", ["all_to_all", "gather"])

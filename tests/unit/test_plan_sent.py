@@ -23,7 +23,7 @@ BUCKET_BYTES = 8192
 
 OVERRIDES: list[tuple[str, dict[str, object]]] = [
     *(
-        (name, {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {})
+        (name, {"every": 2 * row.fragments, "delay": min(row.delay_steps, 1 + (row.fragments == 1))} if row.every > 4 else {})
         for name, row in RECIPES.items()
         if name not in ("dadao", "single_merge")  # which cannot be planned
     ),
