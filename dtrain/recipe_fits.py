@@ -74,9 +74,13 @@ def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or isinstance(value, float)
 
 
-def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
-    """Refuse an axis that was changed and would have no effect."""
-    used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
+def used_axes(r: Recipe) -> frozenset[str]:
+    """The axes that say something, but for those that other answers leave idle (``idle_axes``)."""
+    return RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
+
+
+def idle_axes(r: Recipe) -> dict[str, str]:
+    """The axes that another answer leaves without effect, and that answer."""
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
     if r.landing != "blend":
@@ -85,6 +89,12 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:
         idle["every"] = f'schedule = "{r.schedule}"'
+    return idle
+
+
+def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
+    """Refuse an axis that was changed and would have no effect."""
+    used, idle = used_axes(r), idle_axes(r)
     for axis, value in changes.items():
         if value == getattr(row, axis) or axis in used - idle.keys():
             continue
