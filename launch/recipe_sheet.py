@@ -7,11 +7,11 @@ from pathlib import Path
 import dtrain
 from dtrain import schedule
 from dtrain.assemble import assemble
+from dtrain.config import Job
 from dtrain.methods import RULES
 from dtrain.plan.sent import sent
 from dtrain.recipe_fits import idle_axes, used_axes
 from dtrain.recipes import Recipe, resolve, with_steps
-from dtrain.sections import Train
 
 ISLANDS = 4
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -33,7 +33,7 @@ _SIDE = 1024
 def sheet(name: str) -> list[list[str]]:
     """A title and its text a row. Raises ValueError where there is no such recipe."""
     r = resolve(name, {}, ISLANDS)
-    steps = Train().steps
+    steps = Job().train.steps
     if r.schedule not in (schedule.EVERY, schedule.READY):
         r = with_steps(r, steps)
     simulated = RULES[r.algorithm].simulated is not None
