@@ -16,7 +16,7 @@ from dtrain.algorithms.a2cid2_ready import a2cid2_ready
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
-from dtrain.algorithms.diloco import diloco_eager, diloco_keep
+from dtrain.algorithms.diloco import diloco_blend, diloco_eager, diloco_keep, diloco_pure
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
 from dtrain.algorithms.gradient_tracking import gradient_tracking
@@ -77,7 +77,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
-        moves=rules.moves or recipe.landing == "eager",
+        moves=rules.moves or recipe.landing in ("eager", "pure"),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
 
@@ -156,8 +156,19 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "dadao":
             raise AssertionError("check_trains refuses it")
         case "diloco":
-            make = diloco_eager if r.landing == "eager" else diloco_keep
-            return make(_reduce(r), _outer(r))
+            return _diloco(r, _reduce(r), _outer(r))
+
+
+def _diloco(r: Recipe, reduce: Reduce, outer: Outer) -> Method:
+    match r.landing:
+        case "keep":
+            return diloco_keep(reduce, outer)
+        case "eager":
+            return diloco_eager(reduce, outer)
+        case "pure":
+            return diloco_pure(reduce, outer)
+        case "blend":
+            return diloco_blend(reduce, outer, r.alpha)
 
 
 def _reduce(r: Recipe) -> Reduce:

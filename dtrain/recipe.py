@@ -32,7 +32,9 @@ class Recipe:
     gamma: float = 1.0
     gossip_steps: int = 1
     delay: int | Literal["round"] = 0
-    landing: Literal["keep", "eager"] = "keep"
+    landing: Literal["keep", "eager", "pure", "blend"] = "keep"
+    alpha: float = 0.5
+    """Of landing = "blend": the share of the island's own parameters."""
     fragments: int = 1
     schedule: str = "every"
     bucket_bytes: int | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard
 from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.codec_fits import NO_FEEDBACK, check_codec_fits
+from dtrain.landing_fits import check_landing, check_stable
 from dtrain.matrices import check_word
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
@@ -55,8 +56,9 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
         ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
-        ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
+        ("outer_lr", _is_number(r.outer_lr) and 0 < r.outer_lr < math.inf, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
+        ("alpha", _is_number(r.alpha) and 0 <= r.alpha <= 1, "0 to 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
@@ -76,17 +78,29 @@ def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or isinstance(value, float)
 
 
-def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
-    """Refuse an axis that was changed and would have no effect."""
-    used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
+def used_axes(r: Recipe) -> frozenset[str]:
+    """The axes that say something, but for those that other answers leave idle (``idle_axes``)."""
+    return RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
+
+
+def idle_axes(r: Recipe) -> dict[str, str]:
+    """The axes that another answer leaves without effect, and that answer."""
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
     if r.reduce != "low_rank":
         idle["rank"] = f'reduce = "{r.reduce}"'
+    if r.landing != "blend":
+        idle["alpha"] = f'landing = "{r.landing}"'
     if r.schedule == schedule.READY:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:
         idle["every"] = f'schedule = "{r.schedule}"'
+    return idle
+
+
+def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
+    """Refuse an axis that was changed and would have no effect."""
+    used, idle = used_axes(r), idle_axes(r)
     for axis, value in changes.items():
         if value == getattr(row, axis) or axis in used - idle.keys():
             continue
@@ -210,10 +224,8 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'the rounds of {r.algorithm} are meetings of two; sync.topology = "{r.topology}" has others: use one of '
             f"{', '.join(topologies.PAIRS)}"
         )
-    if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
-        raise ValueError(
-            'sync.landing = "eager" is for algorithm = "diloco" with a delay; use landing = "keep", or set sync.delay'
-        )
+    if r.landing != "keep":
+        check_landing(r)
     if r.algorithm == "allreduce" and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
         raise ValueError(
             "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
@@ -239,3 +251,5 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f"sync.fragments = {r.fragments} cannot take turns within sync.every = {r.every} steps; use at most {r.every}"
         )
+    if r.algorithm == "diloco":
+        check_stable(r, num_islands)

@@ -142,7 +142,10 @@ class Sync(Section):
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
     gossip_steps: int | None = Field(None, ge=1, description="gossip steps in a row, of multi_gossip and chebyshev")
-    landing: Literal["keep", "eager"] | None = Field(None, description="what becomes of progress made in flight")
+    landing: Literal["keep", "eager", "pure", "blend"] | None = Field(
+        None, description="what becomes of progress made in flight"
+    )
+    alpha: float | None = Field(None, ge=0, le=1, description="of landing = \"blend\": the share that local parameters keep")
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )

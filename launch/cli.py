@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -235,15 +234,16 @@ def recipes(
 
     Example: dtrain recipes --show diloco
     """
-    from dtrain.recipes import DEFAULT_RECIPE, RECIPES, resolve
+    from dtrain.recipes import DEFAULT_RECIPE, RECIPES
 
-    if show is None:
-        names = [f"{name} (default)" if name == DEFAULT_RECIPE else name for name in RECIPES]
-        rows = [[name, recipe.summary, recipe.paper] for name, recipe in zip(names, RECIPES.values(), strict=True)]
-        Console().print(table(["recipe", "what islands do", "from"], rows))
+    if show is not None:
+        from dtrain.launch.recipe_sheet import sheet
+
+        Console().print(table(["", show], sheet(show)))
         return
-    recipe = RECIPES[show] if show in RECIPES else resolve(show, {}, 2)  # resolve names those there are
-    Console().print(table(["", show], [[field.name, str(getattr(recipe, field.name))] for field in fields(recipe)]))
+    names = [f"{name} (default)" if name == DEFAULT_RECIPE else name for name in RECIPES]
+    rows = [[name, recipe.summary, recipe.paper] for name, recipe in zip(names, RECIPES.values(), strict=True)]
+    Console().print(table(["recipe", "what islands do", "from"], rows))
 
 
 @app.command()

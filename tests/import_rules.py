@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
-    *("contraction", "errors", "matrices"),
+    *("contraction", "errors", "matrices", "stability"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
@@ -24,7 +24,7 @@ LAYERS = (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
         "low_rank",
     ),
-    ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "own", "own_codec", "own_topology"),
+    ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec", "own_topology"),
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),

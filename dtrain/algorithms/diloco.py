@@ -2,11 +2,16 @@
 
 DiLoCo (Douillard et al. 2023, arXiv 2311.08105): every H steps
     delta_i = theta - x_i;   delta = mean_i delta_i;   theta <- Outer(theta, delta);   x_i <- theta.
-With a delay the round flies while training goes on, and what the island did meanwhile must not be lost. Two landings:
+With a delay the round flies while training goes on, and what the island did meanwhile must not be lost. Four landings:
     keep:   x_i <- theta' + (x_i - x_i,sent): the new anchor, and the progress made in flight on top.
+    blend:  (arXiv 2501.18512) x_i <- alpha x_i + (1 - alpha) theta'; what alpha takes of that progress stays in the next delta_i.
     eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
             g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
-Without delay, keep is DiLoCo to the bit; with one island, eager is."""
+    pure:   (DiLoCoX, arXiv 2506.21263) the whole round is applied a round later,
+            delta_i^t = theta - x_i;   theta <- Outer(theta, delta^{t-1});   x_i <- theta, and delta_i^t is sent.
+            The first has no round before it, and x_i goes on where it is; the second's delta_i^t is counted from there.
+            The last one's is not applied: it lands when training is over.
+Without delay, keep is DiLoCo to the bit, and so is blend with alpha = 0; with one island, eager is."""
 
 from __future__ import annotations
 
@@ -64,6 +69,53 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
 
         def land(b: Bucket, state: State) -> None:
             torch.sub(state["delta"], state["own"], alpha=share, out=state["late"])
+
+        return Algorithm(init=init, send=send, land=land)
+
+    return bind
+
+
+def diloco_pure(reduce: Reduce, outer: Outer) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        path = reduce(layout, peers)
+
+        def init(b: Bucket) -> State:
+            anchor = b.x.to(torch.float32).clone()
+            state = {"anchor": anchor, "begun": anchor.clone(), "delta": torch.zeros_like(anchor)}
+            return state | {"before": torch.zeros((), dtype=torch.int64)} | outer.init(anchor) | path.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            begun, delta = state["begun"], state["delta"]
+            late = bool(state["before"])
+            if late:
+                outer.update(state["anchor"], delta, state)
+            torch.sub(begun, b.x, out=delta)
+            if late:
+                b.x.copy_(state["anchor"])
+            begun.copy_(b.x)
+            state["before"].fill_(1)
+            yield from path.run(delta, delta, state, link)
+
+        return Algorithm(init=init, send=send)
+
+    return bind
+
+
+def diloco_blend(reduce: Reduce, outer: Outer, alpha: float) -> Method:
+    def bind(layout: Layout, peers: Peers) -> Algorithm:
+        path = reduce(layout, peers)
+
+        def init(b: Bucket) -> State:
+            anchor = b.x.to(torch.float32).clone()
+            return {"anchor": anchor, "delta": torch.zeros_like(anchor)} | outer.init(anchor) | path.init(b.x.device)
+
+        def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
+            payload.pseudo_gradients(b, state, state["delta"])
+            yield from path.run(state["delta"], state["delta"], state, link)
+
+        def land(b: Bucket, state: State) -> None:
+            outer.update(state["anchor"], state["delta"], state)
+            b.x.mul_(alpha).add_(state["anchor"], alpha=1 - alpha)
 
         return Algorithm(init=init, send=send, land=land)
 

@@ -135,7 +135,7 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 
 
 def _key(recipe: Recipe) -> tuple[object, ...]:
-    own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
+    own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.alpha, recipe.fragments)
     more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes, recipe.rank)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

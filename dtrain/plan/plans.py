@@ -146,7 +146,7 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
     """What each of the recipe's answers buys: the same recipe without it."""
     r, n = chosen.recipe, chosen.num_islands
     lines = []
-    if r.payload not in ("none", "gradients") and r.delay_steps and r.landing == "keep" and r.algorithm != "beer":
+    if r.payload not in ("none", "gradients") and r.delay_steps and r.landing in ("keep", "blend") and r.algorithm != "beer":
         waits = planner.row(replace(r, delay=0), n)
         lines.append(f"overlap: {_gain(chosen, waits)} the speed of waiting for each round (delay 0)")
     if r.payload != "none" and (r.codec != "identity" or r.reduce == "low_rank"):

@@ -1,4 +1,4 @@
-"""Does DiLoCo, in time, late and eager, follow its paper?
+"""Does DiLoCo, in time, late, eager, pure and blended, follow its papers?
 
 The renderings below are plain torch on one vector an island. With 1, 2 or 4 islands and lr = 1/8 the products by 1/n and lr are
 exact, a fused multiply-add rounds like two operations, and the sums have one order: there dtrain must agree to the bit.
@@ -6,6 +6,8 @@ exact, a fused multiply-add rounds like two operations, and the sums have one or
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -41,6 +43,10 @@ class Settings(NamedTuple):
 
 
 NESTEROV = Settings(every=5, steps=23, outer_lr=0.7, outer_momentum=0.9)
+EAGER = Settings(every=5, steps=23, outer_lr=0.5, outer_momentum=0.6)
+"""Which four islands bear."""
+PURE = Settings(every=5, steps=28, outer_lr=0.25, outer_momentum=0.8)
+BLEND = Settings(every=6, steps=27, outer_lr=0.4, outer_momentum=0.9)
 GENTLE = Settings(every=5, steps=20, outer_lr=0.5, outer_momentum=0.5)
 
 
@@ -124,6 +130,77 @@ def eager_paper(p: Problem, n: int, s: Settings) -> Tensor:
     return torch.stack([*seen, torch.stack(x)])
 
 
+def pure_paper(p: Problem, n: int, s: Settings) -> Tensor:
+    """DiLoCoX (2506.21263), its codec left out: theta <- Outer(theta, the round before's mean), from where all start again."""
+    theta, before = p.start.clone(), None
+    outer = outer_sgd(theta, s)
+    x = [p.start.clone() for _ in range(n)]
+    begun, seen = list(x), []
+    for t in range(1, s.steps + 1):
+        x = [x_i - LR * (a * (x_i - c)) for x_i, a, c in zip(x, p.a, p.c, strict=True)]
+        if t % s.every == 0:
+            mean = sum(((b - x_i) / n for b, x_i in zip(begun, x, strict=True)), torch.zeros_like(theta))
+            if before is not None:
+                theta.grad = before
+                outer.step()
+                x = [theta.clone() for _ in range(n)]
+            begun, before = list(x), mean
+        seen.append(torch.stack(x))
+    return torch.stack([*seen, torch.stack(x)])
+
+
+def plain(v: Tensor) -> Tensor:
+    return v
+
+
+def e3m0(v: Tensor) -> Tensor:
+    """The nearest of 0, 2^-6, ..., 1 times the block's largest, which travels as bf16."""
+    levels = torch.tensor([0.0, *(2.0**-k for k in range(6, -1, -1))])
+    out = []
+    for block in v.split(64):
+        scale = block.abs().max().bfloat16().float()
+        nearest = (block.abs()[:, None] / scale - levels).abs().argmin(dim=1)
+        out.append(block.sign() * levels[nearest] * scale)
+    return torch.cat(out)
+
+
+def blend_paper(
+    p: Problem, n: int, s: Settings, delay: int, alpha: float, cuts: Sequence[int], coded: Callable[[Tensor], Tensor] = plain
+) -> Tensor:
+    """Streaming DiLoCo (2501.18512): fragment k of P starts k H / P steps after fragment 0."""
+    parts = [slice(a, b) for a, b in pairwise(cuts)]
+    thetas = [p.start[part].clone() for part in parts]
+    outers = [outer_sgd(theta, s) for theta in thetas]
+    x = [p.start.clone() for _ in range(n)]
+    flights: dict[int, tuple[int, Tensor]] = {}
+    seen = []
+
+    def land(k: int) -> None:
+        thetas[k].grad = flights.pop(k)[1]
+        outers[k].step()
+        for x_i in x:
+            x_i[parts[k]] = alpha * x_i[parts[k]] + (1 - alpha) * thetas[k]
+
+    for t in range(1, s.steps + 1):
+        grads = [a * (x_i - c) for x_i, a, c in zip(x, p.a, p.c, strict=True)]
+        for k in [k for k, (at, _) in flights.items() if at == t]:
+            land(k)
+        x = [x_i - LR * g for x_i, g in zip(x, grads, strict=True)]
+        for k, part in enumerate(parts):
+            if t % s.every == k * s.every // len(parts):
+                flights[k] = t + delay, sum((coded(thetas[k] - x_i[part]) / n for x_i in x), torch.zeros_like(thetas[k]))
+                if delay == 0:
+                    land(k)
+        seen.append(torch.stack([x_i.clone() for x_i in x]))
+    for k in list(flights):
+        land(k)
+    return torch.stack([*seen, torch.stack(x)])
+
+
+def axes_of(s: Settings) -> dict[str, Any]:
+    return {"every": s.every, "outer_lr": s.outer_lr, "outer_momentum": s.outer_momentum}
+
+
 def bound(s: Settings, M: float, gain: float) -> float:
     """How far fp32 can be from fp64 after all rounds, |x|, |c|, |delta|, |u| <= M.
 
@@ -173,10 +250,12 @@ def test_every_step_with_lr_1_and_no_momentum_is_plain_averaging(n: int) -> None
         assert float((got[t].double() - x).abs().max()) <= (t + 1) * (8 + 6 * n) * U * 2 * M
 
 
-def test_fedavg_averages_parameters() -> None:
-    n, every, steps = 3, 4, 16
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("recipe", ["fedavg", "local_sgd"])
+def test_fedavg_and_local_sgd_average_parameters(recipe: str, every: int) -> None:
+    n, steps = 3, 16
     p = problem(n)
-    got = islands_of_dtrain(p, n, steps, recipe="fedavg", every=every)
+    got = islands_of_dtrain(p, n, steps, recipe=recipe, every=every)
     q = p.double()
     x = q.start.expand(n, -1)
     for t in range(1, steps + 1):
@@ -216,8 +295,8 @@ def test_a_late_round_lands_on_the_progress_made_in_flight(n: int, delay: Delay)
 @pytest.mark.parametrize("n", [2, 4])
 def test_eager_is_its_paper_to_the_bit(n: int) -> None:
     p = problem(n)
-    got = islands_of_dtrain(p, n, NESTEROV.steps, recipe="diloco", every=5, delay="round", landing="eager")
-    assert torch.equal(got, eager_paper(p, n, NESTEROV))
+    got = islands_of_dtrain(p, n, EAGER.steps, recipe="diloco", delay="round", landing="eager", **axes_of(EAGER))
+    assert torch.equal(got, eager_paper(p, n, EAGER))
 
 
 def test_eager_of_three_islands_is_its_paper() -> None:
@@ -237,6 +316,63 @@ def test_eager_with_one_island_is_diloco_in_time() -> None:
     p = problem(1)
     eager = islands_of_dtrain(p, 1, 23, recipe="diloco", every=5, delay="round", landing="eager")
     assert torch.equal(eager, islands_of_dtrain(p, 1, 23, recipe="diloco", every=5, delay=0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("delay", ["round", 2])
+def test_pure_is_its_paper_to_the_bit(n: int, delay: Delay) -> None:
+    """How long a round flies says nothing, as it is applied where the next one starts."""
+    p = problem(n)
+    got = islands_of_dtrain(p, n, PURE.steps, recipe="diloco", delay=delay, landing="pure", **axes_of(PURE))
+    assert torch.equal(got, pure_paper(p, n, PURE))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize(("cuts", "delay"), [((0, WIDTH), 4), ((0, CUT, WIDTH), 2), ((0, CUT, WIDTH), 0)])
+def test_blend_is_its_paper_to_the_bit(n: int, cuts: tuple[int, ...], delay: int) -> None:
+    """Halves are exact; of another alpha see test_outer_stability."""
+    p = problem(n)
+    axes = {"delay": delay, "landing": "blend", "alpha": 0.5, "fragments": len(cuts) - 1}
+    got = islands_of_dtrain(p, n, BLEND.steps, recipe="diloco", **axes, **axes_of(BLEND))
+    assert torch.equal(got, blend_paper(p, n, BLEND, delay, 0.5, cuts))
+
+
+@pytest.mark.parametrize("reduce", ["all_to_all", "gather"])
+def test_blend_in_time_that_keeps_nothing_is_diloco(reduce: str) -> None:
+    p, said = problem(2), {"codec": "identity", "reduce": reduce, **axes_of(NESTEROV)}
+    blend = islands_of_dtrain(p, 2, NESTEROV.steps, recipe="streaming_diloco", fragments=1, delay=0, alpha=0.0, **said)
+    assert torch.equal(blend, islands_of_dtrain(p, 2, NESTEROV.steps, recipe="diloco", **said))
+
+
+# ---- rows, whose numbers are said here once more
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_local_sgd_is_its_paper_to_the_bit(n: int) -> None:
+    """Local SGD (1805.09767): what fedavg does to a common start, without one."""
+    p = problem(n)
+    x, seen = [p.start.clone() for _ in range(n)], []
+    for t in range(1, 3 * 16 + 3):
+        x = [x_i - LR * (a * (x_i - c)) for x_i, a, c in zip(x, p.a, p.c, strict=True)]
+        if t % 16 == 0:
+            mean = sum((x_i / n for x_i in x), torch.zeros_like(p.start))
+            x = [mean.clone() for _ in range(n)]
+        seen.append(torch.stack(x))
+    assert torch.equal(islands_of_dtrain(p, n, 3 * 16 + 2, recipe="local_sgd"), torch.stack([*seen, torch.stack(x)]))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_streaming_diloco_is_its_paper_to_the_bit(n: int) -> None:
+    """With its codec, over the path that codes once; fewer fragments, and fewer steps between rounds."""
+    p, s = problem(n), Settings(every=12, steps=45, outer_lr=0.4, outer_momentum=0.9)
+    got = islands_of_dtrain(p, n, s.steps, recipe="streaming_diloco", every=s.every, fragments=2, reduce="gather")
+    assert torch.equal(got, blend_paper(p, n, s, 5, 0.5, (0, CUT, WIDTH), e3m0))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_eager_diloco_is_its_paper_to_the_bit(n: int) -> None:
+    p, s = problem(n), Settings(every=30, steps=94, outer_lr=0.4, outer_momentum=0.6)
+    assert torch.equal(islands_of_dtrain(p, n, s.steps, recipe="eager_diloco"), eager_paper(p, n, s))
 
 
 @pytest.mark.parametrize("reduce", ["all_to_all", "gather"])

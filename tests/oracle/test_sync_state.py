@@ -23,11 +23,12 @@ EVERY, SAVE_AT, MORE = 10, 12, 20
 class Case:
     recipe: str
     delay: int | Literal["round"]
-    landing: Literal["keep", "eager"] | None = None
+    landing: Literal["keep", "eager", "pure", "blend"] | None = None
     every: int = EVERY
     codec: str | None = None
     fragments: int | None = None
     rank: int | None = None
+    outer_lr: float | None = None
 
     def join(self, model: nn.Module, opt: torch.optim.Optimizer, link: Connection) -> Sync:
         return dtrain.join(
@@ -41,6 +42,7 @@ class Case:
             error_feedback=True if self.codec else None,
             fragments=self.fragments,
             rank=self.rank,
+            outer_lr=self.outer_lr,
             clip=1.0,
             link=link,
         )
@@ -52,6 +54,8 @@ CASES = [
     *(Case("diloco", delay, "keep", codec="int4:64") for delay in DELAYS),
     *(Case("diloco", delay, "eager", codec="int4:64") for delay in DELAYS[1:]),
     *(Case("diloco", delay, "keep", codec="int8:64", fragments=3) for delay in DELAYS),
+    *(Case("diloco", delay, "pure", codec="int4:64", outer_lr=0.2) for delay in DELAYS[1:]),
+    Case("diloco", 3, "blend", codec="e3m0:64", fragments=2),
     *(Case("dpsgd", delay) for delay in DELAYS),
     *(Case("choco", delay) for delay in DELAYS),
     *(Case(recipe, 1, every=1) for recipe in ("dpsgd", "choco")),
@@ -194,6 +198,12 @@ IN_FLIGHT, LANDED = SAVE_AT + EVERY, SAVE_AT + EVERY - 4
         (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".warm"),
         (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".first.draws"),
         (Case("dilocox", 5, codec="int4:64:stochastic", rank=2), IN_FLIGHT, ".second.draws"),
+        (Case("diloco", 5, "pure", outer_lr=0.2), IN_FLIGHT, ".anchor"),
+        (Case("diloco", 5, "pure", outer_lr=0.2), IN_FLIGHT, ".begun"),
+        (Case("diloco", 5, "pure", outer_lr=0.2), IN_FLIGHT, ".delta"),
+        (Case("diloco", 5, "pure", outer_lr=0.2), SAVE_AT, ".before"),
+        (Case("diloco", 5, "blend"), IN_FLIGHT, ".anchor"),
+        (Case("diloco", 5, "blend"), IN_FLIGHT, ".delta"),
         (Case("dpsgd", 5), IN_FLIGHT, ".own"),
         (Case("dpsgd", 5), IN_FLIGHT, ".in0"),
         (Case("dpsgd", 5), IN_FLIGHT, ".weights"),

@@ -366,7 +366,8 @@ def test_one_island_alone_may_use_them() -> None:
 @pytest.mark.parametrize("name", [*RECIPES, "mine.py:row"])
 def test_every_recipe_takes_an_own_codec_or_is_refused_in_one_line(name: str) -> None:
     """What passes has its code, bound to a bucket."""
-    codes = "" if name in ("local", "choco", "beer", "dadao") else RECIPES[name].algorithm if name in RECIPES else "dpsgd"
+    refuses = name in ("local", "local_sgd", "choco", "beer", "dadao")
+    codes = "" if refuses else RECIPES[name].algorithm if name in RECIPES else "dpsgd"
     try:
         recipe = resolve(name, {"codec": "mine.py:half"}, 4)
     except ValueError as e:

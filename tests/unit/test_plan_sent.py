@@ -26,7 +26,8 @@ BUCKET_BYTES = 8192
 
 def small(row: Recipe) -> dict[str, object]:
     """Few steps, and a rank that the one matrix is sent by."""
-    rare: dict[str, object] = {"every": 2, "delay": min(row.delay_steps, 2)} if row.every > 4 else {}
+    few = {"every": 2 * row.fragments, "delay": min(row.delay_steps, 1 + (row.fragments == 1))}
+    rare: dict[str, object] = {**few} if row.every > 4 else {}
     return rare if row.rank is None else {**rare, "rank": 3}
 
 
@@ -44,9 +45,11 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("dpsgd", {"topology": "coloured", "graph": "path"}),
     ("dpsgd", {"topology": "alternating_exp_ring:2"}),
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
-    ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
     ("diloco", {"every": 2, "reduce": "low_rank", "rank": 8, "fragments": 2}),
     ("dilocox", {"every": 2, "delay": 2, "rank": "adaptive:3"}),
+    ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager", "outer_lr": 0.4}),
+    ("diloco", {"every": 2, "delay": "round", "landing": "pure", "outer_lr": 0.2}),
+    ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),
 ]
 
 

@@ -13,6 +13,7 @@ import pytest
 from dtrain import codec_name, comparison, schedule
 from dtrain.config import Job
 from dtrain.launch.bench_recipes import JOB
+from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
@@ -63,6 +64,11 @@ def test_the_questions_are_answered_by_keys_and_words_of_the_code() -> None:
                 assert word in TOPOLOGIES
             else:
                 assert word in known, f"{word} is no answer of {names}"
+
+
+def test_the_questions_of_a_recipe_shown_are_those_of_the_table() -> None:
+    shown = [(question, [key for key in keys if key not in ("payload", "combine")]) for question, keys in QUESTIONS]
+    assert shown == [(question, ticked(names)) for question, names, _ in table("question")]
 
 
 @pytest.mark.parametrize("axis", ["topology", "outer", "landing", "reduce"])

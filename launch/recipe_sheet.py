@@ -1,0 +1,82 @@
+"""What does a recipe answer to the eight questions, where are its equations, and what does it send and keep?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dtrain
+from dtrain import schedule
+from dtrain.assemble import assemble
+from dtrain.config import Job
+from dtrain.methods import RULES
+from dtrain.plan.sent import sent
+from dtrain.recipe_fits import idle_axes, used_axes
+from dtrain.recipes import Recipe, resolve, with_steps
+
+ISLANDS = 4
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("who talks to whom?", ("topology", "graph", "server")),
+    ("when?", ("every", "fragments", "schedule")),
+    ("what?", ("algorithm", "payload")),
+    ("how is it encoded?", ("codec", "error_feedback")),
+    ("by what path?", ("reduce",)),
+    ("how is it combined?", ("combine",)),
+    ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "gamma", "gossip_steps")),
+    ("how late does it land?", ("delay", "landing", "alpha")),
+)
+"""And what answers each: keys of [sync], and two words that follow from the algorithm."""
+_FOLLOWS = ("payload", "combine")
+_SIDE = 1024
+"""Of the square matrix that is sent: many numbers a wire's header, and blocks that are full."""
+
+
+def sheet(name: str) -> list[list[str]]:
+    """A title and its text a row. Raises ValueError where there is no such recipe."""
+    r = resolve(name, {}, ISLANDS)
+    steps = Job().train.steps
+    if r.schedule not in (schedule.EVERY, schedule.READY):
+        r = with_steps(r, steps)
+    simulated = RULES[r.algorithm].simulated is not None
+    return [
+        ["what islands do", r.summary],
+        ["from", r.paper],
+        ["equations", f"dtrain/events/{r.algorithm}.py" if simulated else _file_of(r)],
+        *([question, _answer(r, keys)] for question, keys in QUESTIONS),
+        *([["optimizer", wants]] if (wants := _optimizer(r)) else []),
+        *([] if simulated else _costs(r, steps)),
+    ]
+
+
+def _answer(r: Recipe, keys: tuple[str, ...]) -> str:
+    silent = r.payload == "none"
+    said = [key for key in keys if key in _FOLLOWS or (key in used_axes(r) and key not in idle_axes(r))]
+    shown = [f"{key} = {_toml(value)}" for key in said if (value := getattr(r, key)) is not None]
+    return ", ".join(shown) if shown and not (silent and keys == ("combine",)) else "-"
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def _file_of(r: Recipe) -> str:
+    file = Path(assemble(r, 0, ISLANDS).method.__code__.co_filename)
+    root = Path(dtrain.__file__).parent.parent
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
+
+
+def _optimizer(r: Recipe) -> str:
+    moments = "" if r.moments_every is None else f"AccumAdamW, train.moments_every = {r.moments_every}"
+    return moments if r.sam_rho is None else f"SAM, train.sam_rho = {r.sam_rho}"
+
+
+def _costs(r: Recipe, steps: int) -> list[list[str]]:
+    if r.schedule == schedule.READY:
+        return []
+    found, numel = sent(r, {"matrix": (_SIDE, _SIDE)}, ISLANDS), _SIDE * _SIDE
+    budget = schedule.parse(r.schedule)
+    rounds_a_step = 1 / r.every if budget is None else budget.rounds(steps) / steps
+    kept = (found.state_bytes + found.wire_bytes) / numel
+    return [
+        ["bytes a parameter a step", f"{found.mean_round_bytes * rounds_a_step / numel:.3g}, sent by each of {ISLANDS} islands"],
+        ["memory", f"{kept:.3g} bytes a parameter, beside the optimizer's; wires in flight among them"],
+    ]
