@@ -1,7 +1,8 @@
 """Does a recipe keep the promises that every method makes? Small runs of it, in this process, with what came out.
 
 Four islands hold a loss each, in two tensors of two chunks of the codec and some more, and step by SGD, or by what the recipe is
-defined with: AccumAdamW, SAM. Each check is a number that should be below a bound, both shown, or bits that should be equal."""
+defined with: AccumAdamW, SAM, Muon (one tensor is a matrix then). Each check is a number that should be below a bound, both
+shown, or bits that should be equal."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ class _Island:
     x: Tensor
     """Parameters, flat, in the middle or at the end."""
     state: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizers: list[dict[str, Any]]
     landed: Tensor
     """x once all that flew has landed."""
     trained: Tensor
@@ -58,26 +59,27 @@ class _Loss(nn.Module):
     """sum_k a_k / 2 (x_k - c_k)^2 + s_tk x_k; its slopes s_t are drawn anew each step t, so that a step that is lost shows even
     where an island had settled."""
 
-    def __init__(self, node: int, sizes: tuple[int, int]) -> None:
+    def __init__(self, node: int, sizes: tuple[int, int], *, matrix: bool = False) -> None:
         super().__init__()
         self._node, (self._cut, width) = node, (sizes[0], sum(sizes))
         own = torch.Generator().manual_seed(1 + node)
         self.a, self.c = 0.25 + 1.75 * torch.rand(width, generator=own), torch.rand(width, generator=own) * 2 - 1
-        self.left, self.right = nn.Parameter(torch.empty(sizes[0])), nn.Parameter(torch.empty(sizes[1]))
+        left = (2, sizes[0] // 2) if matrix else (sizes[0],)
+        self.left, self.right = nn.Parameter(torch.empty(left)), nn.Parameter(torch.empty(sizes[1]))
         self.set_flat(_start(width))
 
     def forward(self, step: int) -> Tensor:
         drawn = torch.Generator().manual_seed(ISLANDS * step + self._node)
         slopes = torch.rand(len(self.a), generator=drawn) - 0.5
-        x = torch.cat((self.left, self.right))
+        x = torch.cat((self.left.flatten(), self.right))
         return (0.5 * self.a * (x - self.c).square() + slopes * x).sum()
 
     def flat(self) -> Tensor:
-        return torch.cat((self.left.detach(), self.right.detach()))
+        return torch.cat((self.left.detach().flatten(), self.right.detach()))
 
     @torch.no_grad()
     def set_flat(self, x: Tensor) -> None:
-        self.left.copy_(x[: self._cut])
+        self.left.copy_(x[: self._cut].view_as(self.left))
         self.right.copy_(x[self._cut :])
 
 
@@ -200,35 +202,36 @@ def _run(
     sizes = _sizes(row)
 
     def island(connection: Connection) -> _Island:
-        model, beside = _Loss(connection.node, sizes), _Loss(connection.node, sizes)
+        model, beside = (_Loss(connection.node, sizes, matrix=row.optimizer == "muon") for _ in range(2))
         beside.set_flat(torch.zeros(sum(sizes)))
-        optimizer, alone = optimizer_of(model, row, lr), optimizer_of(beside, row, lr)
-        sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)
+        optimizers, alone = steppers(model, row, lr), steppers(beside, row, lr)
+        sam = None if row.sam_rho is None else SAM(optimizers, rho=row.sam_rho)
         with join(
-            model, sam or optimizer, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
+            model, sam or optimizers, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
         ) as sync:
             if saved is not None:
                 model.set_flat(saved[connection.node].x)
-                optimizer.load_state_dict(saved[connection.node].optimizer)
+                for optimizer, state in zip(optimizers, saved[connection.node].optimizers, strict=True):
+                    optimizer.load_state_dict(state)
                 sync.load_state_dict(saved[connection.node].state)
             if apart is not None:
                 model.set_flat(apart[connection.node])
             for step in range(first, last):
-                _backward(model, optimizer, sam, step)
+                _backward(model, sam, step)
                 for p, q in zip(beside.parameters(), model.parameters(), strict=True):
                     p.grad = None if q.grad is None else q.grad.clone()
-                alone.step()
-                optimizer.step()
+                for optimizer in (*alone, *optimizers):
+                    optimizer.step()
             state = {k: v.clone() for k, v in sync.state_dict().items() if not k.startswith("counts")}
-            x, moments = model.flat(), copy.deepcopy(optimizer.state_dict())
+            x, moments = model.flat(), copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
         return _Island(x, state, moments, landed=model.flat(), trained=beside.flat())
 
     return _on_threads(island)
 
 
-def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, step: int) -> None:
+def _backward(model: _Loss, sam: SAM | None, step: int) -> None:
     def gradient() -> None:
-        optimizer.zero_grad()
+        model.zero_grad()
         model(step).backward()
 
     if sam is None:
@@ -237,11 +240,14 @@ def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, s
         sam.gradient(gradient)
 
 
-def optimizer_of(model: nn.Module, row: Recipe, lr: float) -> torch.optim.Optimizer:
+def steppers(model: nn.Module, row: Recipe, lr: float) -> list[torch.optim.Optimizer]:
     """What the recipe is defined with, and SGD where that is any."""
+    if row.optimizer == "muon":
+        matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == hidden] for hidden in (True, False))
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), torch.optim.SGD(rest, lr=lr)]
     if row.moments_every is None:
-        return torch.optim.SGD(model.parameters(), lr=lr)
-    return AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)
+        return [torch.optim.SGD(model.parameters(), lr=lr)]
+    return [AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)]
 
 
 def _on_threads(island: Callable[[Connection], _Island]) -> list[_Island]:

@@ -42,6 +42,8 @@ class Recipe:
     """s of AccumAdamW, which the method is defined with; None: any optimizer."""
     sam_rho: float | None = None
     """rho of SAM, by which the method takes its gradients; None: as the loop likes."""
+    optimizer: Literal["muon"] | None = None
+    """The inner optimizer that the method is defined with; None: any."""
     start: Literal["same", "own"] = "same"
     """Whether all islands start from island 0's parameters; never said in a row."""
     total_steps: int | None = None

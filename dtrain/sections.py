@@ -74,6 +74,10 @@ class Train(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
     lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] | None = Field(
+        None,
+        description="muon: Muon for matrices inside the blocks, AdamW for the rest; it steps as far as AdamW, so lr serves both",
+    )
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
     moments_every: int | None = Field(

@@ -12,7 +12,7 @@ from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, moments_of, of_section, rho_of, with_start
+from dtrain.recipes import AXES, moments_of, of_section, optimizer_of, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -22,6 +22,7 @@ _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
+    ("train", "optimizer", "dtrain.optim.muon_adamw"),
 )
 """What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
@@ -56,6 +57,7 @@ def resolved(job: Job) -> Job:
     with_start(recipe, job.islands.start)
     rho_of(recipe, job.train.sam_rho)
     moments_of(recipe, job.train.moments_every)
+    optimizer_of(recipe, job.train.optimizer, job.train.moments_every)
     if job.train.merge != "mean" and job.islands.start != "own":
         raise ValueError(
             f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
@@ -134,9 +136,10 @@ def _check_sim(job: Job) -> None:
     sim = f'sim.problem = "{job.sim.problem}"'
     for section, key in (("islands", "start"), ("train", "merge")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
-    for key in ("moments_every", "sam_rho"):
+    for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
-    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
+    needs = {"AdamW": recipe.moments_every, "SAM": recipe.sam_rho, "Muon": recipe.optimizer}
+    defined_with = next((name for name, value in needs.items() if value is not None), None)
     if defined_with is not None:
         raise ValueError(
             f'{sim} steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with {defined_with}; use sync.recipe = '

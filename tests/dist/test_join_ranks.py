@@ -18,6 +18,7 @@ SCENARIOS = {
     "wrapped before": functools.partial(_plain, wrap="before"),
     "wrapped after": functools.partial(_plain, wrap="after"),
     "sharpness-aware": functools.partial(_plain, wrap="after", rho=0.1),
+    "muon": functools.partial(ranked.ddp_loop, wrap="after", recipe="muloco", codec="identity", delay=0),
     "corrected": functools.partial(_plain, wrap="after", corrects=True),
     # Its rounds move the parameters when they start; the look two steps before the end falls into one.
     "eager": functools.partial(

@@ -72,6 +72,7 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["run", "job.toml", "islands.start=own", "--", "job.toml"], "islands.start = 'own' has no effect on a script"),
         (["run", "job.toml", "train.merge=variance_corrected", "--", "job.toml"], "train.merge = 'variance_corrected' has no"),
         (["run", "job.toml", "train.sam_rho=0.1", "--", "job.toml"], "train.sam_rho = 0.1 has no effect on a script"),
+        (["run", "job.toml", "train.optimizer=muon", "--", "job.toml"], "train.optimizer = 'muon' has no effect on a script"),
         (["run", "job.toml", "--", "no.py"], "no script at no.py"),
         (["run", "job.toml", "--"], "no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS"),
         (["keys", "lnk"], "'lnk' is no section of a job file; use one of job, islands, model,"),
