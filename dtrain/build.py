@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import Muon, Optimizer
 
@@ -32,6 +33,14 @@ def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:
     model = GPT(GPTConfig(vocab=corpus.vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
     model.init_weights(job.job.seed if job.islands.start == "same" else _SEEDS + (1024 * job.job.seed + island) % _SEEDS)
     return model
+
+
+def names_of(job: Job) -> list[str]:
+    """The names of the job's model's parameters."""
+    m = job.model
+    with torch.device("meta"):
+        model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    return [name for name, _ in model.named_parameters()]
 
 
 def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimizer]:

@@ -115,7 +115,8 @@ def discard_partial(run: Path) -> None:
 
 
 def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
-    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time."""
+    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time. New
+    islands have no parameters of their own yet: of those too it is the mean."""
     islands = [load_island(run, step, i) for i in range(num_islands)]
     weights = {}
     for key, first in islands[0].items():

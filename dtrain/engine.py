@@ -67,7 +67,7 @@ class Sync:
         self._model = model
         check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
-        self._flat = flatten(model.named_parameters())
+        self._flat = flatten(model.named_parameters(), recipe.include, recipe.exclude)
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = make_buckets(
@@ -123,7 +123,7 @@ class Sync:
             self._exchange_gradients()
         if self._clip and self._fused is None:  # a fused step clips in its own pass
             with span("clip"):
-                nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
+                nn.utils.clip_grad_norm_(self._flat.trained, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -352,6 +352,8 @@ def join(
     landing: str | None = None,
     fragments: int | None = None,
     bucket_bytes: int | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     total_steps: int | None = None,
     start: Literal["same", "own"] = "same",
     clip: float | None = None,
@@ -379,14 +381,13 @@ def join(
         "graph": graph,
         "server": server,
         "reduce": reduce,
-        "outer": outer,
-        "outer_lr": outer_lr,
-        "outer_momentum": outer_momentum,
+        "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
         "gamma": gamma,
         "gossip_steps": gossip_steps,
         "landing": landing,
         "fragments": fragments,
         "bucket_bytes": bucket_bytes,
+        "include": include, "exclude": exclude,
     }
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}

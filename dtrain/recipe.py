@@ -36,6 +36,10 @@ class Recipe:
     fragments: int = 1
     schedule: str = "every"
     bucket_bytes: int | None = None
+    include: tuple[str, ...] | None = None
+    """Patterns of the names of parameters that islands share; None: all (``chosen.py``)."""
+    exclude: tuple[str, ...] | None = None
+    """And of those that they do not share."""
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None

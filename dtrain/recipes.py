@@ -35,7 +35,7 @@ _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() 
 def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int) -> Recipe:
     """The named row with its overrides, checked as a whole; raises ValueError with one line."""
     row = row_of(name or DEFAULT_RECIPE)
-    changes = {key: value for key, value in overrides.items() if value is not None}
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
     recipe = replace(row, **changes)
@@ -48,6 +48,12 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     check_used(recipe, row, changes)
     check_together(recipe, num_islands)
     return replace(recipe, combine=combine_of(recipe))
+
+
+def answer_of(recipe: Recipe, axis: str) -> object:
+    """As a job file says it."""
+    value = getattr(recipe, axis)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def row_of(name: str) -> Recipe:

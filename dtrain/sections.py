@@ -147,6 +147,14 @@ class Sync(Section):
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
+    include: list[str] | None = Field(
+        None, min_length=1, description='parameters that islands share, as patterns of names: ["blocks.*"]; left out: all'
+    )
+    exclude: list[str] | None = Field(
+        None,
+        min_length=1,
+        description='parameters that stay each island\'s own, also in the merge (its file has island 0\'s): ["head.*"]',
+    )
 
     @field_validator("topology")
     @classmethod

@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import own, schedule, topology
+from dtrain import chosen, own, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, moments_of, of_section, optimizer_of, rho_of, with_start
+from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -63,7 +63,7 @@ def resolved(job: Job) -> Job:
             f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
             f'"{job.islands.start}" they were; leave it out, or use islands.start=own'
         )
-    answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
+    answers = {"recipe": recipe.name} | {axis: answer_of(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
 
@@ -103,9 +103,19 @@ def check_answers(job: Job, how: How) -> None:
         check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)
         refuse_sim(job)
         _check_link(job)
+    if how != "script" and job.sim.problem == "gpt":
+        check_chosen(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
+
+
+def check_chosen(job: Job) -> None:
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    if recipe.include is not None or recipe.exclude is not None:
+        from dtrain.build import names_of  # torch
+
+        chosen.shared(names_of(job), recipe.include, recipe.exclude)
 
 
 def check_text(job: Job) -> None:
@@ -133,6 +143,8 @@ def _check_sim(job: Job) -> None:
         )
     if job.sim.problem == "gpt":
         return
+    for axis in ("include", "exclude"):
+        _refuse_changed(job, "sync", axis, f'with sim.problem = "{job.sim.problem}", whose parameters have no names')
     sim = f'sim.problem = "{job.sim.problem}"'
     for section, key in (("islands", "start"), ("train", "merge")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")

@@ -51,7 +51,7 @@ def candidates(
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
                 continue
-            recipe = resolve(row.name, overrides, num_islands)
+            recipe = resolve(row.name, overrides | {"include": asked.include, "exclude": asked.exclude}, num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
 

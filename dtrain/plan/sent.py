@@ -142,8 +142,10 @@ class Sent:
     """Who waits for whom."""
 
 
-def model_flat(shapes: Shapes, device: torch.device) -> Flat:
-    return flatten((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
+def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None) -> Flat:
+    """Of the parameters that the recipe lets islands share; None: of all."""
+    chosen = (None, None) if recipe is None else (recipe.include, recipe.exclude)
+    return flatten(((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items()), *chosen)
 
 
 def sent(
@@ -153,7 +155,7 @@ def sent(
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
     buckets = make_buckets(
-        model_flat(shapes, device),
+        model_flat(shapes, device, recipe),
         num_fragments=recipe.fragments,
         bucket_bytes=recipe.bucket_bytes,
         num_ranks=num_ranks,

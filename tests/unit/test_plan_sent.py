@@ -36,6 +36,8 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("dpsgd", {"topology": "coloured", "graph": "path"}),
     ("dpsgd", {"topology": "alternating_exp_ring:2"}),
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
+    ("delayed_diloco", {"every": 2, "delay": 1, "exclude": ["last"]}),
+    ("dpsgd", {"include": ["l*"], "exclude": ["left"]}),
     ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager"}),
 ]
 

@@ -120,6 +120,24 @@ def test_muloco_goes_on_from_a_checkpoint_between_two_rounds_to_the_bit(texts: P
         assert same(weights_of(again, island), weights_of(whole, island))
 
 
+def test_heads_of_their_own_are_in_no_merge_and_each_island_is_evaluated_with_its_own(texts: Path, tmp_path: Path) -> None:
+    changes = ("sync.recipe=fedavg", "sync.every=4", 'sync.exclude=["head.*"]')
+    job, corpus = job_of(texts, *changes), load_corpus(str(texts))
+    run = train(job, tmp_path / "run")
+    own, merged = [weights_of(run, island) for island in range(2)], load_file(run / "model.safetensors")
+    assert torch.equal(merged["head.weight"], own[0]["head.weight"])
+    assert not torch.equal(own[0]["head.weight"], own[1]["head.weight"])
+    for name in set(merged) - {"head.weight"}:
+        assert torch.equal(merged[name], (own[0][name] / 2 + own[1][name] / 2)), "halves are exact"
+        assert not torch.equal(own[0][name], own[1][name])
+    for island in range(2):
+        model = build_model(job, corpus)
+        model.load_state_dict(merged | {"head.weight": own[island]["head.weight"]})
+        assert part_of(run, island).eval_loss == evaluate(model, heldout_sequences(corpus, 16))
+        told = part_of(run, island).wire_bytes_merge - NOTE_BYTES
+        assert told == 4 * (PARAMETERS - 256 * 16) + 2 * HEADER_BYTES, "half of them to the other, and the other half back"
+
+
 def test_a_run_is_its_seed_whatever_its_name(texts: Path, tmp_path: Path) -> None:
     one, other = train(job_of(texts), tmp_path / "one"), train(job_of(texts, 'job.name="other"'), tmp_path / "other")
     for island in range(2):
