@@ -192,7 +192,7 @@ class Sync:
         return distance
 
     def consensus_distance(self) -> float:
-        """sqrt(mean_i |x_i - mean x|^2) over all parameters. Costs an exact average on the link, whose waiting is not
+        """sqrt(mean_i |x_i - mean x|^2) over all shared parameters. Costs an exact average on the link, whose waiting is not
         counted; leaves the model alone."""
         waited_s = self._wait.waited_s
         self.settle()
@@ -365,10 +365,10 @@ def join(
 
     The islands' weights are compared by hash and island 0's are sent where they differ; with start = "own" they may. Axes left
     out are the recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
-    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the
-    whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is one,
-    so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's
-    environment is read otherwise.
+    ``include`` and ``exclude`` say by patterns which parameters are shared; the others stay the island's own (``chosen.py``).
+    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the whole run's, which a
+    schedule with a budget of rounds must know. Give the GradScaler, if there is one, so that a step it skips is counted. ``link``
+    is for islands that were connected by hand; the launcher's environment is read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
