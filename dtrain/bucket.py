@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from dtrain import chosen
 from dtrain.codec_name import MAX_BLOCK
 
 GRAIN = MAX_BLOCK
@@ -122,17 +123,25 @@ def cut_evenly(numels: Sequence[int], num_parts: int, grains: Sequence[int]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """The flat storages of a model and the parameters that view them."""
+    """The flat storages of the parameters that islands share, and these, which view them."""
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     storages: tuple[Tensor, ...]
     order: tuple[tuple[int, ...], ...]
     """Per storage, the positions of its parameters."""
+    trained: tuple[nn.Parameter, ...]
+    """All that require a gradient, in the model's order, each once."""
 
     @property
     def numel(self) -> int:
         return sum(s.numel() for s in self.storages)
+
+    @property
+    def apart(self) -> list[nn.Parameter]:
+        """Trained parameters that stay the island's own."""
+        inside = {id(p) for p in self.parameters}
+        return [p for p in self.trained if id(p) not in inside]
 
     def check_in_place(self, model: nn.Module) -> None:
         """Raises ValueError where a parameter no longer is a view of its storage: it would train, and never be sent."""
@@ -149,8 +158,11 @@ class Flat:
                 address += p.numel() * p.element_size()
 
 
-def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
-    """Move parameters (tied ones once) into one flat storage per dtype and make them views of it."""
+def flatten(
+    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> Flat:
+    """Move the parameters that ``chosen.shared`` names (tied ones once) into one flat storage per dtype and make them views of
+    it; raises ValueError for ones that cannot be shared."""
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -161,6 +173,9 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
             parameters.append(p)
     if not parameters:
         raise ValueError("the model has no parameters that require a gradient; nothing to synchronise")
+    trained, kept = tuple(parameters), chosen.shared(names, include, exclude)
+    parameters = [p for name, p in zip(names, trained, strict=True) if name in kept]
+    names = [name for name in names if name in kept]
     for name, p in zip(names, parameters, strict=True):
         if not p.dtype.is_floating_point:
             raise ValueError(
@@ -188,7 +203,7 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
                 p.data = view
                 offset += p.numel()
             storages.append(flat)
-    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()))
+    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()), trained)
 
 
 def make_buckets(

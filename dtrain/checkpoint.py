@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,7 +115,8 @@ def discard_partial(run: Path) -> None:
 
 
 def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
-    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time."""
+    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time. New
+    islands have no parameters of their own yet: of those too it is the mean."""
     islands = [load_island(run, step, i) for i in range(num_islands)]
     weights = {}
     for key, first in islands[0].items():
@@ -182,6 +183,21 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors:
             state.setdefault(int(index), {})[field] = value
     groups = json.loads(bytes(tensors[f"{name}.groups"].tolist()))
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Of an island's, in their order: "optim", "optim1" and so on."""
+    each = [optimizer_tensors(optimizer, _name(k)) for k, optimizer in enumerate(optimizers)]
+    return {key: value for tensors in each for key, value in tensors.items()}
+
+
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    for k, optimizer in enumerate(optimizers):
+        load_optimizer_tensors(optimizer, _name(k), tensors)
+
+
+def _name(k: int) -> str:
+    return f"optim{k}" if k else "optim"
 
 
 def check_same_model(weights: Mapping[str, Tensor], model: torch.nn.Module, where: Path) -> None:

@@ -1,8 +1,8 @@
 """Does a recipe keep the promises that every method makes? Small runs of it, in this process, with what came out.
 
-Four islands hold a loss each, in two tensors of two chunks of the codec and some more (the first a matrix, for a path of low
-rank), and step by SGD, or by what the recipe is defined with: AccumAdamW, SAM. Each check is a number that should be below a
-bound, both shown, or bits that should be equal."""
+Four islands hold a loss each, in two tensors of two chunks of the codec and some more (the first a matrix, for a path of low rank
+and for Muon), and step by SGD, or by what the recipe is defined with: AccumAdamW, SAM, Muon. Each check is a number that should
+be below a bound, both shown, or bits that should be equal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Island:
     x: Tensor
     """Parameters, flat, in the middle or at the end."""
     state: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizers: list[dict[str, Any]]
     landed: Tensor
     """x once all that flew has landed."""
     trained: Tensor
@@ -92,10 +92,12 @@ def _sizes(row: Recipe) -> tuple[int, int]:
 
 
 def _left(row: Recipe) -> tuple[int, ...]:
-    """The first tensor's shape; a matrix of so many rows and columns goes by its factors."""
-    if row.reduce != "low_rank" or row.rank is None:
-        return (2 * _block(row) + 68,)
-    return 2 * highest(row.rank) + 4, 3 * highest(row.rank)
+    """The first tensor's shape: a matrix for Muon, and for a path of low rank one of so many rows and columns goes by its
+    factors."""
+    if row.reduce == "low_rank" and row.rank is not None:
+        return 2 * highest(row.rank) + 4, 3 * highest(row.rank)
+    long = 2 * _block(row) + 68
+    return (2, long // 2) if row.optimizer == "muon" else (long,)
 
 
 def _block(row: Recipe) -> int:
@@ -216,33 +218,34 @@ def _run(
     def island(connection: Connection) -> _Island:
         model, beside = _Loss(connection.node, row), _Loss(connection.node, row)
         beside.set_flat(torch.zeros(sum(sizes)))
-        optimizer, alone = optimizer_of(model, row, lr), optimizer_of(beside, row, lr)
-        sam = None if row.sam_rho is None else SAM(optimizer, rho=row.sam_rho)
+        optimizers, alone = steppers(model, row, lr), steppers(beside, row, lr)
+        sam = None if row.sam_rho is None else SAM(optimizers, rho=row.sam_rho)
         with join(
-            model, sam or optimizer, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
+            model, sam or optimizers, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
         ) as sync:
             if saved is not None:
                 model.set_flat(saved[connection.node].x)
-                optimizer.load_state_dict(saved[connection.node].optimizer)
+                for optimizer, state in zip(optimizers, saved[connection.node].optimizers, strict=True):
+                    optimizer.load_state_dict(state)
                 sync.load_state_dict(saved[connection.node].state)
             if apart is not None:
                 model.set_flat(apart[connection.node])
             for step in range(first, last):
-                _backward(model, optimizer, sam, step)
+                _backward(model, sam, step)
                 for p, q in zip(beside.parameters(), model.parameters(), strict=True):
                     p.grad = None if q.grad is None else q.grad.clone()
-                alone.step()
-                optimizer.step()
+                for optimizer in (*alone, *optimizers):
+                    optimizer.step()
             state = {k: v.clone() for k, v in sync.state_dict().items() if not k.startswith("counts")}
-            x, moments = model.flat(), copy.deepcopy(optimizer.state_dict())
+            x, moments = model.flat(), copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
         return _Island(x, state, moments, landed=model.flat(), trained=beside.flat())
 
     return _on_threads(island)
 
 
-def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, step: int) -> None:
+def _backward(model: _Loss, sam: SAM | None, step: int) -> None:
     def gradient() -> None:
-        optimizer.zero_grad()
+        model.zero_grad()
         model(step).backward()
 
     if sam is None:
@@ -251,11 +254,14 @@ def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, s
         sam.gradient(gradient)
 
 
-def optimizer_of(model: nn.Module, row: Recipe, lr: float) -> torch.optim.Optimizer:
+def steppers(model: nn.Module, row: Recipe, lr: float) -> list[torch.optim.Optimizer]:
     """What the recipe is defined with, and SGD where that is any."""
+    if row.optimizer == "muon":
+        matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == hidden] for hidden in (True, False))
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), torch.optim.SGD(rest, lr=lr)]
     if row.moments_every is None:
-        return torch.optim.SGD(model.parameters(), lr=lr)
-    return AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)
+        return [torch.optim.SGD(model.parameters(), lr=lr)]
+    return [AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)]
 
 
 def _on_threads(island: Callable[[Connection], _Island]) -> list[_Island]:

@@ -67,7 +67,7 @@ class Sync:
         self._model = model
         check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
-        self._flat = flatten(model.named_parameters())
+        self._flat = flatten(model.named_parameters(), recipe.include, recipe.exclude)
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_ranks, with_grad=plan.rewrites_gradients)
@@ -117,7 +117,7 @@ class Sync:
             self._exchange_gradients()
         if self._clip and self._fused is None:  # a fused step clips in its own pass
             with span("clip"):
-                nn.utils.clip_grad_norm_(self._flat.parameters, self._clip)
+                nn.utils.clip_grad_norm_(self._flat.trained, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Sync:
         return distance
 
     def consensus_distance(self) -> float:
-        """sqrt(mean_i |x_i - mean x|^2) over all parameters. Costs an exact average on the link, whose waiting is not
+        """sqrt(mean_i |x_i - mean x|^2) over all shared parameters. Costs an exact average on the link, whose waiting is not
         counted; leaves the model alone."""
         waited_s = self._wait.waited_s
         self.settle()
@@ -348,6 +348,8 @@ def join(
     fragments: int | None = None,
     bucket_bytes: int | None = None,
     rank: int | str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     total_steps: int | None = None,
     start: Literal["same", "own"] = "same",
     clip: float | None = None,
@@ -359,10 +361,10 @@ def join(
 
     The islands' weights are compared by hash and island 0's are sent where they differ; with start = "own" they may. Axes left
     out are the recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
-    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the
-    whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is one,
-    so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's
-    environment is read otherwise.
+    ``include`` and ``exclude`` say by patterns which parameters are shared; the others stay the island's own (``chosen.py``).
+    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the whole run's, which a
+    schedule with a budget of rounds must know. Give the GradScaler, if there is one, so that a step it skips is counted. ``link``
+    is for islands that were connected by hand; the launcher's environment is read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
@@ -375,16 +377,14 @@ def join(
         "graph": graph,
         "server": server,
         "reduce": reduce,
-        "outer": outer,
-        "outer_lr": outer_lr,
-        "outer_momentum": outer_momentum,
+        "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
         "gamma": gamma,
         "gossip_steps": gossip_steps,
         "landing": landing,
         "alpha": alpha,
         "fragments": fragments,
         "bucket_bytes": bucket_bytes,
-        "rank": rank,
+        "rank": rank, "include": include, "exclude": exclude,
     }
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}

@@ -77,7 +77,7 @@ class Exact:
     @torch.no_grad()
     def align(self, recipe: Recipe, seed: int, edges: int) -> None:
         """Refuse islands that cannot work together (``edges``: a number of the graph); then give all of them island 0's model
-        where they differ (without its trained parameters where each starts from its own)."""
+        where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:
             self._compare(recipe, seed, edges)
@@ -89,7 +89,7 @@ class Exact:
                         flights.append(self._flight(START, self._beyond(name), lambda link, rest=rest: align(rest, link)))
             self._run(0, flights)
         self._ranks.refresh(self._buckets, gradients=False)
-        self._ranks.share([*frozen, *buffers])
+        self._ranks.share([*frozen, *buffers, *(p.detach() for p in self._flat.apart)])
         self._averaged = averaged_buffers(self._model)
 
     @torch.no_grad()

@@ -40,11 +40,11 @@ class FusedSteps:
         self._places: list[list[Place]] = [
             [(named[s.name], s.global_offset - starts[s.name], s.numel) for s in lane.bucket.layout.spans] for lane in core.lanes
         ]
-        self._parameters = flat.parameters
+        self._trained = flat.trained
         self._inside = {id(p) for p in flat.parameters}
         device = core.lanes[0].bucket.x.device
         self._grad_scale = torch.ones(1, device=device)
-        num_sums = sum(-(-p.numel() // SUM_TILE) for p in flat.parameters)
+        num_sums = sum(-(-p.numel() // SUM_TILE) for p in flat.trained)
         self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
 
     def step(self, step: int, *, clip: float | None, may_start: bool) -> list[Flight]:
@@ -75,7 +75,7 @@ class FusedSteps:
 
     def _measure(self, norm: float) -> None:
         """min(1, norm / (|g| + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it, with the sum in fp64."""
-        gradients = [p.grad.contiguous().view(-1) for p in self._parameters if p.grad is not None]
+        gradients = [p.grad.contiguous().view(-1) for p in self._trained if p.grad is not None]
         if gradients:
             num_sums = sum(-(-g.numel() // SUM_TILE) for g in gradients)
             operations(gradients[0].device).sum_of_squares(gradients, self._sums[:num_sums])

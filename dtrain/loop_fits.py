@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dtrain.methods import RULES
 from dtrain.optim.accum_adam import check_accumulates
+from dtrain.optim.muon import check_muon
 from dtrain.optim.sam import SAM
 from dtrain.recipes import Recipe
 
@@ -36,6 +37,8 @@ def check_loop(
         )
     if recipe.moments_every is not None:
         check_accumulates(recipe.name, recipe.moments_every, optimizers)
+    if recipe.optimizer == "muon":
+        check_muon(recipe.name, recipe.algorithm, optimizers)
     if scaler is None:
         return
     if RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients":

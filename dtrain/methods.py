@@ -34,7 +34,8 @@ class Rules:
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
 
-_ROUNDS = frozenset({"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_CHOSEN = frozenset({"bucket_bytes", "include", "exclude"})
+_ROUNDS = _CHOSEN | {"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce"}
 _GOSSIP = _ROUNDS | {"topology", "graph"}
 _SERVER = frozenset({"server"})
 _PLAIN = _GOSSIP - {"error_feedback"}
@@ -48,7 +49,7 @@ _REPLICAS = "changes replicas by one mean gradient"
 _UNKNOWN = "may keep what all islands share"
 
 RULES: Mapping[AlgorithmName, Rules] = {
-    "local": Rules(frozenset({"bucket_bytes"}), ("none",)),
+    "local": Rules(_CHOSEN, ("none",)),
     "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True, needs_same_start=_REPLICAS),
     "dpsgd": Rules(_PLAIN | _SERVER, ("neighbours", *_ALL), fuses=True),
     "push_sum": Rules(_PLAIN, moves=True),

@@ -40,12 +40,18 @@ class Recipe:
     bucket_bytes: int | None = None
     rank: int | str | None = None
     """r of reduce = "low_rank", columns of a matrix's factors, or "adaptive:R" (``matrices``); None without."""
+    include: tuple[str, ...] | None = None
+    """Patterns of the names of parameters that islands share; None: all (``chosen.py``)."""
+    exclude: tuple[str, ...] | None = None
+    """And of those that they do not share."""
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""
     moments_every: int | None = None
     """s of AccumAdamW, which the method is defined with; None: any optimizer."""
     sam_rho: float | None = None
     """rho of SAM, by which the method takes its gradients; None: as the loop likes."""
+    optimizer: Literal["muon"] | None = None
+    """The inner optimizer that the method is defined with; None: any."""
     start: Literal["same", "own"] = "same"
     """Whether all islands start from island 0's parameters; never said in a row."""
     total_steps: int | None = None

@@ -61,13 +61,19 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("alpha", _is_number(r.alpha) and 0 <= r.alpha <= 1, "0 to 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
+        ("optimizer", r.optimizer in ("muon", None), '"muon", or None'),
         ("gossip_steps", _is_int(r.gossip_steps) and 1 <= r.gossip_steps <= MOST_GOSSIP_STEPS, f"1 to {MOST_GOSSIP_STEPS}"),
         ("rank", r.rank is None or isinstance(r.rank, str) or (_is_int(r.rank) and r.rank >= 1), '1 or more, or "adaptive:32"'),
+        *((axis, _are_patterns(getattr(r, axis)), 'a list of patterns, as ["head.*"]') for axis in ("include", "exclude")),
         ("bucket_bytes", r.bucket_bytes is None or (_is_int(r.bucket_bytes) and r.bucket_bytes >= 4), "4 or more"),
     )
     for axis, allowed, said in ranges:
         if not allowed:
             raise ValueError(f"{axis} = {getattr(r, axis)!r} is not allowed; use {said}")
+
+
+def _are_patterns(value: object) -> bool:
+    return value is None or (isinstance(value, tuple) and bool(value) and all(isinstance(p, str) and p for p in value))
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -112,6 +112,18 @@ ROWS = (
         landing="eager",
     ),
     Recipe(
+        name="muloco",
+        summary="DiLoCo on 30 local steps of Muon: outer Nesterov on their mean progress, in fp32, waited for",
+        paper="Therien et al. 2025, arXiv 2505.23725",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=30,
+        outer="nesterov",
+        outer_lr=0.7,
+        outer_momentum=0.6,
+        optimizer="muon",
+    ),
+    Recipe(
         name="dpsgd",
         summary="every step, one peer's parameters, a step late",
         paper="Lian et al. 2017, arXiv 1705.09056",

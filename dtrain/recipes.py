@@ -21,7 +21,10 @@ DEFAULT_RECIPE = "delayed_diloco"
 
 RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
-_NO_AXES = ("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "start", "total_steps")
+_NO_AXES = (
+    *("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "optimizer", "start"),
+    "total_steps",
+)
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
 
@@ -32,7 +35,7 @@ _WORDS = {axis: get_args(hint) for axis, hint in get_type_hints(Recipe).items() 
 def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int) -> Recipe:
     """The named row with its overrides, checked as a whole; raises ValueError with one line."""
     row = row_of(name or DEFAULT_RECIPE)
-    changes = {key: value for key, value in overrides.items() if value is not None}
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
     recipe = replace(row, **changes)
@@ -45,6 +48,12 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     check_used(recipe, row, changes)
     check_together(recipe, num_islands)
     return replace(recipe, combine=combine_of(recipe))
+
+
+def answer_of(recipe: Recipe, axis: str) -> object:
+    """As a job file says it."""
+    value = getattr(recipe, axis)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def row_of(name: str) -> Recipe:
@@ -115,6 +124,28 @@ def rho_of(recipe: Recipe, said: float | None) -> float:
             f'sync.recipe = "{recipe.algorithm}"'
         )
     return (recipe.sam_rho or 0.0) if said is None else said
+
+
+def optimizer_of(
+    recipe: Recipe, said: Literal["adamw", "muon"] | None, moments_every: int | None = None
+) -> Literal["adamw", "muon"]:
+    """The inner optimizer in the training job: the recipe's where train.optimizer is not said, ``moments_every`` what train says.
+    Raises ValueError where that would take its optimizer from a recipe that is defined with one."""
+    chosen = said or recipe.optimizer or "adamw"
+    if recipe.optimizer == "muon" and chosen != "muon":
+        raise ValueError(
+            f'train.optimizer = "{said}" takes Muon from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
+            f'or use sync.recipe = "{recipe.algorithm}"'
+        )
+    if chosen == "muon" and recipe.moments_every is not None:
+        raise ValueError(
+            f'train.optimizer = "muon" takes AdamW from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
+            'or use sync.recipe = "dpsgd"'
+        )
+    if chosen == "muon" and moments_every is not None:
+        by = 'train.optimizer = "muon"' if said else f'sync.recipe = "{recipe.name}"'
+        raise ValueError(f"train.moments_every = {moments_every} is AdamW's, and {by} trains with Muon; leave one of them out")
+    return chosen
 
 
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:

@@ -75,6 +75,10 @@ class Train(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
     lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] | None = Field(
+        None,
+        description="muon: Muon for matrices inside the blocks, AdamW for the rest; it steps as far as AdamW, so lr serves both",
+    )
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
     moments_every: int | None = Field(
@@ -151,6 +155,14 @@ class Sync(Section):
     )
     rank: int | str | None = Field(
         None, description='r of reduce = "low_rank": a matrix goes as r columns and r rows; "adaptive:R": as few as do, R at most'
+    )
+    include: list[str] | None = Field(
+        None, min_length=1, description='parameters that islands share, as patterns of names: ["blocks.*"]; left out: all'
+    )
+    exclude: list[str] | None = Field(
+        None,
+        min_length=1,
+        description='parameters that stay each island\'s own, also in the merge (its file has island 0\'s): ["head.*"]',
     )
 
     @field_validator("topology")

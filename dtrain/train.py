@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
-from dtrain.build import build_model, build_optimizer, build_recipe
+from dtrain.build import build_model, build_optimizers, build_recipe, moved_bytes
 from dtrain.clock import Clock
 from dtrain.codec import prepare_kernels
 from dtrain.config import Job
@@ -33,14 +33,13 @@ from dtrain.island.device import own_device
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
 from dtrain.models.gpt import GPT, num_parameters
-from dtrain.optim import SAM, AccumAdamW, cosine_lr, set_lr
+from dtrain.optim import SAM, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
-_ADAM_BYTES = 28  # a parameter of fp32 and its two moments are read and written, its gradient is read
 
 
 def cpu_threads(job: Job) -> int:
@@ -93,7 +92,7 @@ class _Island:
     connection: Connection
     model: GPT
     trained: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     sam: SAM | None
     sync: Sync
     heldout: tuple[Tensor, Tensor]
@@ -161,17 +160,17 @@ def _begin(
     wall_begun = time.monotonic()
     model = build_model(job, corpus, connection.node).to(device)
     recipe = build_recipe(job)
-    optimizer = build_optimizer(job, recipe, model)
+    optimizers = build_optimizers(job, recipe, model)
     saved, start = _starting_point(run, connection.node, resume_step, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
     clock = Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
-    sync = Sync(model, [optimizer], recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
+    sync = Sync(model, optimizers, recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
         # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
         model.load_state_dict(_model_weights(saved))
-        checkpoint.load_optimizer_tensors(optimizer, "optim", saved)
+        checkpoint.load_optimizers(optimizers, saved)
         sync.load_state_dict({k.removeprefix("sync."): v for k, v in saved.items() if k.startswith("sync.")})
         torch.set_rng_state(saved[f"rng{connection.ranks.rank}"])
     else:
@@ -182,9 +181,9 @@ def _begin(
     first_step = int(saved.get("first_step", start))
     rho = rho_of(recipe, job.train.sam_rho)
     return _Island(
-        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, trained=trained, optimizer=optimizer,
-        sam=SAM(optimizer, rho=rho) if rho else None, sync=sync, heldout=moved, device=device, clock=clock, first_step=first_step,
-        computing=computing,
+        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, trained=trained,
+        optimizers=optimizers, sam=SAM(optimizers, rho=rho) if rho else None, sync=sync, heldout=moved, device=device,
+        clock=clock, first_step=first_step, computing=computing,
     )
 
 
@@ -221,7 +220,8 @@ def _loop(island: _Island, observe: Observe) -> None:
             island.status.update("training", step)
             said_at = time.monotonic()
         lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr)
-        set_lr(island.optimizer, lr)
+        for optimizer in island.optimizers:
+            set_lr(optimizer, lr)
         loss = _step(island, step)
         ended = clock.train_s()
         distance = _consensus_aside(island, step + 1)
@@ -254,10 +254,9 @@ def _step(island: _Island, step: int) -> float:
         total = _gradient(island, step)
     else:
         total = island.sam.gradient(lambda: _gradient(island, step))
-    # dtrain's own optimizer says for each of its kernels what it moves.
-    moved_bytes = 0 if isinstance(island.optimizer, AccumAdamW) else _ADAM_BYTES * sum(b.x.numel() for b in island.sync.buckets)
-    with span("optimizer", moved_bytes):
-        island.optimizer.step()
+    with span("optimizer", moved_bytes(island.optimizers)):
+        for optimizer in island.optimizers:
+            optimizer.step()
     return total
 
 
@@ -265,7 +264,8 @@ def _gradient(island: _Island, step: int) -> float:
     """Forward and backward over this rank's share of the island's batch; returns the island's mean loss."""
     job, ranks = island.job, island.connection.ranks
     micro_batch = job.train.batch // (ranks.num_ranks * job.train.accumulate)
-    island.optimizer.zero_grad()
+    for optimizer in island.optimizers:
+        optimizer.zero_grad()
     total = 0.0
     for micro in range(job.train.accumulate):
         with span("data"):
@@ -336,7 +336,7 @@ def _save(island: _Island, step: int) -> None:
     numbers = {"time_s": clock.time_s(), "aside_s": clock.aside_s, "wall_s": clock.wall_s()}
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
-        | checkpoint.optimizer_tensors(island.optimizer, "optim")
+        | checkpoint.optimizers_tensors(island.optimizers)
         | {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
         | {f"clock.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain import metrics, units
 from dtrain.bucket import flatten
+from dtrain.build import build_recipe
 from dtrain.config import Job
 from dtrain.errors import NonFinite
 from dtrain.train import cpu_threads
@@ -72,7 +73,9 @@ def simulate_job(job: Job) -> Virtual:
 def account_of_model(job: Job, model: nn.Module, *, first_step: int) -> Virtual:
     """Time and bytes of the job's rounds over the buckets of a model, whose parameters do not move; no more than these depend on
     what is sent. Of the steps after ``first_step``."""
-    flat = flatten((name, nn.Parameter(p.detach().clone())) for name, p in model.named_parameters() if p.requires_grad)
+    recipe = build_recipe(job)
+    trained = ((name, nn.Parameter(p.detach().clone())) for name, p in model.named_parameters() if p.requires_grad)
+    flat = flatten(trained, recipe.include, recipe.exclude)
     shapes = [(name, tuple(p.shape)) for name, p in zip(flat.names, flat.parameters, strict=True)]
     with Islands(job, shapes, problem_of(job, shapes), first_step, with_parameters=False) as islands:
         return _result(job, islands, flat.numel, *_run(islands), None, None, first_step)

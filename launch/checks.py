@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import own, schedule, topology
+from dtrain import chosen, own, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, moments_of, of_section, rho_of, with_start
+from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -23,6 +23,7 @@ _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
+    ("train", "optimizer", "dtrain.optim.muon_adamw"),
 )
 """What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
@@ -57,12 +58,13 @@ def resolved(job: Job) -> Job:
     with_start(recipe, job.islands.start)
     rho_of(recipe, job.train.sam_rho)
     moments_of(recipe, job.train.moments_every)
+    optimizer_of(recipe, job.train.optimizer, job.train.moments_every)
     if job.train.merge != "mean" and job.islands.start != "own":
         raise ValueError(
             f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
             f'"{job.islands.start}" they were; leave it out, or use islands.start=own'
         )
-    answers = {"recipe": recipe.name} | {axis: getattr(recipe, axis) for axis in AXES}
+    answers = {"recipe": recipe.name} | {axis: answer_of(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
 
@@ -103,26 +105,25 @@ def check_answers(job: Job, how: How) -> None:
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":
-        _check_rank(job)
+        _check_parameters(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
 
 
-def _check_rank(job: Job) -> None:
-    """Raises ValueError where no matrix of the job's model is sent by the rank that its recipe names; how many words it knows is
-    nothing to that."""
+def _check_parameters(job: Job) -> None:
+    """Raises ValueError where no parameter of the job's model is shared as its recipe says, or sent by the rank that it names; how
+    many words the model knows is nothing to that."""
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
-    if recipe.reduce != "low_rank" or recipe.rank is None:
+    by_rank = recipe.rank if recipe.reduce == "low_rank" else None
+    if by_rank is None and recipe.include is None and recipe.exclude is None:
         return
-    import torch
+    from dtrain.build import shapes_of  # torch
 
-    from dtrain.models.gpt import GPT, GPTConfig
-
-    m = job.model
-    with torch.device("meta"):
-        model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
-    check_rank({name: p.shape for name, p in model.named_parameters()}, recipe.rank)
+    shapes = shapes_of(job)
+    shared = chosen.shared(list(shapes), recipe.include, recipe.exclude)
+    if by_rank is not None:
+        check_rank({name: shape for name, shape in shapes.items() if name in shared}, by_rank)
 
 
 def check_text(job: Job) -> None:
@@ -150,12 +151,15 @@ def _check_sim(job: Job) -> None:
         )
     if job.sim.problem == "gpt":
         return
+    for axis in ("include", "exclude"):
+        _refuse_changed(job, "sync", axis, f'with sim.problem = "{job.sim.problem}", whose parameters have no names')
     sim = f'sim.problem = "{job.sim.problem}"'
     for section, key in (("islands", "start"), ("train", "merge")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
-    for key in ("moments_every", "sam_rho"):
+    for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
-    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
+    needs = {"AdamW": recipe.moments_every, "SAM": recipe.sam_rho, "Muon": recipe.optimizer}
+    defined_with = next((name for name, value in needs.items() if value is not None), None)
     if defined_with is not None:
         raise ValueError(
             f'{sim} steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with {defined_with}; use sync.recipe = '

@@ -15,19 +15,21 @@ import torch
 from rich.console import Console
 
 from dtrain import metrics, units
-from dtrain.config import Job
+from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
 from dtrain.data.corpus import load_corpus
 from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.optim import hidden_matrices
 from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.model import Carrying, Island
 from dtrain.plan.plans import Setting, time_text
 from dtrain.plan.sent import Shapes
+from dtrain.recipes import of_section, optimizer_of
 
 _WARM_STEPS, _STEPS = 10, 40
 _QUIET = ("train.checkpoint_every=0", "train.eval_every=0", "train.consensus_every=0", "islands.max_restarts=0")
@@ -95,6 +97,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         micro_batches=job.train.accumulate,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
+        optimizer=job.train.optimizer,
+        hidden=sum(p.numel() for p in hidden_matrices(model)),
         factors=lambda num_islands: unequal.factors_of(job, num_islands),
         number_bytes=2 if job.train.precision == "bf16" else 4,
         gpu=said.gpu,
@@ -251,10 +255,14 @@ def _link(job: Job, said: Said, notes: list[str]) -> LinkSpeed:
 
 
 def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) -> list[float]:
-    """Seconds of the job's steps when its islands compute at once, as in a run, and never talk; without SAM."""
+    """Seconds of the job's steps when its islands compute at once, as in a run, and never talk; without SAM, by the optimizer
+    that the job says, or its recipe."""
+    asked = load_job(job_file, overrides)
+    recipe = of_section(asked.sync.model_dump(exclude_none=True), asked.islands.count)
+    optimizer = optimizer_of(recipe, asked.train.optimizer, asked.train.moments_every)
     with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as folder:
         other = [text for text in overrides if not text.startswith("sync.")]
-        alone = ("sync.recipe=local", "train.sam_rho=0")
+        alone = ("sync.recipe=local", "train.sam_rho=0", f"train.optimizer={optimizer}")
         changes = [*other, *alone, f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
         with open_run(job_file, changes, Choice()) as opened:
             outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console)

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dtrain import metrics, units
 from dtrain.config import Job
 from dtrain.plan.candidates import candidates
 from dtrain.plan.ends import Ends, ends
 from dtrain.plan.order import FEWEST_ROUNDS, rank
 from dtrain.plan.plans import Planner, Row, Setting, as_json, factors, jitter_line, said, speed_text, topology_lines
+from dtrain.plan.sent import model_flat
 from dtrain.plan.unequal import unequal_lines
 from dtrain.plan.verdict import Verdict, enough_rounds, verdict
 from dtrain.recipes import Recipe, of_section
@@ -54,8 +57,10 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     """Raises ValueError where the job's own recipe does not fit so many islands."""
     asked, steps = of_section(job.sync.model_dump(exclude_none=True), num_islands), job.train.steps
     planner = Planner(setting)
+    shared = model_flat(setting.shapes, torch.device("meta"), asked).numel  # refused before all is reckoned
     looked_at = candidates(
-        asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps, shapes=setting.shapes
+        asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps, shapes=setting.shapes,
+        optimizer=setting.optimizer,
     )
     rows = [planner.row(recipe, num_islands) for recipe in _told(looked_at, num_islands)]
     found = verdict(planner, rows, steps)
@@ -63,7 +68,7 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     lines = [*factors(planner, found.best), *topology_lines(rows, found.best)] if found.taken else []
     lines += [jitter_line(rows, found.best, jitter_s)] if jitter_s else []
     lines += unequal_lines(rows, found.best, setting)
-    return Planned(num_islands, rows[0], rank(rows), found, setting, ends(setting, num_islands), steps, lines)
+    return Planned(num_islands, rows[0], rank(rows), found, setting, ends(setting, num_islands, shared), steps, lines)
 
 
 def _told(recipes: Sequence[Recipe], num_islands: int) -> Iterator[Recipe]:

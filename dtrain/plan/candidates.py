@@ -1,7 +1,8 @@
 """Which recipes could a job use? The rows of recipe_rows.py, with the topologies and codecs that fit them and so many islands.
 
 Left out are rows that are only simulated, those whose rounds do not come at even distances, and those that the job refuses: ones
-defined with SAM where train.sam_rho is 0."""
+defined with SAM where train.sam_rho is 0, with AdamW where it trains with Muon. A row of Muon is looked at where the job has Muon
+too."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from dtrain import topology as topologies
 from dtrain.codec_fits import refused
@@ -35,11 +36,11 @@ _FEW_BITS = ("int4:64",)
 
 def candidates(
     asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None, optimizer: Literal["adamw", "muon"] | None = None,
 ) -> list[Recipe]:  # fmt: skip
-    """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` and ``steps`` are the job's own; outer
-    loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out, and rows with a rank that no parameter of
-    ``shapes`` is sent by."""
+    """The recipe that the job asks for, first; then all others, each once. ``sam_rho``, ``steps`` and ``optimizer`` are the job's
+    own; outer loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out, and rows with a rank that no
+    parameter of ``shapes`` is sent by."""
     check_plannable(asked)
     found = {_key(asked): asked}
     for row in RECIPES.values():
@@ -47,14 +48,23 @@ def candidates(
             continue
         if row.sam_rho is not None and sam_rho == 0:
             continue
+        if not _steps_with(row, optimizer, asked):
+            continue
         if row.rank is not None and shapes is not None and not any(rank_of(n, s, highest(row.rank)) for n, s in shapes.items()):
             continue
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
                 continue
-            recipe = resolve(row.name, overrides, num_islands)
+            recipe = resolve(row.name, overrides | {"include": asked.include, "exclude": asked.exclude}, num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
+
+
+def _steps_with(row: Recipe, optimizer: Literal["adamw", "muon"] | None, asked: Recipe) -> bool:
+    """Whether the job would train with the optimizer that the row is defined with."""
+    if row.optimizer is not None:
+        return row.optimizer in (optimizer, asked.optimizer)
+    return row.moments_every is None or optimizer != "muon"
 
 
 def check_plannable(recipe: Recipe) -> None:

@@ -17,7 +17,8 @@ class Memory:
     """Bytes of one rank."""
 
     model: int
-    """fp32 weights, gradients and AdamW's moments; AccumAdamW's sum where moments accumulate, SAM's copy of the weights."""
+    """fp32 weights, gradients and AdamW's moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
+    weights."""
     sync: int
     """State of the recipe and its wires under way, all of an island's: its ranks share it."""
     activations: int
@@ -29,14 +30,15 @@ class Memory:
 
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, accumulates: bool, sam: bool, num_ranks: int,
-    micro_batches: int,
+    micro_batches: int, by_muon: int = 0,
 ) -> Memory:
-    """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4."""
+    """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
+    steps."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * _KEPT_PER_LAYER * number_bytes
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     return Memory(
-        model=work.parameters * (16 + 4 * accumulates + 4 * sam),
+        model=work.parameters * (16 + 4 * accumulates + 4 * sam) - 4 * by_muon,
         sync=(sent.state_bytes + sent.wire_bytes) // num_ranks,
         activations=layers + logits,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
@@ -13,7 +14,7 @@ from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent
 from dtrain.plan.write import answers
-from dtrain.recipes import Recipe, rho_of
+from dtrain.recipes import Recipe, optimizer_of, rho_of
 from dtrain.topology.consensus import consensus
 
 MOST_LAMBDA2 = 64
@@ -40,6 +41,10 @@ class Setting:
     """Codec -> what computes, without SAM: codecs move bytes at unlike speeds."""
     sam_rho: float | None = None
     """The job's own."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """The job's own."""
+    hidden: int = 0
+    """Parameters that Muon would step."""
     factors: Callable[[int], tuple[float, ...] | None] = lambda _: None
     """Number of islands -> how many times longer each computes; None: all are alike."""
     gpu: str | None = None
@@ -83,17 +88,18 @@ class Planner:
         if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
         time = step_time(counted, when, island, s.link)
+        muon = optimizer_of(recipe, s.optimizer, s.moments_every) == "muon"
         accumulates = (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, sam=sam,
-            num_ranks=s.num_ranks, micro_batches=s.micro_batches,
+            num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if muon else 0,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))
 
     def _count(self, recipe: Recipe, num_islands: int) -> Sent:
         """When rounds start and how their mean is applied does not change what is sent."""
-        same = replace(recipe, name="", summary="", paper="", every=1, delay=0, moments_every=None)
+        same = replace(recipe, name="", summary="", paper="", every=1, delay=0, moments_every=None, optimizer=None)
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting

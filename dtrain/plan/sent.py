@@ -142,8 +142,10 @@ class Sent:
     """Who waits for whom."""
 
 
-def model_flat(shapes: Shapes, device: torch.device) -> Flat:
-    return flatten((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
+def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None) -> Flat:
+    """Of the parameters that the recipe lets islands share; None: of all."""
+    chosen = (None, None) if recipe is None else (recipe.include, recipe.exclude)
+    return flatten(((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items()), *chosen)
 
 
 def sent(
@@ -152,7 +154,7 @@ def sent(
     """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
-    buckets = cut(recipe, model_flat(shapes, device), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+    buckets = cut(recipe, model_flat(shapes, device, recipe), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
     alike = _Alike(buckets, recipe)
 
     def make(node: int) -> Core:

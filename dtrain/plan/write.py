@@ -14,7 +14,7 @@ from pathlib import Path
 from dtrain import own
 from dtrain.config import toml_value
 from dtrain.own_name import is_own
-from dtrain.recipes import AXES, RECIPES, Recipe, resolve
+from dtrain.recipes import AXES, RECIPES, Recipe, answer_of, resolve
 
 _HEADER = re.compile(r"\s*\[\s*sync\s*\]\s*(#.*)?$")
 _ANY_HEADER = re.compile(r"\s*\[")
@@ -28,7 +28,7 @@ def answers(recipe: Recipe, num_islands: int, called: str | None = None) -> Mapp
     ValueError where a job file has no words for the recipe."""
     row = own.load(recipe.name) if is_own(recipe.name) else RECIPES[recipe.name]
     name = called if called is not None and is_own(called) and own.load(called).name == recipe.name else recipe.name
-    changed = {axis: getattr(recipe, axis) for axis in AXES if getattr(recipe, axis) != getattr(row, axis)}
+    changed = {axis: answer_of(recipe, axis) for axis in AXES if getattr(recipe, axis) != getattr(row, axis)}
     if resolve(name, changed, num_islands) != recipe:
         raise ValueError(f'a job file has no words for "{recipe.name}" with {changed}: one of them takes a key away from its row')
     return {"recipe": name} | changed

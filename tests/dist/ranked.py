@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
+from dtrain.contract import steppers
 from dtrain.optim import SAM
+from dtrain.recipes import RECIPES
 from tests.dist import least_squares
 from tests.dist.child import model_digest
 
@@ -36,12 +37,12 @@ def ddp_loop(
     model = trained = least_squares.make_model()
     if ranks > 1 and wrap == "before":
         trained = DistributedDataParallel(model)
-    opt = torch.optim.SGD(model.parameters(), lr=least_squares.LR)
+    optimizers = steppers(model, RECIPES[recipe], least_squares.LR)
     inside = True
-    sam = SAM(opt, rho=rho) if rho else None
+    sam = SAM(optimizers, rho=rho) if rho else None
     before: list[float] = []
     with dtrain.join(
-        trained, sam or opt, recipe=recipe, every=every, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES, **axes
+        trained, sam or optimizers, recipe=recipe, every=every, codec=codec, delay=delay, bucket_bytes=BUCKET_BYTES, **axes
     ) as sync:
         if ranks > 1 and wrap == "after":
             trained = DistributedDataParallel(model)
@@ -49,14 +50,15 @@ def ddp_loop(
             x, y = least_squares.batch(sync.island, step)
 
             def gradient(x: Tensor = x.chunk(ranks)[rank], y: Tensor = y.chunk(ranks)[rank]) -> None:
-                opt.zero_grad()
+                model.zero_grad()
                 least_squares.loss_of(trained, x, y).backward()
 
             if sam is None:
                 gradient()
             else:
                 sam.gradient(gradient)
-            opt.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if step == STEPS - 2:
                 before = [x for p in model.parameters() for x in p.detach().reshape(-1).tolist()]
             inside = inside and least_squares.within_bounds(model)

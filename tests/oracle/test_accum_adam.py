@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dtrain
 from dtrain import engine
-from dtrain.build import build_optimizer
+from dtrain.build import build_optimizers
 from dtrain.config import parse_job
 from dtrain.connect import Connection
 from dtrain.fused import FusedSteps
@@ -348,7 +348,7 @@ def test_a_job_does_not_take_accumulation_from_its_recipe() -> None:
     with pytest.raises(ValueError, match=r'train\.moments_every = 1 takes accumulation from sync\.recipe = "accum_adam"'):
         resolved(job)
     with pytest.raises(ValueError, match="takes accumulation"):
-        build_optimizer(job, RECIPES["accum_adam"], torch.nn.Linear(2, 2))
+        build_optimizers(job, RECIPES["accum_adam"], torch.nn.Linear(2, 2))
 
 
 def test_the_optimizer_is_given_back() -> None:

@@ -48,10 +48,10 @@ def job_of(source: Path, *changes: str) -> Job:
     return parse_job({}, tuple(last.values()))
 
 
-def train(job: Job, run: Path) -> Path:
+def train(job: Job, run: Path, *, resume_step: int = 0) -> Path:
     for island in range(job.islands.count):
         (run / "logs" / f"island{island}").mkdir(parents=True)
-    simulate(job, run, resume_step=0)
+    simulate(job, run, resume_step=resume_step)
     return run
 
 
@@ -90,7 +90,9 @@ def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -
     """The run of one island on its own: gradients of each micro-batch apart, their mean, clipped, an update."""
     model = build_model(job, corpus, island)
     parameters = list(model.parameters())
-    optimizer = adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)
+    optimizers: list[torch.optim.Optimizer] = [adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)]
+    if job.train.optimizer == "muon":
+        optimizers = muon(model, job)
     heldout = heldout_sequences(corpus, job.model.context)
     losses, norms, evals = [], [], []
     for step in range(job.train.steps):
@@ -98,7 +100,7 @@ def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -
         losses.append(loss)
         if job.train.sam_rho:  # the same batch again, so far up the gradient that it has here
             of = dict(zip(parameters, gradients, strict=True))  # a sum in the optimizer's order, for the same bits
-            norm = torch.nn.utils.get_total_norm([of[p] for group in optimizer.param_groups for p in group["params"]])
+            norm = torch.nn.utils.get_total_norm([of[p] for o in optimizers for group in o.param_groups for p in group["params"]])
             there = copy.deepcopy(model)
             with torch.no_grad():
                 for parameter, gradient in zip(there.parameters(), gradients, strict=True):
@@ -107,10 +109,22 @@ def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, job.train.clip or math.inf)))
-        set_lr(optimizer, cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr))
-        optimizer.step()
+        for optimizer in optimizers:
+            set_lr(optimizer, cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr))
+            optimizer.step()
         evals += [evaluate(model, heldout)] if evaluated else []
     return ByHand(losses, norms, evals, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def muon(model: GPT, job: Job) -> list[torch.optim.Optimizer]:
+    """Blocks by Muon; embedding and head by AdamW, which decays the head alone."""
+    lr, decay = job.train.lr, job.train.weight_decay
+    blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
+    rest = [{"params": [model.head.weight], "weight_decay": decay}, {"params": [model.embedding.weight], "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(blocks, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), fused=True),
+    ]
 
 
 def mean_gradient(job: Job, model: GPT, corpus: Corpus, island: int, step: int) -> tuple[float, list[Tensor]]:

@@ -34,6 +34,7 @@ source = 'a \\ path with "quotes"'
 steps = 10
 batch = 8
 accumulate = 2
+optimizer = "adamw"
 moments_every = 4
 sam_rho = 0.05
 merge = "mean"

@@ -65,6 +65,7 @@ def test_what_is_kept_is_what_the_simulation_gives(
         (["sync.recipe=single_merge", "sim.problem=ridge"], 'has sync.schedule = "budget:20%"; use sync.recipe = "dpsgd"'),
         (["sync.recipe=dpsgd", "sim.problem=ridge", "train.lr=0.5"], "train.lr = 0.5 has no effect with sim.clock"),
         (["sync.recipe=dfedsam", "sim.problem=ridge"], '"dfedsam" is defined with SAM; use sync.recipe = "dpsgd"'),
+        (["sync.recipe=muloco", "sim.problem=ridge"], '"muloco" is defined with Muon; use sync.recipe = "diloco"'),
         (["sync.recipe=accum_adam", "sim.problem=ridge"], '"accum_adam" is defined with AdamW; use sync.recipe = "dpsgd"'),
         (["sync.recipe=dadao", "sim.problem=consensus"], 'dadao minimises, and problem = "consensus" has nothing'),
         (["sync.recipe=dadao", "sim.problem=ridge", "sim.meetings=0.01"], "meetings_per_node = 0.01 is less than dadao needs"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtrain.config import load_job
-from dtrain.contract import optimizer_of
+from dtrain.contract import steppers
 from dtrain.launch.cli import run_command
 from dtrain.optim import AccumAdamW
 from dtrain.recipes import RECIPES, resolve
@@ -147,13 +147,14 @@ def test_what_a_row_says_nothing_of_is_said_to_be_unchecked(capsys: pytest.Captu
 def test_a_recipe_is_checked_with_the_optimizer_that_it_is_defined_with() -> None:
     model = torch.nn.Linear(2, 2)
     for name, every in (("decent_adam", 1), ("accum_adam", 4)):
-        optimizer = optimizer_of(model, RECIPES[name], 0.1)
+        (optimizer,) = steppers(model, RECIPES[name], 0.1)
         assert isinstance(optimizer, AccumAdamW)
         assert optimizer.param_groups[0]["every"] == every
-    assert isinstance(optimizer_of(model, RECIPES["dpsgd"], 0.1), torch.optim.SGD)
+    kinds = {name: [type(optimizer) for optimizer in steppers(model, RECIPES[name], 0.1)] for name in ("dpsgd", "muloco")}
+    assert kinds == {"dpsgd": [torch.optim.SGD], "muloco": [torch.optim.Muon, torch.optim.SGD]}
 
 
-QUICK = ("dpsgd", "push_sum", "accum_adam")
+QUICK = ("dpsgd", "push_sum", "accum_adam", "muloco")
 CHECKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES if name != "dadao"]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dtrain.bucket import make_buckets
 from dtrain.connect import Connection
+from dtrain.contract import steppers
 from dtrain.engine import join
 from dtrain.optim import SAM, AccumAdamW
 from dtrain.plan.sent import Sent, model_flat, sent
@@ -50,6 +51,8 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager", "outer_lr": 0.4}),
     ("diloco", {"every": 2, "delay": "round", "landing": "pure", "outer_lr": 0.2}),
     ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),
+    ("delayed_diloco", {"every": 2, "delay": 1, "exclude": ["last"]}),
+    ("dpsgd", {"include": ["l*"], "exclude": ["left"]}),
 ]
 
 
@@ -69,19 +72,21 @@ def trained_bytes(recipe: str, overrides: dict[str, object], steps: int) -> list
     def island(connection: Connection) -> int:
         model = _Model()
         row = resolve(recipe, {}, ISLANDS)
-        inner = AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)
-        optimizer = SAM(inner, rho=row.sam_rho) if row.sam_rho is not None else inner
+        inner: list[torch.optim.Optimizer] = [AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)]
+        if row.optimizer is not None:
+            inner = steppers(model, row, 1e-3)
+        sam = None if row.sam_rho is None else SAM(inner, rho=row.sam_rho)
 
-        def loss() -> float:
-            inner.zero_grad()
-            total = model()
-            total.backward()
-            return total.item()
+        def loss() -> None:
+            model.zero_grad()
+            model().backward()
 
         axes: dict[str, object] = {**overrides, "bucket_bytes": BUCKET_BYTES}
-        with join(model, optimizer, recipe=recipe, link=connection, **axes) as sync:  # pyright: ignore[reportArgumentType]
+        with join(model, sam or inner, recipe=recipe, link=connection, **axes) as sync:  # pyright: ignore[reportArgumentType]
             for _ in range(steps):
-                optimizer.step(loss)
+                loss() if sam is None else sam.gradient(loss)
+                for optimizer in inner:
+                    optimizer.step()
             sync.settle()
             return sync.stats().wire_bytes_sent
 

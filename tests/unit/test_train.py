@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def texts(tmp_path: Path) -> Path:
         "train.accumulate=4",
         "train.sam_rho=0.05",
         "train.sam_rho=0.05 train.accumulate=2",
+        "train.optimizer=muon",
+        "train.optimizer=muon train.sam_rho=0.05",
         'train.precision="bf16"',
         "train.clip=0.05",
         "train.clip=0",
@@ -93,6 +96,46 @@ def test_a_key_makes_the_run_another_and_the_right_one(texts: Path, tmp_path: Pa
         assert [line["loss"] for line in lines_of(run, island)] == expected.losses
         assert same(weights_of(run, island), expected.weights)
         assert not same(without.weights, expected.weights), "the key had nothing to change"
+
+
+def test_muloco_trains_with_muon_without_another_key(texts: Path, tmp_path: Path) -> None:
+    """Nine steps before its first round, and six in all."""
+    run = train(job_of(texts, "sync.recipe=muloco", "sync.every=9"), tmp_path / "run")
+    for island in range(2):
+        expected = by_hand(job_of(texts, "train.optimizer=muon"), load_corpus(str(texts)), island)
+        assert [line["loss"] for line in lines_of(run, island)] == expected.losses
+        assert same(weights_of(run, island), expected.weights)
+
+
+def test_muloco_goes_on_from_a_checkpoint_between_two_rounds_to_the_bit(texts: Path, tmp_path: Path) -> None:
+    """Rounds after steps 2, 4 and 6; with the moments of both optimizers, which one would miss in a step."""
+    job = job_of(texts, "sync.recipe=muloco", "sync.every=2", "train.checkpoint_every=3")
+    whole, again = train(job, tmp_path / "whole"), tmp_path / "again"
+    shutil.copytree(checkpoint.step_folder(whole, 3), checkpoint.step_folder(again, 3))
+    names = {key.partition(".")[0]: key for key in checkpoint.load_island(again, 3, 0) if key.endswith(("exp_avg", "_buffer"))}
+    assert {name: key.rpartition(".")[2] for name, key in names.items()} == {"optim": "momentum_buffer", "optim1": "exp_avg"}
+    train(job, again, resume_step=3)
+    for island in range(2):
+        assert lines_of(again, island)[-1]["loss"] == lines_of(whole, island)[-1]["loss"]
+        assert same(weights_of(again, island), weights_of(whole, island))
+
+
+def test_heads_of_their_own_are_in_no_merge_and_each_island_is_evaluated_with_its_own(texts: Path, tmp_path: Path) -> None:
+    changes = ("sync.recipe=fedavg", "sync.every=4", 'sync.exclude=["head.*"]')
+    job, corpus = job_of(texts, *changes), load_corpus(str(texts))
+    run = train(job, tmp_path / "run")
+    own, merged = [weights_of(run, island) for island in range(2)], load_file(run / "model.safetensors")
+    assert torch.equal(merged["head.weight"], own[0]["head.weight"])
+    assert not torch.equal(own[0]["head.weight"], own[1]["head.weight"])
+    for name in set(merged) - {"head.weight"}:
+        assert torch.equal(merged[name], (own[0][name] / 2 + own[1][name] / 2)), "halves are exact"
+        assert not torch.equal(own[0][name], own[1][name])
+    for island in range(2):
+        model = build_model(job, corpus)
+        model.load_state_dict(merged | {"head.weight": own[island]["head.weight"]})
+        assert part_of(run, island).eval_loss == evaluate(model, heldout_sequences(corpus, 16))
+        told = part_of(run, island).wire_bytes_merge - NOTE_BYTES
+        assert told == 4 * (PARAMETERS - 256 * 16) + 2 * HEADER_BYTES, "half of them to the other, and the other half back"
 
 
 def test_a_run_is_its_seed_whatever_its_name(texts: Path, tmp_path: Path) -> None:

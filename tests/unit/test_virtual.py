@@ -89,6 +89,8 @@ def test_a_problem_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None
                 (["islands.start=own", "train.merge=variance_corrected"], "islands.start = 'own'"),
                 (["train.moments_every=4"], "train.moments_every = 4"),
                 (["train.sam_rho=0.1"], "train.sam_rho = 0.1"),
+                (["train.optimizer=muon"], "train.optimizer = 'muon'"),
+                (['sync.exclude=["x"]'], "sync.exclude = ['x']"),
             )
         ),
         (["sim", "sim.processes=2"], "job.toml: sim.processes = 2 has no effect without sim.step_s"),
