@@ -117,7 +117,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "dpsgd":
             return dpsgd(_reduce(r))
         case "deepsqueeze":
-            return gossip(codec_of(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
+            return gossip(codec_of(r.codec, error_feedback=r.error_feedback, feedback_decay=r.feedback_decay), mixed, r.gamma)
         case "multi_gossip":
             return multi_gossip(codec_of(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
         case "chebyshev":
@@ -142,7 +142,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
 
 
 def _reduce(r: Recipe) -> Reduce:
-    codec = codec_of(r.codec, error_feedback=r.error_feedback)
+    codec = codec_of(r.codec, error_feedback=r.error_feedback, feedback_decay=r.feedback_decay)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

@@ -72,8 +72,8 @@ class Codec(Protocol):
 
 
 class BoundPlain(BoundCodec, Protocol):
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+    def encode_feedback(self, x: Tensor, residual: Tensor, decay: float, wire: Tensor, state: State) -> None:
+        """residual <- decay residual + x;  wire = C(residual);  residual -= decode(wire)."""
         ...
 
 
@@ -136,12 +136,12 @@ class BoundBlocks:
                 ops.encode(run, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+    def encode_feedback(self, x: Tensor, residual: Tensor, decay: float, wire: Tensor, state: State) -> None:
+        """residual <- decay residual + x;  wire = C(residual);  residual -= decode(wire)."""
         with moving("encode", x, residual, residual, wire):
             ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
-                ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
+                ops.encode_feedback(x[a:b], residual[a:b], decay, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
@@ -239,25 +239,28 @@ def _moved(noise: Noise | None, elements: int) -> Noise | None:
 
 @dataclass(frozen=True, slots=True)
 class ErrorFeedback:
-    """What the inner codec lost stays in a residual and goes out with the next round: sum sent + residual = sum of
-    inputs.
+    """What the inner codec lost stays in a residual and goes out with later rounds.
 
-    e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv
-    1901.09847)"""
+    e <- beta e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847)
+
+    With beta = 1 nothing is ever lost: sum sent + e = sum of inputs. With less (arXiv 2508.15706) each round forgets 1 - beta of
+    what waits, which is of older parameters the longer it does: sum sent + e = sum of inputs - (1 - beta) sum of the e before."""
 
     inner: Plain
+    decay: float = 1.0
+    """beta, more than 0 and at most 1."""
 
     @property
     def grain(self) -> int:
         return self.inner.grain
 
     def bind(self, layout: Layout, node: int = 0) -> BoundCodec:
-        return _BoundErrorFeedback(self.inner.bind(layout, node), layout.numel)
+        return _BoundErrorFeedback(self.inner.bind(layout, node), layout.numel, self.decay)
 
 
 class _BoundErrorFeedback:
-    def __init__(self, inner: BoundPlain, numel: int) -> None:
-        self._inner, self._numel = inner, numel
+    def __init__(self, inner: BoundPlain, numel: int, decay: float) -> None:
+        self._inner, self._numel, self._decay = inner, numel, decay
         self.wire_bytes = inner.wire_bytes
         self.new_wire, self.check = inner.new_wire, inner.check
         self.decode_add, self.mix = inner.decode_add, inner.mix
@@ -266,7 +269,7 @@ class _BoundErrorFeedback:
         return {"residual": torch.zeros(self._numel, device=device)} | self._inner.init(device)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        self._inner.encode_feedback(x, state["residual"], wire, state)
+        self._inner.encode_feedback(x, state["residual"], self._decay, wire, state)
 
 
 def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) -> None:
@@ -274,10 +277,10 @@ def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) ->
     prepare(device, [*([] if is_own(name) else [plain(name).fmt.kind]), "identity"], say)
 
 
-def by_name(name: str, *, error_feedback: bool) -> Codec:
+def by_name(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """``"identity"``, ``"int4:32"``, ``"topk:64/4096:2"`` -> Codec; raises ValueError for anything else."""
     codec = plain(name)
-    return ErrorFeedback(codec) if error_feedback else codec
+    return ErrorFeedback(codec, feedback_decay) if error_feedback else codec
 
 
 def plain(name: str) -> Blocks:

@@ -4,7 +4,8 @@ C is a contraction where E|C(x) - x|^2 <= r^2 |x|^2 with r < 1. CHOCO's copies a
 and along a direction in which I - W has the eigenvalue l, are one loop: v is coded, e_{t+1} = v_t - C(v_t) is lost, and
     v_{t+1} = (1 - a) v_t + (1 + a) e_{t+1} - e_t,   a = gamma l,   so   v = G e,   G(z) = ((1 + a) - 1/z) / (z - (1 - a)).
 |G| is largest at z = -1, (2 + a) / (2 - a). By the small-gain theorem no loss of norm r < (2 - a) / (2 + a), whatever it is
-and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I).
+and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I). Feedback that
+decays, beta e for e, has no larger |G|: the larger of 1, at z = 1, and (2 beta + a) / (2 - a), at z = -1.
 
 Top-k loses nearly all, r^2 = 1 - K / CHUNK, but of each element nothing or everything: it goes out about once in CHUNK / K
 rounds, while x goes on by gamma (W - I) of the old copy in each. Between two sendings that adds up to 1 - a CHUNK / K, and so

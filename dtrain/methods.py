@@ -34,10 +34,11 @@ class Rules:
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
 
-_ROUNDS = frozenset({"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce", "bucket_bytes"})
+_FEEDBACK = frozenset({"error_feedback", "feedback_decay"})
+_ROUNDS = _FEEDBACK | {"every", "schedule", "delay", "fragments", "codec", "reduce", "bucket_bytes"}
 _GOSSIP = _ROUNDS | {"topology", "graph"}
 _SERVER = frozenset({"server"})
-_PLAIN = _GOSSIP - {"error_feedback"}
+_PLAIN = _GOSSIP - _FEEDBACK
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
 _ALL = ("gather", "all_to_all")
 _COPIES = "keeps sums of its neighbours' public copies"

@@ -46,12 +46,12 @@ class OwnCodec(Protocol):
         ...
 
 
-def codec_of(name: str, *, error_feedback: bool) -> Codec:
+def codec_of(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """A codec of the project's, or one's own that ``check_codec`` has let pass."""
     if not is_own(name):
-        return codecs.by_name(name, error_feedback=error_feedback)
+        return codecs.by_name(name, error_feedback=error_feedback, feedback_decay=feedback_decay)
     own = Own(_load(name), zlib.crc32(f"{digest(name)}:{name.rpartition(':')[2]}".encode()))
-    return ErrorFeedback(own) if error_feedback else own
+    return ErrorFeedback(own, feedback_decay) if error_feedback else own
 
 
 def check_codec(name: str) -> None:
@@ -148,8 +148,8 @@ class _BoundOwn:
             wire[len(self._header) : HEADER_BYTES] = self._checksum(wire).to(wire.device)
             return decoded
 
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        residual.add_(x)
+    def encode_feedback(self, x: Tensor, residual: Tensor, decay: float, wire: Tensor, state: State) -> None:
+        residual.mul_(decay).add_(x)
         residual.sub_(self._encoded(residual, wire))
 
     def check(self, wire: Tensor) -> None:

@@ -25,6 +25,7 @@ _STABLE_GAMMA = (
 )
 """lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range. What
 a codec loses does: ``codec_fits``."""
+_DECAY = "more than 0 and at most 1: the share of what was lost that goes out later; to keep none of it, error_feedback = false"
 
 
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
@@ -52,6 +53,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
         ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
+        ("feedback_decay", _is_number(r.feedback_decay) and 0 < r.feedback_decay <= 1, _DECAY),
         ("outer_lr", _is_number(r.outer_lr) and r.outer_lr > 0, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
@@ -77,6 +79,8 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
     idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    if not r.error_feedback:
+        idle["feedback_decay"] = "error_feedback = false"
     if r.schedule == schedule.READY:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:

@@ -279,4 +279,21 @@ ROWS = (
         gamma=0.9,
         delay=1,
     ),
+    Recipe(
+        name="sparseloco",
+        summary="DiLoCo every 30 steps with 64 of 4,096 pseudo-gradients, in 2 bits each; the others wait in the error feedback",
+        paper="Sarfi et al. 2025, arXiv 2508.15706 (SparseLoCo)",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=30,
+        # The mean is that of all islands: of one that did not send an element 0. It has it in its residual, so that in time every
+        # island's progress counts 1 / n. The mean of those that sent an element alone would count what one island sends n times.
+        reduce="gather",
+        codec="topk:64/4096:2",
+        error_feedback=True,
+        feedback_decay=0.95,
+        # Without momentum: the residual, which brings back what was not sent, stands in for it.
+        outer="sgd",
+        outer_lr=1.0,
+    ),
 )

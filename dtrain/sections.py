@@ -130,6 +130,9 @@ class Sync(Section):
         "left out; or FILE.py:NAME of your own",
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
+    feedback_decay: float | None = Field(
+        None, gt=0, le=1, description="beta of error_feedback: the share of what was lost that is kept from round to round"
+    )
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")

@@ -131,6 +131,6 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
-    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
+    more = (recipe.error_feedback, recipe.feedback_decay, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

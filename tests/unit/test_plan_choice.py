@@ -91,7 +91,7 @@ def test_an_outer_loop_needs_rounds() -> None:
 
     assert loops(280 - 1) == set()
     assert loops(280) == {("delayed_diloco", 28)}
-    assert {every for _, every in loops(4480)} == {28, 112, 448, 50, 200, 100, 400}
+    assert {every for _, every in loops(4480)} == {28, 112, 448, 30, 120, 50, 200, 100, 400}
     asked = resolve("diloco", {"every": 100}, 2)
     others = [resolve("dpsgd", {"codec": "int8:64"}, 2), resolve("allreduce", {}, 2)]
     planner, rows = rows_of(setting(1e7), [asked, *others])
