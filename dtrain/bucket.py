@@ -71,6 +71,18 @@ class Layout:
                 spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
         return Layout(tuple(spans))
 
+    def runs(self, block: int) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of spans in a row that fill whole blocks, but for the last of them."""
+        runs: list[tuple[int, int]] = []
+        open_run = False
+        for s in self.spans:
+            if open_run:
+                runs[-1] = (runs[-1][0], s.stop)
+            else:
+                runs.append((s.start, s.stop))
+            open_run = s.numel % block == 0
+        return tuple(runs)
+
     def cuts(self, num_parts: int, grain: int) -> tuple[int, ...]:
         """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a
         span."""

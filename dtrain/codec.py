@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
+from dtrain.codebook import Codebook
 from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
 from dtrain.own_name import is_own
 from dtrain.spans import moving, span
@@ -106,7 +107,7 @@ class BoundBlocks:
 
     def __init__(self, fmt: Format, layout: Layout, node: int, *, stochastic: bool) -> None:
         self.fmt, self.stochastic = fmt, stochastic
-        self._runs = _runs(layout, fmt.block)
+        self._runs = layout.runs(fmt.block)
         self._starts = tuple(a for a, _ in self._runs)
         self._first = layout.spans[0].global_offset if layout.spans else 0
         self._seed = node * _NODE_STRIDE
@@ -221,18 +222,6 @@ def adam_bytes(pieces: Sequence[Piece]) -> int:
     return sum(p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in pieces)
 
 
-def _runs(layout: Layout, block: int) -> tuple[tuple[int, int], ...]:
-    runs: list[tuple[int, int]] = []
-    open_run = False
-    for s in layout.spans:
-        if open_run:
-            runs[-1] = (runs[-1][0], s.stop)
-        else:
-            runs.append((s.start, s.stop))
-        open_run = s.numel % block == 0
-    return tuple(runs)
-
-
 def _moved(noise: Noise | None, elements: int) -> Noise | None:
     return None if noise is None else Noise(noise.seed, noise.first + elements)
 
@@ -274,17 +263,19 @@ class _BoundErrorFeedback:
 
 def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) -> None:
     """So that no round waits for them: ``dtrain.kernels.prepare`` for a codec, and for the exact merge."""
-    prepare(device, [*([] if is_own(name) else [plain(name).fmt.kind]), "identity"], say)
+    by_kernels = not is_own(name) and codec_name.parse(name).base not in codec_name.TORCH
+    prepare(device, [*([plain(name).fmt.kind] if by_kernels else []), "identity"], say)
 
 
 def by_name(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """``"identity"``, ``"int4:32"``, ``"topk:64/4096:2"`` -> Codec; raises ValueError for anything else."""
-    codec = plain(name)
+    parsed = codec_name.parse(name)
+    codec = Codebook(parsed.block) if parsed.base == "codebook8" else plain(name)
     return ErrorFeedback(codec, feedback_decay) if error_feedback else codec
 
 
 def plain(name: str) -> Blocks:
-    """Without error feedback."""
+    """A codec of the kernels, without error feedback."""
     parsed = codec_name.parse(name)
     kind = parsed.base
     assert kind in ("identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", "topk"), kind

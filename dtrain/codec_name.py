@@ -8,6 +8,9 @@ MIN_BLOCK, MAX_BLOCK = 32, 4096
 DEFAULT_BLOCK = 64
 CASTS = ("identity", "bf16")
 BLOCKS = ("int8", "int4", "e3m0", "lut4", "sign")
+TORCH = ("codebook8",)
+"""In plain torch: what codes by the kernels takes none of them."""
+MIN_CODEBOOK_BLOCK = 512
 STOCHASTIC = "stochastic"
 
 
@@ -21,8 +24,8 @@ class CodecName(NamedTuple):
 
 
 def parse(name: str) -> CodecName:
-    """``"bf16"``, ``"int8"``, ``"int4:32"``, ``"e3m0:64:stochastic"``, ``"topk:64/4096:2"`` -> CodecName; raises ValueError for
-    anything else."""
+    """``"bf16"``, ``"int8"``, ``"int4:32"``, ``"e3m0:64:stochastic"``, ``"topk:64/4096:2"``, ``"codebook8:4096"`` -> CodecName;
+    raises ValueError for anything else."""
     base, *rest = name.split(":")
     if base in CASTS and not rest:
         return CodecName(base)
@@ -32,10 +35,12 @@ def parse(name: str) -> CodecName:
         raise ValueError(f"codec {name!r}: top-k values are rounded to nearest only; leave :{STOCHASTIC} out")
     if base == "topk":
         return _topk(name, rest)
+    if base == "codebook8":
+        return _codebook(name, rest)
     if base not in BLOCKS:
         raise ValueError(
             f'codec {name!r} is not known; use "identity", "bf16", one of {", ".join(BLOCKS)} with a block size as in "int4:64", '
-            'or "topk:64/4096:2"'
+            '"topk:64/4096:2", or "codebook8:4096"'
         )
     stochastic = bool(rest) and rest[-1] == STOCHASTIC
     sizes = rest[:-1] if stochastic else rest
@@ -60,6 +65,16 @@ def _topk(name: str, rest: list[str]) -> CodecName:
             f"{MIN_BLOCK} to {MAX_BLOCK}, K from 4 to CHUNK, and BITS is 2 or 8"
         )
     return CodecName("topk", chunk, k, bits)
+
+
+def _codebook(name: str, rest: list[str]) -> CodecName:
+    block = _size(rest[0]) if rest else MAX_BLOCK
+    if len(rest) > 1 or not _is_power(block, MIN_CODEBOOK_BLOCK, MAX_BLOCK):
+        raise ValueError(
+            f'codec {name!r}: write "codebook8:BLOCK", as in "codebook8:4096"; BLOCK, whose elements share 256 means, is a power '
+            f"of two from {MIN_CODEBOOK_BLOCK} to {MAX_BLOCK}"
+        )
+    return CodecName("codebook8", block)
 
 
 def _size(text: str) -> int:

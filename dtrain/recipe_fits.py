@@ -223,11 +223,6 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every", or '
             '"ready"'
         )
-    if r.algorithm in ("choco", "beer") and is_own(r.codec):
-        raise ValueError(
-            f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
-            'another codec, or sync.recipe = "deepsqueeze"'
-        )
     check_codec_fits(r, num_islands)
     if r.algorithm == "beer" and r.delay_steps != 1:
         raise ValueError(f"beer mixes with the public copies of the step before: use sync.delay = 1, not {r.delay!r}")

@@ -296,4 +296,16 @@ ROWS = (
         outer="sgd",
         outer_lr=1.0,
     ),
+    Recipe(
+        name="intellect",
+        summary="DiLoCo in 8 bits: pseudo-gradients as the means of 256 bins, waited for every 100 steps",
+        paper="Jaghouar et al. 2024, arXiv 2412.01152 (INTELLECT-1)",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=100,
+        codec="codebook8:4096",
+        outer="nesterov",
+        outer_lr=0.7,
+        outer_momentum=0.9,
+    ),
 )

@@ -20,7 +20,7 @@ from dtrain.kernels import Coded, Format, KeptCoded, operations, zones
 HEADER_BYTES = 32
 VERSION = 1
 _MAGIC = b"dtw"
-CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7}
+CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7, "codebook8": 8}
 _OWN = 255
 
 _STRUCT = struct.Struct("<3sBBBHHBBIQ")
@@ -83,7 +83,7 @@ class WireFormat:
         self._checksums = checksums
         self.num_scales = sum(fmt.num_scales(n) for n in numels)
         self.wire_bytes = HEADER_BYTES + 2 * self.num_scales + sum(fmt.code_bytes(n) for n in numels)
-        cut = zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
+        cut = _cut_of(numels)
         number = CODEC_NUMBERS[fmt.kind]
         self._header = _STRUCT.pack(_MAGIC, VERSION, number, 0, fmt.block, fmt.k, fmt.bits, 0, cut, self.numel)
         self._made: dict[int, _Views] = {}
@@ -197,6 +197,15 @@ class WireFormat:
 def _refuse(views: _Views) -> None:
     if views.flagged is not None and views.flagged[0]:
         raise NonFinite("the payload holds inf or NaN")
+
+
+def _cut_of(numels: tuple[int, ...]) -> int:
+    return zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
+
+
+def torch_header(codec: str, numels: tuple[int, ...], *, block: int) -> bytes:
+    """Of a wire by one of the project's codecs that are plain torch; ``numels``: elements of each run."""
+    return _STRUCT.pack(_MAGIC, VERSION, CODEC_NUMBERS[codec], 0, block, 0, 0, 0, _cut_of(numels), sum(numels))
 
 
 def own_header(cut: int, numel: int) -> bytes:

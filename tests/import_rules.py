@@ -20,7 +20,10 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 LAYERS = (
     PURE,
     ("kernels", "transport", "spans", "staging"),
-    ("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
+    (
+        *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
+        *("codebook", "torch_codec"),
+    ),
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "own", "own_codec", "own_topology"),
     ("membership", "words", "island"),
     (

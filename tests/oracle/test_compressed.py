@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,3 +86,51 @@ def test_sparseloco_is_its_paper() -> None:
     assert torch.equal(got, sparseloco(p, steps))
     sent = (got[29, 0] - p.start) != 0
     assert 3 * 64 < int(sent.sum()) < 4 * 3 * 64, "islands send each their own, some of them the same"
+
+
+def mean_of_each_bin(v: Tensor) -> Tensor:
+    """256 bins of 12 sigmas / 256 of each block of 4,096; a value becomes mu + the mean of x - mu in its bin, in bf16."""
+    out = torch.zeros_like(v)
+    for parameter, coded in zip(v.split((CUT, WIDTH - CUT)), out.split((CUT, WIDTH - CUT)), strict=True):
+        for block, into in zip(parameter.split(4096), coded.split(4096), strict=True):
+            mu = block.double().mean().float()
+            off = block - mu
+            unit = off / off.abs().max()
+            bins = (unit / (unit.square().double().mean().sqrt().float() * 12 / 256)).floor().clamp(-128, 127)
+            for k in bins.unique():
+                into[bins == k] = mu + off[bins == k].double().mean().float().bfloat16().float()
+    return out
+
+
+def intellect(p: Problem, steps: int, decay: float | None) -> Tensor:
+    """delta = C(sum_i C(theta - x_i) / n);  theta <- Nesterov(theta, delta) = x. With feedback C keeps what it loses, the owner's
+    C (the last) too."""
+    theta, x, e = p.start.clone(), [p.start.clone() for _ in range(N)], torch.zeros(N + 1, WIDTH)
+    outer, seen = torch.optim.SGD([theta], lr=0.7, momentum=0.9, nesterov=True), []
+
+    def coded(who: int, v: Tensor) -> Tensor:
+        if decay is None:
+            return mean_of_each_bin(v)
+        e[who] = decay * e[who] + v
+        q = mean_of_each_bin(e[who])
+        e[who] -= q
+        return q
+
+    for t in range(1, steps + 1):
+        x = [x[i] - LR * p.a[i] * (x[i] - p.c[i]) for i in range(N)]
+        if t % 100 == 0:
+            delta = torch.zeros(WIDTH)
+            for i in range(N):
+                delta = delta + coded(i, theta - x[i]) / N
+            theta.grad = coded(N, delta)
+            outer.step()
+            x = [theta.clone() for _ in range(N)]
+        seen.append(torch.stack(x))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("decay", [None, 0.95])
+def test_intellect_is_its_paper(decay: float | None) -> None:
+    p, steps = problem(), 3 * RECIPES["intellect"].every
+    feedback = {} if decay is None else {"error_feedback": True, "feedback_decay": decay}
+    assert torch.equal(of_dtrain(p, steps, recipe="intellect", **feedback), intellect(p, steps, decay))
