@@ -43,6 +43,8 @@ class Span:
     start: int
     stop: int
     """start:stop are element positions within the bucket."""
+    offset: int = 0
+    """Where the part begins within its parameter, in elements."""
 
     @property
     def numel(self) -> int:
@@ -68,7 +70,8 @@ class Layout:
                 break
             a, b = max(s.start, start), min(s.stop, stop)
             if a < b:
-                spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
+                inside = a - s.start
+                spans.append(Span(s.name, s.shape, s.global_offset + inside, a - start, b - start, s.offset + inside))
         return Layout(tuple(spans))
 
     def runs(self, block: int) -> tuple[tuple[int, int], ...]:

@@ -39,7 +39,7 @@ class Codebook:
     def bind(self, layout: Layout, node: int = 0) -> BoundTorch:
         runs = layout.runs(self.block)
         code = _Code([piece for run in runs for piece in _pieces(*run, self.block)])
-        header = torch_header("codebook8", tuple(b - a for a, b in runs), block=self.block)
+        header = torch_header("codebook8", tuple(b - a for a, b in runs), layout.numel, block=self.block)
         return BoundTorch(code, header, layout.numel, code.num_bytes, f"codec codebook8:{self.block}")
 
 

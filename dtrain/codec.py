@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrain import codec_name
 from dtrain.bucket import Layout
 from dtrain.codebook import Codebook
+from dtrain.dct import Dct
 from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
 from dtrain.own_name import is_own
 from dtrain.spans import moving, span
@@ -270,7 +271,13 @@ def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) ->
 def by_name(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """``"identity"``, ``"int4:32"``, ``"topk:64/4096:2"`` -> Codec; raises ValueError for anything else."""
     parsed = codec_name.parse(name)
-    codec = Codebook(parsed.block) if parsed.base == "codebook8" else plain(name)
+    match parsed.base:
+        case "codebook8":
+            codec = Codebook(parsed.block)
+        case "dct":
+            codec = Dct(parsed.k, parsed.block)
+        case _:
+            codec = plain(name)
     return ErrorFeedback(codec, feedback_decay) if error_feedback else codec
 
 

@@ -50,6 +50,8 @@ def most_lost(codec: CodecName) -> float:
             return (0.07 if codec.stochastic else 0.0465) + (1 - _OUTERMOST / math.sqrt(block)) ** 2 + 0.01
         case "sign":
             return block - 1.0 if codec.stochastic else 1 - (1 - rounded) / block
+        case "dct":  # lengths are kept, and all coefficients may be as large; chunks of fewer elements lose less
+            return 1 - codec.k / block**2
         case "codebook8":
             return _outliers(block) + _BIN**2 / 4 + rounded
         case "topk" if codec.bits == 8:

@@ -127,7 +127,7 @@ class Sync(Section):
         None,
         description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
         '"int4:64:stochastic" rounds at random; "topk:64/4096:2" (or "topk") keeps 64 of 4096 in 2 bits each; a block is 64 when '
-        'left out; "codebook8" has 256 means for 4096; or FILE.py:NAME of your own',
+        'left out; "codebook8" has 256 means for 4096, "dct:32/64" keeps 32 cosines of 64 x 64; or FILE.py:NAME of your own',
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     feedback_decay: float | None = Field(

@@ -20,7 +20,9 @@ from dtrain.kernels import Coded, Format, KeptCoded, operations, zones
 HEADER_BYTES = 32
 VERSION = 1
 _MAGIC = b"dtw"
-CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7, "codebook8": 8}
+CODEC_NUMBERS = {
+    "identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7, "codebook8": 8, "dct": 9,
+}  # fmt: skip
 _OWN = 255
 
 _STRUCT = struct.Struct("<3sBBBHHBBIQ")
@@ -199,13 +201,13 @@ def _refuse(views: _Views) -> None:
         raise NonFinite("the payload holds inf or NaN")
 
 
-def _cut_of(numels: tuple[int, ...]) -> int:
-    return zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
+def _cut_of(lengths: tuple[int, ...]) -> int:
+    return zlib.crc32(struct.pack(f"<{len(lengths)}Q", *lengths))
 
 
-def torch_header(codec: str, numels: tuple[int, ...], *, block: int) -> bytes:
-    """Of a wire by one of the project's codecs that are plain torch; ``numels``: elements of each run."""
-    return _STRUCT.pack(_MAGIC, VERSION, CODEC_NUMBERS[codec], 0, block, 0, 0, 0, _cut_of(numels), sum(numels))
+def torch_header(codec: str, cut: tuple[int, ...], numel: int, *, block: int, k: int = 0) -> bytes:
+    """Of a wire by one of the project's codecs that are plain torch; ``cut``: the lengths that both sides cut a bucket into."""
+    return _STRUCT.pack(_MAGIC, VERSION, CODEC_NUMBERS[codec], 0, block, k, 0, 0, _cut_of(cut), numel)
 
 
 def own_header(cut: int, numel: int) -> bytes:

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "transport", "spans", "staging"),
     (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
-        *("codebook", "torch_codec"),
+        *("codebook", "dct", "torch_codec"),
     ),
     ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "own", "own_codec", "own_topology"),
     ("membership", "words", "island"),

@@ -58,7 +58,7 @@ ORDER = (
 _FEWEST_BITS = {"gradients": 16, "parameters": 8, "differences": 4, "pseudo_gradients": 4, "none": 0}
 """Below these a payload loses more than an outer loop does: a model that is itself sent in 4 bits, or gradients in 8."""
 _AVERAGED, _MEASURED, _UNMEASURED, _COARSE, _SILENT = range(5)
-_BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1, "codebook8": 8}
+_BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1, "codebook8": 8, "dct": 1}
 _MANY = 2**20
 """Numbers, beside which a wire's header is nothing."""
 

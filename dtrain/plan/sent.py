@@ -159,7 +159,7 @@ def sent(
         num_ranks=num_ranks,
         with_grad=plan.rewrites_gradients,
     )
-    alike = _Alike(buckets)
+    alike = _Alike(buckets, by_shape=recipe.codec.startswith("dct"))
 
     def make(node: int) -> Core:
         return Core(plan, alike.one_each, Peers(node, num_islands))
@@ -213,8 +213,8 @@ def _exchange(core: Core, plan: Plan, alike: _Alike, index: int, per_host: int) 
 class _Alike:
     """Which buckets send as much as another: a large model has hundreds, of a few kinds."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._kind_of = [_kind_of(b) for b in buckets]
+    def __init__(self, buckets: Sequence[Bucket], *, by_shape: bool) -> None:
+        self._kind_of = [_shapes_of(b) if by_shape else _kind_of(b) for b in buckets]
         self._places = [(b.fragment, b.owner) for b in buckets]
         self._many = Counter(self._kind_of)
         first: dict[object, Bucket] = {}
@@ -249,6 +249,11 @@ def _kind_of(bucket: Bucket) -> object:
         else:
             runs.append((s.start, s.stop, full))
     return tuple(runs)
+
+
+def _shapes_of(bucket: Bucket) -> object:
+    """For a codec that cuts matrices along their rows and columns."""
+    return tuple((s.shape, s.offset, s.numel) for s in bucket.layout.spans)
 
 
 @contextmanager
