@@ -15,6 +15,7 @@ from dtrain.algorithms.a2cid2_ready import a2cid2_ready
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
+from dtrain.algorithms.demo import demo
 from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
@@ -50,11 +51,17 @@ class Plan:
     edges: int
     """A number of what says who talks to whom where that is more than a name: a graph, a server, one's own topology; else 0."""
     sends: bool
-    """Whether the method has rounds that land (all but local and all-reduce)."""
+    """Whether the method has rounds that land (all but local, all-reduce and demo)."""
     moves: bool
     """Whether to send changes the parameters as well."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
+    signs: bool
+    """Whether what is exchanged before an update leaves signs in the place of gradients."""
+
+    def exchanges(self, num_islands: int) -> bool:
+        """Whether each update waits for an exchange; an island alone has none, unless its gradients are to become signs."""
+        return self.rewrites_gradients and (num_islands > 1 or self.signs)
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
@@ -72,9 +79,10 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         delay_steps=recipe.delay_steps,
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
-        sends=recipe.algorithm not in ("local", "allreduce"),
+        sends=recipe.algorithm not in ("local", "allreduce", "demo"),
         moves=rules.moves or recipe.landing == "eager",
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
+        signs=rules.signs,
     )
 
 
@@ -139,6 +147,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))
+        case "demo":
+            return demo(_reduce(r))
 
 
 def _reduce(r: Recipe) -> Reduce:

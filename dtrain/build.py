@@ -31,8 +31,11 @@ def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:
 
 
 def build_optimizer(job: Job, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate."""
+    """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate. SGD where
+    the recipe makes signs of gradients: without momentum its weight decay is decoupled, as AdamW's is."""
     t = job.train
+    if RULES[recipe.algorithm].signs:
+        return torch.optim.SGD(decay_groups(model, t.weight_decay), lr=t.lr)
     every = moments_of(recipe, t.moments_every) or 1
     if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
         return AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)

@@ -26,7 +26,7 @@ class CodecName(NamedTuple):
 
 
 def parse(name: str) -> CodecName:
-    """``"bf16"``, ``"int8"``, ``"int4:32"``, ``"e3m0:64:stochastic"``, ``"topk:64/4096:2"``, ``"codebook8:4096"``, ``"dct:32/64"``
+    """``"bf16"``, ``"int4:32"``, ``"e3m0:64:stochastic"``, ``"topk:64/4096:2"``, ``"codebook8:4096"``, ``"dct:32/64"``
     -> CodecName; raises ValueError for anything else."""
     base, *rest = name.split(":")
     if base in CASTS and not rest:

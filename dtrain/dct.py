@@ -4,8 +4,8 @@ DeMo (Peng et al. 2024, arXiv 2411.19870). Of a chunk x of a rows and b columns,
     D_n[k, i] = sqrt((1 + [k > 0]) / n) cos(pi (2 i + 1) k / (2 n)),   c = D_a x D_b^T;
 the K largest |c| are sent, and x is decoded as D_a^T c D_b. A matrix (of more dimensions: its last one's rows) is cut into
 squares of CHUNK, the last of a row or column being as small as what is left; a vector, and the part of a row at which a bucket
-begins or ends, into pieces of CHUNK. Transforms are of fp64: what islands decode must be the same bits on all of them, and a sum's order is
-the machine's. Wires: ``kernels/WIRE.md``."""
+begins or ends, into pieces of CHUNK. Transforms are of fp64: what islands decode must be the same bits on all of them, and a
+sum's order is the machine's. Wires: ``kernels/WIRE.md``."""
 
 from __future__ import annotations
 

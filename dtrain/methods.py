@@ -8,7 +8,7 @@ from typing import Literal
 
 AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "a2cid2", "dadao", "diloco", "own",
+    "a2cid2", "dadao", "diloco", "demo", "own",
 ]  # fmt: skip
 
 
@@ -22,6 +22,9 @@ class Rules:
     """Why its topology must not change by round; None where it may."""
     rewrites_gradients: bool = False
     """Whether it exchanges something before each update, which waits for it."""
+    signs: bool = False
+    """Whether that leaves signs in the place of gradients: what is clipped is what goes in, SGD steps by them, and one island
+    alone has them too."""
     pairs: bool = False
     """Whether its rounds are meetings of two, so that its topology must be matchings."""
     simulated: str | None = None
@@ -67,4 +70,5 @@ RULES: Mapping[AlgorithmName, Rules] = {
         moves=True,
     ),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL, needs_same_start=_ANCHOR),
+    "demo": Rules(_ROUNDS, _ALL, rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),
 }

@@ -210,9 +210,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             'sync.landing = "eager" is for algorithm = "diloco" with a delay; use landing = "keep", or set sync.delay'
         )
-    if r.algorithm == "allreduce" and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
+    if r.algorithm in ("allreduce", "demo") and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
         raise ValueError(
-            "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
+            f"{r.algorithm} averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it "
+            "can do"
         )
     if rules.rewrites_gradients and (r.every != 1 or r.fragments != 1):
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")

@@ -308,4 +308,17 @@ ROWS = (
         outer_lr=0.7,
         outer_momentum=0.9,
     ),
+    Recipe(
+        name="demo",
+        summary="every step the 32 largest cosines of each 64 x 64 of the momentum; SGD steps by the signs of their mean",
+        paper="Peng et al. 2024, arXiv 2411.19870 (DeMo)",
+        algorithm="demo",
+        payload="gradients",
+        every=1,
+        reduce="gather",
+        codec="dct:32/64",
+        error_feedback=True,
+        # The momentum's: what is not sent stays.
+        feedback_decay=0.999,
+    ),
 )

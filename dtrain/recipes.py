@@ -60,7 +60,12 @@ def row_of(name: str) -> Recipe:
 
 def moments_of(recipe: Recipe, said: int | None) -> int | None:
     """s of AccumAdamW in the training job: the recipe's where train.moments_every is not said, None where neither says one.
-    Raises ValueError where that would take accumulation from a recipe that is defined with it."""
+    Raises ValueError where that would take accumulation from a recipe that is defined with it, or SGD from one that is."""
+    if said is not None and RULES[recipe.algorithm].signs:
+        raise ValueError(
+            f'train.moments_every = {said} is of AdamW, and sync.recipe = "{recipe.name}" is defined with SGD; leave it out, or '
+            'use sync.recipe = "allreduce"'
+        )
     if said == 1 and recipe.moments_every not in (None, 1):
         raise ValueError(
             f'train.moments_every = 1 takes accumulation from sync.recipe = "{recipe.name}", which is defined with it; leave it '

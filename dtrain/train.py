@@ -40,7 +40,8 @@ from dtrain.recipes import rho_of
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
-_ADAM_BYTES = 28  # a parameter of fp32 and its two moments are read and written, its gradient is read
+_STEP_BYTES = {AccumAdamW: 0, torch.optim.SGD: 12, torch.optim.AdamW: 28}
+"""A parameter of fp32 and its moments are read and written, its gradient is read; dtrain's own says so for each kernel."""
 
 
 def cpu_threads(job: Job) -> int:
@@ -254,8 +255,7 @@ def _step(island: _Island, step: int) -> float:
         total = _gradient(island, step)
     else:
         total = island.sam.gradient(lambda: _gradient(island, step))
-    # dtrain's own optimizer says for each of its kernels what it moves.
-    moved_bytes = 0 if isinstance(island.optimizer, AccumAdamW) else _ADAM_BYTES * sum(b.x.numel() for b in island.sync.buckets)
+    moved_bytes = _STEP_BYTES[type(island.optimizer)] * sum(b.x.numel() for b in island.sync.buckets)
     with span("optimizer", moved_bytes):
         island.optimizer.step()
     return total

@@ -109,6 +109,8 @@ def _exists(row: Recipe, topology: str, graph: str | None, num_islands: int) -> 
 
 
 def _codecs(row: Recipe) -> list[str]:
+    if RULES[row.algorithm].signs:  # its momentum is what its codec does not send: with another it is another method
+        return [row.codec]
     return list(dict.fromkeys((row.codec, *CODECS)))
 
 

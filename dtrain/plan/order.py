@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from dtrain.bucket import whole
+from dtrain.methods import RULES
 from dtrain.own_codec import codec_of
 from dtrain.own_name import is_own
 from dtrain.plan.plans import Row
@@ -85,7 +86,7 @@ def loss_order(row: Row) -> tuple[float, ...]:
         place, percent = _SILENT, 0.0
     elif bits < _FEWEST_BITS[r.payload]:
         place, percent = _COARSE, 0.0
-    elif r.payload == "gradients":
+    elif r.payload == "gradients" and not RULES[r.algorithm].signs:
         place, percent = _AVERAGED, 0.0
     elif known is not None:
         place, percent = _MEASURED, known.percent

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
@@ -85,8 +86,8 @@ class Planner:
         time = step_time(counted, when, island, s.link)
         accumulates = (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
-            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, sam=sam,
-            num_ranks=s.num_ranks, micro_batches=s.micro_batches,
+            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=not RULES[recipe.algorithm].signs,
+            accumulates=accumulates, sam=sam, num_ranks=s.num_ranks, micro_batches=s.micro_batches,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))

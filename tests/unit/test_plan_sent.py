@@ -11,6 +11,7 @@ from torch import nn
 from dtrain.bucket import make_buckets
 from dtrain.connect import Connection
 from dtrain.engine import join
+from dtrain.methods import RULES
 from dtrain.optim import SAM, AccumAdamW
 from dtrain.plan.sent import Sent, model_flat, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
@@ -55,7 +56,9 @@ def trained_bytes(recipe: str, overrides: dict[str, object], steps: int) -> list
     def island(connection: Connection) -> int:
         model = _Model()
         row = resolve(recipe, {}, ISLANDS)
-        inner = AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)
+        signs = RULES[row.algorithm].signs
+        accumulates = AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)
+        inner = torch.optim.SGD(model.parameters(), lr=1e-3) if signs else accumulates
         optimizer = SAM(inner, rho=row.sam_rho) if row.sam_rho is not None else inner
 
         def loss() -> float:

@@ -19,7 +19,7 @@ def starts(recipe: Recipe, first: int, last: int) -> list[int]:
     return [step for step in range(first, last) if plan.sends and plan.when(step + 1, 0, plan.control)]
 
 
-REGULAR = [r for r in RECIPES.values() if r.name not in ("local", "allreduce", "dadao") and r.schedule == "every"]
+REGULAR = [r for r in RECIPES.values() if r.name not in ("local", "allreduce", "demo", "dadao") and r.schedule == "every"]
 
 
 @pytest.mark.parametrize("recipe", REGULAR, ids=lambda r: r.name)

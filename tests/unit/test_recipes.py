@@ -28,8 +28,8 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
         recipe = resolve(name, {}, num_islands)
         assert recipe == RECIPES[name]
         plan = assemble(with_steps(recipe, 100), seed=0, num_islands=num_islands)
-        assert plan.sends == (name not in ("local", "allreduce"))
-        assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
+        assert plan.sends == (name not in ("local", "allreduce", "demo"))
+        assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer", "demo"))
 
 
 def test_what_is_only_simulated_trains_no_model() -> None:
@@ -82,6 +82,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("choco", {"topology": "random_pairs"}, "choco keeps sums of its neighbours' public copies"),
         ("diloco", {"landing": "eager"}, 'sync.landing = "eager" is for algorithm = "diloco" with a delay'),
         ("allreduce", {"every": 2}, "allreduce averages gradients each step"),
+        ("demo", {"delay": 1}, "demo averages gradients each step before the update; every = 1, delay = 0"),
         ("diloco", {"fragments": 101}, "sync.fragments = 101 cannot take turns within sync.every = 100"),
         ("dpsgd", {"gamma": 0.5}, 'sync.gamma = 0.5 has no effect with sync.algorithm = "dpsgd"'),
         ("dpsgd", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.algorithm = "dpsgd"'),
