@@ -16,6 +16,7 @@ from dtrain.algorithms.a2cid2_ready import a2cid2_ready
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
+from dtrain.algorithms.demo import demo
 from dtrain.algorithms.diloco import diloco_blend, diloco_eager, diloco_keep, diloco_pure
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
@@ -54,11 +55,17 @@ class Plan:
     edges: int
     """A number of what says who talks to whom where that is more than a name: a graph, a server, one's own topology; else 0."""
     sends: bool
-    """Whether the method has rounds that land (all but local and all-reduce)."""
+    """Whether the method has rounds that land (all but local, all-reduce and demo)."""
     moves: bool
     """Whether to send changes the parameters as well."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
+    signs: bool
+    """Whether what is exchanged before an update leaves signs in the place of gradients."""
+
+    def exchanges(self, num_islands: int) -> bool:
+        """Whether each update waits for an exchange; an island alone has none, unless its gradients are to become signs."""
+        return self.rewrites_gradients and (num_islands > 1 or self.signs)
 
 
 def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
@@ -76,9 +83,10 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         delay_steps=recipe.delay_steps,
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
-        sends=recipe.algorithm not in ("local", "allreduce"),
+        sends=recipe.algorithm not in ("local", "allreduce", "demo"),
         moves=rules.moves or recipe.landing in ("eager", "pure"),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
+        signs=rules.signs,
     )
 
 
@@ -136,7 +144,7 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "dpsgd":
             return dpsgd(_reduce(r))
         case "deepsqueeze":
-            return gossip(codec_of(r.codec, error_feedback=r.error_feedback), mixed, r.gamma)
+            return gossip(codec_of(r.codec, error_feedback=r.error_feedback, feedback_decay=r.feedback_decay), mixed, r.gamma)
         case "multi_gossip":
             return multi_gossip(codec_of(r.codec, error_feedback=r.error_feedback), r.gossip_steps)
         case "chebyshev":
@@ -157,6 +165,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             raise AssertionError("check_trains refuses it")
         case "diloco":
             return _diloco(r, _reduce(r), _outer(r))
+        case "demo":
+            return demo(_reduce(r))
 
 
 def _diloco(r: Recipe, reduce: Reduce, outer: Outer) -> Method:
@@ -172,11 +182,12 @@ def _diloco(r: Recipe, reduce: Reduce, outer: Outer) -> Method:
 
 
 def _reduce(r: Recipe) -> Reduce:
-    codec = codec_of(r.codec, error_feedback=r.error_feedback)
     if r.reduce == "low_rank":
         assert r.rank is not None, "check_together refuses it"
         plain = codec_of(r.codec, error_feedback=False)
-        return low_rank(plain, functools.partial(columns, r), error_feedback=r.error_feedback, adapts=adapts(r.rank))
+        decay = r.feedback_decay if r.error_feedback else None
+        return low_rank(plain, functools.partial(columns, r), feedback_decay=decay, adapts=adapts(r.rank))
+    codec = codec_of(r.codec, error_feedback=r.error_feedback, feedback_decay=r.feedback_decay)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

@@ -45,6 +45,8 @@ class Span:
     start: int
     stop: int
     """start:stop are element positions within the bucket."""
+    offset: int = 0
+    """Where the part begins within its parameter, in elements."""
 
     @property
     def numel(self) -> int:
@@ -74,8 +76,21 @@ class Layout:
                 break
             a, b = max(s.start, start), min(s.stop, stop)
             if a < b:
-                spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
+                inside = a - s.start
+                spans.append(Span(s.name, s.shape, s.global_offset + inside, a - start, b - start, s.offset + inside))
         return Layout(tuple(spans))
+
+    def runs(self, block: int) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of spans in a row that fill whole blocks, but for the last of them."""
+        runs: list[tuple[int, int]] = []
+        open_run = False
+        for s in self.spans:
+            if open_run:
+                runs[-1] = (runs[-1][0], s.stop)
+            else:
+                runs.append((s.start, s.stop))
+            open_run = s.numel % block == 0
+        return tuple(runs)
 
     def cuts(self, num_parts: int, grain: int, keeps_whole: KeepsWhole | None = None) -> tuple[int, ...]:
         """num_parts + 1 positions that split the bucket evenly, on span starts or multiples of grain within a

@@ -17,8 +17,9 @@ from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_st
 
 _SEEDS = 2**31
 """A job's seed is below it, and islands' own lie from it to 2^32, beyond which torch's generator for the CPU looks at no bit."""
-_ADAM_BYTES, _MUON_BYTES = 28, 20
-"""A parameter of fp32 and its two moments, or Muon's one, are read and written, its gradient is read."""
+_STEP_BYTES = {AccumAdamW: 0, torch.optim.AdamW: 28, Muon: 20, torch.optim.SGD: 12}
+"""A parameter of fp32 and its two moments, Muon's one, or SGD's none, are read and written, its gradient is read; dtrain's own
+says it of each of its kernels."""
 
 
 def build_recipe(job: Job) -> Recipe:
@@ -45,10 +46,15 @@ def shapes_of(job: Job) -> dict[str, torch.Size]:
 
 def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimizer]:
     """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate. Or Muon
-    and AdamW."""
+    and AdamW. Or SGD where the recipe makes signs of gradients: without momentum its weight decay is decoupled, as AdamW's is."""
     t = job.train
-    if optimizer_of(recipe, t.optimizer, t.moments_every) == "muon":
-        return muon_adamw(model, lr=t.lr, weight_decay=t.weight_decay)
+    match optimizer_of(recipe, t.optimizer, t.moments_every):
+        case "muon":
+            return muon_adamw(model, lr=t.lr, weight_decay=t.weight_decay)
+        case "sgd":
+            return [torch.optim.SGD(decay_groups(model, t.weight_decay), lr=t.lr)]
+        case "adamw":
+            pass
     every = moments_of(recipe, t.moments_every) or 1
     if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
         return [AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)]
@@ -56,11 +62,10 @@ def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimiz
 
 
 def moved_bytes(optimizers: Sequence[Optimizer]) -> int:
-    """What their steps move through memory, at least; 0 of dtrain's own, which says it of each of its kernels."""
+    """What their steps move through memory, at least; 0 of dtrain's own."""
     return sum(
-        (_MUON_BYTES if isinstance(optimizer, Muon) else _ADAM_BYTES) * p.numel()
+        _STEP_BYTES[type(optimizer)] * p.numel()
         for optimizer in optimizers
-        if not isinstance(optimizer, AccumAdamW)
         for group in optimizer.param_groups
         for p in group["params"]
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dtrain import codec_name
 from dtrain.bucket import Layout
+from dtrain.codebook import Codebook
+from dtrain.dct import Dct
 from dtrain.kernels import Adam, Format, Noise, Piece, Public, prepare
 from dtrain.own_name import is_own
 from dtrain.spans import moving, span
@@ -72,8 +74,8 @@ class Codec(Protocol):
 
 
 class BoundPlain(BoundCodec, Protocol):
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+    def encode_feedback(self, x: Tensor, residual: Tensor, decay: float, wire: Tensor, state: State) -> None:
+        """residual <- decay residual + x;  wire = C(residual);  residual -= decode(wire)."""
         ...
 
 
@@ -106,7 +108,7 @@ class BoundBlocks:
 
     def __init__(self, fmt: Format, layout: Layout, node: int, *, stochastic: bool) -> None:
         self.fmt, self.stochastic = fmt, stochastic
-        self._runs = _runs(layout, fmt.block)
+        self._runs = layout.runs(fmt.block)
         self._starts = tuple(a for a, _ in self._runs)
         self._first = layout.spans[0].global_offset if layout.spans else 0
         self._seed = node * _NODE_STRIDE
@@ -136,12 +138,12 @@ class BoundBlocks:
                 ops.encode(run, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        """residual += x;  wire = C(residual);  residual -= decode(wire)."""
+    def encode_feedback(self, x: Tensor, residual: Tensor, decay: float, wire: Tensor, state: State) -> None:
+        """residual <- decay residual + x;  wire = C(residual);  residual -= decode(wire)."""
         with moving("encode", x, residual, residual, wire):
             ops, noise = self._wire.operations(wire), self._draw(state)
             for (a, b), part in zip(self._runs, self._wire.parts(wire), strict=True):
-                ops.encode_feedback(x[a:b], residual[a:b], 1.0, part, self.fmt, _moved(noise, a))
+                ops.encode_feedback(x[a:b], residual[a:b], decay, part, self.fmt, _moved(noise, a))
             self._wire.seal_finite(wire)
 
     def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
@@ -221,43 +223,34 @@ def adam_bytes(pieces: Sequence[Piece]) -> int:
     return sum(p.x.numel() * (2 * p.x.element_size() + p.g.element_size() + 16) + 8 * p.a.numel() for p in pieces)
 
 
-def _runs(layout: Layout, block: int) -> tuple[tuple[int, int], ...]:
-    runs: list[tuple[int, int]] = []
-    open_run = False
-    for s in layout.spans:
-        if open_run:
-            runs[-1] = (runs[-1][0], s.stop)
-        else:
-            runs.append((s.start, s.stop))
-        open_run = s.numel % block == 0
-    return tuple(runs)
-
-
 def _moved(noise: Noise | None, elements: int) -> Noise | None:
     return None if noise is None else Noise(noise.seed, noise.first + elements)
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorFeedback:
-    """What the inner codec lost stays in a residual and goes out with the next round: sum sent + residual = sum of
-    inputs.
+    """What the inner codec lost stays in a residual and goes out with later rounds.
 
-    e <- e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv
-    1901.09847)"""
+    e <- beta e + x;  wire = C(e);  e <- e - decode(wire)          (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847)
+
+    With beta = 1 nothing is ever lost: sum sent + e = sum of inputs. With less (arXiv 2508.15706) each round forgets 1 - beta of
+    what waits, which is of older parameters the longer it does: sum sent + e = sum of inputs - (1 - beta) sum of the e before."""
 
     inner: Plain
+    decay: float = 1.0
+    """beta, more than 0 and at most 1."""
 
     @property
     def grain(self) -> int:
         return self.inner.grain
 
     def bind(self, layout: Layout, node: int = 0) -> BoundCodec:
-        return _BoundErrorFeedback(self.inner.bind(layout, node), layout.numel)
+        return _BoundErrorFeedback(self.inner.bind(layout, node), layout.numel, self.decay)
 
 
 class _BoundErrorFeedback:
-    def __init__(self, inner: BoundPlain, numel: int) -> None:
-        self._inner, self._numel = inner, numel
+    def __init__(self, inner: BoundPlain, numel: int, decay: float) -> None:
+        self._inner, self._numel, self._decay = inner, numel, decay
         self.wire_bytes = inner.wire_bytes
         self.new_wire, self.check = inner.new_wire, inner.check
         self.decode_add, self.mix = inner.decode_add, inner.mix
@@ -266,22 +259,30 @@ class _BoundErrorFeedback:
         return {"residual": torch.zeros(self._numel, device=device)} | self._inner.init(device)
 
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        self._inner.encode_feedback(x, state["residual"], wire, state)
+        self._inner.encode_feedback(x, state["residual"], self._decay, wire, state)
 
 
 def prepare_kernels(name: str, device: torch.device, say: Callable[[], None]) -> None:
     """So that no round waits for them: ``dtrain.kernels.prepare`` for a codec, and for the exact merge."""
-    prepare(device, [*([] if is_own(name) else [plain(name).fmt.kind]), "identity"], say)
+    by_kernels = not is_own(name) and codec_name.parse(name).base not in codec_name.TORCH
+    prepare(device, [*([plain(name).fmt.kind] if by_kernels else []), "identity"], say)
 
 
-def by_name(name: str, *, error_feedback: bool) -> Codec:
+def by_name(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """``"identity"``, ``"int4:32"``, ``"topk:64/4096:2"`` -> Codec; raises ValueError for anything else."""
-    codec = plain(name)
-    return ErrorFeedback(codec) if error_feedback else codec
+    parsed = codec_name.parse(name)
+    match parsed.base:
+        case "codebook8":
+            codec = Codebook(parsed.block)
+        case "dct":
+            codec = Dct(parsed.k, parsed.block)
+        case _:
+            codec = plain(name)
+    return ErrorFeedback(codec, feedback_decay) if error_feedback else codec
 
 
 def plain(name: str) -> Blocks:
-    """Without error feedback."""
+    """A codec of the kernels, without error feedback."""
     parsed = codec_name.parse(name)
     kind = parsed.base
     assert kind in ("identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", "topk"), kind

@@ -37,6 +37,11 @@ def refused(r: Recipe, num_islands: int) -> str | None:
             f'sync.error_feedback = true with sync.algorithm = "{r.algorithm}" would drive the islands apart: what was lost of '
             'parameters comes back at a time and is mixed whole; leave it out, or use sync.recipe = "deepsqueeze" or "choco"'
         )
+    if r.algorithm in ("choco", "beer") and (is_own(r.codec) or codec_name.parse(r.codec).base in codec_name.TORCH):
+        return (
+            f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
+            'another codec, or sync.recipe = "deepsqueeze"'
+        )
     if r.algorithm == "own" or r.codec == "identity":
         return None
     if r.algorithm == "dpsgd" and r.reduce != "neighbours":

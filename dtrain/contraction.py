@@ -4,7 +4,8 @@ C is a contraction where E|C(x) - x|^2 <= r^2 |x|^2 with r < 1. CHOCO's copies a
 and along a direction in which I - W has the eigenvalue l, are one loop: v is coded, e_{t+1} = v_t - C(v_t) is lost, and
     v_{t+1} = (1 - a) v_t + (1 + a) e_{t+1} - e_t,   a = gamma l,   so   v = G e,   G(z) = ((1 + a) - 1/z) / (z - (1 - a)).
 |G| is largest at z = -1, (2 + a) / (2 - a). By the small-gain theorem no loss of norm r < (2 - a) / (2 + a), whatever it is
-and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I).
+and however it changes, makes this grow: a < 2 (1 - r) / (1 + r). Without loss that is the 2 of I + gamma (W - I). Feedback that
+decays, beta e for e, has no larger |G|: the larger of 1, at z = 1, and (2 beta + a) / (2 - a), at z = -1.
 
 Top-k loses nearly all, r^2 = 1 - K / CHUNK, but of each element nothing or everything: it goes out about once in CHUNK / K
 rounds, while x goes on by gamma (W - I) of the old copy in each. Between two sendings that adds up to 1 - a CHUNK / K, and so
@@ -23,13 +24,16 @@ _ROUNDED = 2.0**-8
 _STEPS = {"int8": 127, "int4": 7}
 _OUTERMOST = 2.9369
 """The largest value of lut4, in sigmas."""
+_BIN = 12 / 256
+"""Width of codebook8's bins, in sigmas."""
 
 
 def most_lost(codec: CodecName) -> float:
     """The largest E|C(x) - x|^2 / |x|^2 of any x, from above; 1 or more of a codec that is no contraction.
 
     Blocks lose by themselves, so it is that of the worst block. Integers and e3m0: one large value, and all others where codes
-    are farthest from them. lut4: all spread goes to one outlier. sign: everything is in one element. top-k: all are as large."""
+    are farthest from them. lut4: all spread goes to one outlier. sign: everything is in one element. top-k: all are as large.
+    codebook8: a bin loses how far its values are from their mean, and an outermost one has values of any size."""
     base, block, rounded = codec.base, codec.block, _ROUNDED**2
     match base:
         case "identity":
@@ -46,6 +50,10 @@ def most_lost(codec: CodecName) -> float:
             return (0.07 if codec.stochastic else 0.0465) + (1 - _OUTERMOST / math.sqrt(block)) ** 2 + 0.01
         case "sign":
             return block - 1.0 if codec.stochastic else 1 - (1 - rounded) / block
+        case "dct":  # lengths are kept, and all coefficients may be as large; chunks of fewer elements lose less
+            return 1 - codec.k / block**2
+        case "codebook8":
+            return _outliers(block) + _BIN**2 / 4 + rounded
         case "topk" if codec.bits == 8:
             return 1 - codec.k / block * (1 - _integers(127, codec.k, stochastic=False))
         case "topk":  # two means keep |kept|_1^2 / k or more, and |x|^2 <= |kept|_1^2 (1 + (chunk - k) / k^2)
@@ -70,6 +78,14 @@ def _at_random(others: float) -> float:
     return (math.sqrt(1 + others) - 1) / 2
 
 
+def _outliers(block: int) -> float:
+    """What the outermost bin, from t = 6 sigmas less a bin on, loses of |x|^2 = block sigma^2 at most: m values there lose
+    sum v^2 - (sum v)^2 / m, which of one sum of squares is largest where all but one of them are t."""
+    t = 6 - _BIN
+    most = int(block / t**2)
+    return max((1 - 1 / m) * (math.sqrt(block - (m - 1) * t**2) - t) ** 2 / block for m in range(1, most + 1))
+
+
 def usually_lost(codec: CodecName) -> float:
     """``most_lost`` of values that are spread as a normal distribution; measured in tests/oracle/test_contraction.py."""
     twice = 2 if codec.stochastic else 1  # rounding at random has a step's s^2 / 6, to nearest s^2 / 12
@@ -82,6 +98,8 @@ def usually_lost(codec: CodecName) -> float:
             return twice * 0.0125
         case "sign" if not codec.stochastic:
             return 1 - 2 / math.pi
+        case "codebook8":
+            return _BIN**2 / 12 + _ROUNDED**2
         case _:
             return most_lost(codec)
 

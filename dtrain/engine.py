@@ -29,7 +29,7 @@ from dtrain.corrected import moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exact import Exact, refuse_unequal_steps
 from dtrain.fused import fused_steps
-from dtrain.gradients import Gradients
+from dtrain.gradients import Gradients, clip_to
 from dtrain.hooks import hook, take_over
 from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
@@ -113,11 +113,12 @@ class Sync:
             self._land_due(self.step + 1)
         else:  # the optimizer's step lands them
             self._wait_for([lane.flight for lane in self.core.due(self.step + 1) if lane.flight is not None])
-        if self._gradients is not None and self.num_islands > 1:
+        if self._clip and self.core.plan.signs:
+            clip_to(self._flat, self._clip)
+        if self._gradients is not None and self.core.plan.exchanges(self.num_islands):
             self._exchange_gradients()
-        if self._clip and self._fused is None:  # a fused step clips in its own pass
-            with span("clip"):
-                nn.utils.clip_grad_norm_(self._flat.trained, self._clip)
+        if self._clip and self._fused is None and not self.core.plan.signs:  # a fused step clips in its own pass
+            clip_to(self._flat, self._clip)
         self._prepared = True
 
     @torch.no_grad()
@@ -334,6 +335,7 @@ def join(
     delay: int | Literal["round"] | None = None,
     codec: str | None = None,
     error_feedback: bool | None = None,
+    feedback_decay: float | None = None,
     topology: str | None = None,
     graph: str | None = None,
     server: str | None = None,
@@ -362,9 +364,10 @@ def join(
     The islands' weights are compared by hash and island 0's are sent where they differ; with start = "own" they may. Axes left
     out are the recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
     ``include`` and ``exclude`` say by patterns which parameters are shared; the others stay the island's own (``chosen.py``).
-    ``clip`` is the global gradient norm, applied after gradients are exchanged. ``total_steps`` are the whole run's, which a
-    schedule with a budget of rounds must know. Give the GradScaler, if there is one, so that a step it skips is counted. ``link``
-    is for islands that were connected by hand; the launcher's environment is read otherwise.
+    ``clip`` is the global gradient norm, applied after gradients are exchanged (by demo, which makes signs of them, before).
+    ``total_steps`` are the whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is
+    one, so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's environment is
+    read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
@@ -373,6 +376,7 @@ def join(
         "delay": delay,
         "codec": codec,
         "error_feedback": error_feedback,
+        "feedback_decay": feedback_decay,
         "topology": topology,
         "graph": graph,
         "server": server,

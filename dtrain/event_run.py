@@ -15,7 +15,7 @@ from dtrain.recipes import row_of
 
 METHODS: dict[str, MethodName] = {"dpsgd": "gossip", "a2cid2": "a2cid2", "dadao": "dadao"}
 """Algorithm -> its form under Poisson clocks."""
-_OF_ROUNDS = ("every", "delay", "fragments", "bucket_bytes", "error_feedback")
+_OF_ROUNDS = ("every", "delay", "fragments", "bucket_bytes", "error_feedback", "feedback_decay")
 """Answers that say nothing of pairs that meet at random times."""
 _LOOKS = 50
 _SHOWN = 5

@@ -1,4 +1,4 @@
-"""How do gradients get into the buckets and back? For methods that rewrite them before the update."""
+"""How do gradients get into the buckets and back, for methods that rewrite them before the update? And how are they clipped?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 from torch import nn
 
 from dtrain.bucket import Bucket, Flat
+from dtrain.spans import span
+
+
+def clip_to(flat: Flat, norm: float) -> None:
+    """Scale the gradients of all parameters to a global norm at most."""
+    with span("clip"):
+        nn.utils.clip_grad_norm_(flat.trained, norm)
 
 
 class Gradients:
@@ -20,9 +27,9 @@ class Gradients:
         self._parts: list[list[tuple[nn.Parameter, slice, slice]]] = []
         for b in buckets:
             parts = []
-            for span in b.layout.spans:
-                inside = span.global_offset - begins.setdefault(span.name, span.global_offset)
-                parts.append((by_name[span.name], slice(inside, inside + span.numel), slice(span.start, span.stop)))
+            for s in b.layout.spans:
+                inside = s.global_offset - begins.setdefault(s.name, s.global_offset)
+                parts.append((by_name[s.name], slice(inside, inside + s.numel), slice(s.start, s.stop)))
             self._parts.append(parts)
 
     def read(self) -> None:

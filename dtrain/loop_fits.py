@@ -39,6 +39,8 @@ def check_loop(
         check_accumulates(recipe.name, recipe.moments_every, optimizers)
     if recipe.optimizer == "muon":
         check_muon(recipe.name, recipe.algorithm, optimizers)
+    if RULES[recipe.algorithm].signs:
+        _check_plain_sgd(recipe.name, optimizers)
     if scaler is None:
         return
     if RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients":
@@ -56,3 +58,14 @@ def check_loop(
             f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
             "scaler.unscale_(optimizer) and scaler.step(optimizer)"
         )
+
+
+def _check_plain_sgd(recipe: str, optimizers: Sequence[Optimizer]) -> None:
+    """theta - lr (sign + decay theta) is SGD's step: without momentum its weight decay is decoupled."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+            with_it = "SGD with momentum" if isinstance(optimizer, torch.optim.SGD) else type(optimizer).__name__
+            raise ValueError(
+                f"recipe {recipe!r} is defined with SGD without momentum, which steps by the signs that it is given, and "
+                f'{with_it} makes something else of them; use torch.optim.SGD(..., lr=...), or recipe = "allreduce"'
+            )

@@ -100,9 +100,10 @@ class _Laid(NamedTuple):
     second: _Wire
 
 
-def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: bool = False) -> Reduce:
-    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. With ``adapts``
-    ``rank_of`` says the ranks at first."""
+def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, adapts: bool = False) -> Reduce:
+    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. ``feedback_decay``: beta
+    of ``codec.ErrorFeedback``, e_i before it is added; None: without feedback. With ``adapts`` ``rank_of`` says the ranks at
+    first."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         at_first = tuple(rank_of(s) for s in layout.spans)
@@ -121,7 +122,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: boo
             state = {f"warm.{a.name}": _start(a, device) for a in cut.matrices}
             for name, wire in (("first", first), ("second", second)):
                 state |= {f"{name}.{key}": value for key, value in wire.codec.init(device).items()}
-            if error_feedback:
+            if feedback_decay is not None:
                 state["residual"] = torch.zeros(layout.numel, device=device)
             if adapts:
                 needed = torch.zeros(WINDOW, len(at_first), dtype=torch.int64)
@@ -132,8 +133,10 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: boo
             of = split(state)
             cut, first, second = laid(tuple(state["ranks"].tolist()) if adapts else at_first)
             values = room.on(x.device)[: cut.first.numel]
-            kept = state["residual"] if error_feedback else unsent.on(x.device).zero_()
+            kept = state["residual"] if feedback_decay is not None else unsent.on(x.device).zero_()
             with moving("encode", x, kept, kept):
+                if feedback_decay not in (None, 1.0):
+                    kept.mul_(feedback_decay)
                 kept.add_(x)
             with cut.passing("encode", 1):
                 for own, value in cut.pairs(kept, values):
@@ -142,7 +145,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: boo
                     torch.mm(of["warm"][a.name][: a.rank], a.of(kept).T, out=a.p_of(values))
             first.post(values, of["first"], link)
             yield
-            if error_feedback:
+            if feedback_decay is not None:
                 first.own(values)
                 for own, value in cut.pairs(kept, values):
                     own.sub_(value)
@@ -158,7 +161,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, error_feedback: bool, adapts: boo
                     torch.mm(p, a.of(kept), out=a.q_of(values))
             second.post(values, of["second"], link)
             yield
-            if error_feedback:
+            if feedback_decay is not None:
                 second.own(values)
                 with cut.passing("decode", 2):
                     for a, p in zip(cut.matrices, bases, strict=True):
@@ -266,10 +269,12 @@ class _Row:
 
     def add(self, of: Span, rows: int, length: int, grain: int) -> int:
         """Returns where they begin. A row's blocks are its own."""
+        whole = (rows, length) == (1, of.numel)
         start = at = self.spans[-1].stop if self.spans else 0
         if length % grain == 0:  # no block crosses rows anyway
             rows, length = 1, rows * length
         for _ in range(rows):
-            self.spans.append(Span(of.name, of.shape, self._base + at, at, at + length))
+            shape, offset = (of.shape, of.offset) if whole else ((length,), 0)
+            self.spans.append(Span(of.name, shape, self._base + at, at, at + length, offset))
             at += length
         return start

@@ -8,7 +8,7 @@ from typing import Literal
 
 AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "a2cid2", "dadao", "diloco", "own",
+    "a2cid2", "dadao", "diloco", "demo", "own",
 ]  # fmt: skip
 
 
@@ -22,6 +22,9 @@ class Rules:
     """Why its topology must not change by round; None where it may."""
     rewrites_gradients: bool = False
     """Whether it exchanges something before each update, which waits for it."""
+    signs: bool = False
+    """Whether that leaves signs in the place of gradients: what is clipped is what goes in, SGD steps by them, and one island
+    alone has them too."""
     pairs: bool = False
     """Whether its rounds are meetings of two, so that its topology must be matchings."""
     simulated: str | None = None
@@ -34,11 +37,12 @@ class Rules:
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
 
-_CHOSEN = frozenset({"bucket_bytes", "include", "exclude"})
-_ROUNDS = _CHOSEN | {"every", "schedule", "delay", "fragments", "codec", "error_feedback", "reduce"}
+_CHOSEN = frozenset({"include", "exclude"})
+_FEEDBACK = frozenset({"error_feedback", "feedback_decay"})
+_ROUNDS = _CHOSEN | _FEEDBACK | {"every", "schedule", "delay", "fragments", "codec", "reduce", "bucket_bytes"}
 _GOSSIP = _ROUNDS | {"topology", "graph"}
 _SERVER = frozenset({"server"})
-_PLAIN = _GOSSIP - {"error_feedback"}
+_PLAIN = _GOSSIP - _FEEDBACK
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
 _ALL = ("gather", "all_to_all")
 _MEANS = (*_ALL, "low_rank")
@@ -69,4 +73,6 @@ RULES: Mapping[AlgorithmName, Rules] = {
         moves=True,
     ),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
+    # What islands do not share would step by its gradient, by the length of a sign's.
+    "demo": Rules(_ROUNDS - _CHOSEN, _ALL, rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),
 }

@@ -2,14 +2,12 @@
 
 It codes one flat vector of any length, on whatever device that is, as ``OwnCodec`` says. Every bucket of every island codes by a
 copy of the object, by one thread at a time, so it may keep room to work in. Headers, checksums, error feedback and
-mixing come from here, in plain torch; what the object must keep is tried when it is loaded."""
+mixing come from ``torch_codec.py``; what the object must keep is tried when it is loaded."""
 
 from __future__ import annotations
 
 import copy
-import threading
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,12 +16,11 @@ from torch import Tensor
 
 from dtrain import codec as codecs
 from dtrain.bucket import Layout
-from dtrain.codec import BoundPlain, Codec, ErrorFeedback, State
-from dtrain.errors import NonFinite, WireError
+from dtrain.codec import BoundPlain, Codec, ErrorFeedback
 from dtrain.own import digest, load_named
 from dtrain.own_name import is_own
-from dtrain.spans import span
-from dtrain.wire import HEADER_BYTES, own_header
+from dtrain.torch_codec import BoundTorch
+from dtrain.wire import own_header
 
 TRIED = (1, 1000, 4097)
 """Lengths with which an own codec is tried."""
@@ -46,12 +43,12 @@ class OwnCodec(Protocol):
         ...
 
 
-def codec_of(name: str, *, error_feedback: bool) -> Codec:
+def codec_of(name: str, *, error_feedback: bool, feedback_decay: float = 1.0) -> Codec:
     """A codec of the project's, or one's own that ``check_codec`` has let pass."""
     if not is_own(name):
-        return codecs.by_name(name, error_feedback=error_feedback)
+        return codecs.by_name(name, error_feedback=error_feedback, feedback_decay=feedback_decay)
     own = Own(_load(name), zlib.crc32(f"{digest(name)}:{name.rpartition(':')[2]}".encode()))
-    return ErrorFeedback(own) if error_feedback else own
+    return ErrorFeedback(own, feedback_decay) if error_feedback else own
 
 
 def check_codec(name: str) -> None:
@@ -113,74 +110,5 @@ class Own:
         return 1
 
     def bind(self, layout: Layout, node: int = 0) -> BoundPlain:
-        return _BoundOwn(copy.deepcopy(self.codec), own_header(self.number, layout.numel), layout.numel)
-
-
-class _BoundOwn:
-    def __init__(self, codec: OwnCodec, header: bytes, numel: int) -> None:
-        self._codec, self._header, self._numel = codec, header, numel
-        self._one_at_a_time = threading.Lock()  # a wire is checked while the next payload is encoded
-        self.wire_bytes = HEADER_BYTES + (codec.wire_bytes(numel) if numel else 0)
-
-    def init(self, device: torch.device) -> State:
-        return {}
-
-    def new_wire(self, device: torch.device) -> Tensor:
-        wire = torch.zeros(self.wire_bytes, dtype=torch.uint8)
-        wire[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
-        return wire.to(device)
-
-    def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
-        self._encoded(x, wire)
-
-    def _encoded(self, x: Tensor, wire: Tensor) -> Tensor:
-        """Encode, and what the wire now stands for: inf or NaN in a wire would be in everybody's parameters a step later."""
-        with span("encode", (x.element_size() + 4) * x.numel() + 2 * wire.numel()):
-            if not torch.isfinite(x).all():
-                raise NonFinite("the payload holds inf or NaN")
-            if self._numel:
-                with self._one_at_a_time:
-                    self._codec.encode(x.float(), wire[HEADER_BYTES:])
-            decoded = self._decoded(wire)
-            if not torch.isfinite(decoded).all():
-                most = float(x.abs().max())
-                raise NonFinite(f"an own codec makes inf or NaN of a payload of values up to {most:.3g}; clamp them")
-            wire[len(self._header) : HEADER_BYTES] = self._checksum(wire).to(wire.device)
-            return decoded
-
-    def encode_feedback(self, x: Tensor, residual: Tensor, wire: Tensor, state: State) -> None:
-        residual.add_(x)
-        residual.sub_(self._encoded(residual, wire))
-
-    def check(self, wire: Tensor) -> None:
-        if wire.numel() != self.wire_bytes:
-            raise WireError(f"a wire of {wire.numel()} bytes, {self.wire_bytes} were agreed")
-        if bytes(wire[: len(self._header)].tolist()) != self._header:
-            raise WireError("a wire whose header is of another codec, or another file of one")
-        if not torch.equal(self._checksum(wire), wire[len(self._header) : HEADER_BYTES]):
-            raise WireError("a wire whose checksum does not fit its bytes: they changed on the way")
-        if not torch.isfinite(self._decoded(wire)).all():
-            raise WireError("a wire that an own codec makes inf or NaN of")
-
-    def decode_add(self, wire: Tensor, y: Tensor, *, weight: float) -> None:
-        with span("decode", wire.numel() + 8 * y.numel()):
-            y.add_(self._decoded(wire), alpha=weight)
-
-    def mix(self, x: Tensor, wires: Sequence[Tensor], weights: Sequence[float]) -> None:
-        with span("decode", 2 * x.element_size() * x.numel() + len(wires) * self.wire_bytes):
-            moved = torch.zeros(self._numel, device=x.device)
-            for wire, weight in zip(wires, weights, strict=True):
-                moved.add_(self._decoded(wire), alpha=weight)
-            x.add_(moved)
-
-    def _decoded(self, wire: Tensor) -> Tensor:
-        out = torch.empty(self._numel, device=wire.device)
-        if self._numel:
-            with self._one_at_a_time:
-                self._codec.decode(wire[HEADER_BYTES:], out)
-        return out
-
-    def _checksum(self, wire: Tensor) -> Tensor:
-        host = wire.cpu().numpy()
-        summed = zlib.crc32(host[HEADER_BYTES:].tobytes(), zlib.crc32(self._header))
-        return torch.frombuffer(bytearray(summed.to_bytes(8, "little")), dtype=torch.uint8)
+        codec, numel = copy.deepcopy(self.codec), layout.numel
+        return BoundTorch(codec, own_header(self.number, numel), numel, codec.wire_bytes(numel) if numel else 0, "an own codec")

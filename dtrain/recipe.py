@@ -23,6 +23,8 @@ class Recipe:
     server: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
+    feedback_decay: float = 1.0
+    """beta of error feedback, e <- beta e + x (``codec.ErrorFeedback``)."""
     combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
     """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
     few at times. ``resolve`` corrects it where a server is added or changed (``recipe_fits.combine_of``)."""

@@ -27,6 +27,7 @@ _STABLE_GAMMA = (
 )
 """lambda_n, W's least eigenvalue, is -1 or more. A round lands before the next starts, so a delay does not narrow the range. What
 a codec loses does: ``codec_fits``."""
+_DECAY = "more than 0 and at most 1: the share of what was lost that goes out later; to keep none of it, error_feedback = false"
 
 
 def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
@@ -56,6 +57,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
         ("error_feedback", isinstance(r.error_feedback, bool), "true or false"),
+        ("feedback_decay", _is_number(r.feedback_decay) and 0 < r.feedback_decay <= 1, _DECAY),
         ("outer_lr", _is_number(r.outer_lr) and 0 < r.outer_lr < math.inf, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
         ("alpha", _is_number(r.alpha) and 0 <= r.alpha <= 1, "0 to 1"),
@@ -97,6 +99,8 @@ def idle_axes(r: Recipe) -> dict[str, str]:
         idle["rank"] = f'reduce = "{r.reduce}"'
     if r.landing != "blend":
         idle["alpha"] = f'landing = "{r.landing}"'
+    if not r.error_feedback:
+        idle["feedback_decay"] = "error_feedback = false"
     if r.schedule == schedule.READY:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:
@@ -232,9 +236,10 @@ def check_together(r: Recipe, num_islands: int) -> None:
         )
     if r.landing != "keep":
         check_landing(r)
-    if r.algorithm == "allreduce" and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
+    if r.algorithm in ("allreduce", "demo") and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):
         raise ValueError(
-            "allreduce averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it can do"
+            f"{r.algorithm} averages gradients each step before the update; every = 1, delay = 0 and fragments = 1 are all it "
+            "can do"
         )
     if rules.rewrites_gradients and (r.every != 1 or r.fragments != 1):
         raise ValueError(f"{r.algorithm} exchanges something before each update; every = 1 and fragments = 1 are all it can do")
@@ -244,11 +249,6 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'a2cid2 counts on rounds that are equally far apart, and sync.schedule = "{r.schedule}" has others; use "every", or '
             '"ready"'
-        )
-    if r.algorithm in ("choco", "beer") and is_own(r.codec):
-        raise ValueError(
-            f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
-            'another codec, or sync.recipe = "deepsqueeze"'
         )
     check_codec_fits(r, num_islands)
     if r.algorithm == "beer" and r.delay_steps != 1:

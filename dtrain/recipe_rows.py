@@ -124,6 +124,48 @@ ROWS = (
         optimizer="muon",
     ),
     Recipe(
+        name="sparseloco",
+        summary="DiLoCo every 30 steps with 64 of 4,096 pseudo-gradients, in 2 bits each; the others wait in the error feedback",
+        paper="Sarfi et al. 2025, arXiv 2508.15706 (SparseLoCo)",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=30,
+        # The mean is that of all islands: of one that did not send an element 0. It has it in its residual, so that in time every
+        # island's progress counts 1 / n. The mean of those that sent an element alone would count what one island sends n times.
+        reduce="gather",
+        codec="topk:64/4096:2",
+        error_feedback=True,
+        feedback_decay=0.95,
+        # Without momentum: the residual, which brings back what was not sent, stands in for it.
+        outer="sgd",
+        outer_lr=1.0,
+    ),
+    Recipe(
+        name="intellect",
+        summary="DiLoCo in 8 bits: pseudo-gradients as the means of 256 bins, waited for every 100 steps",
+        paper="Jaghouar et al. 2024, arXiv 2412.01152 (INTELLECT-1)",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=100,
+        codec="codebook8:4096",
+        outer="nesterov",
+        outer_lr=0.7,
+        outer_momentum=0.9,
+    ),
+    Recipe(
+        name="demo",
+        summary="every step the 32 largest cosines of each 64 x 64 of the momentum; SGD steps by the signs of their mean",
+        paper="Peng et al. 2024, arXiv 2411.19870 (DeMo)",
+        algorithm="demo",
+        payload="gradients",
+        every=1,
+        reduce="gather",
+        codec="dct:32/64",
+        error_feedback=True,
+        # The momentum's: what is not sent stays.
+        feedback_decay=0.999,
+    ),
+    Recipe(
         name="dpsgd",
         summary="every step, one peer's parameters, a step late",
         paper="Lian et al. 2017, arXiv 1705.09056",

@@ -69,7 +69,12 @@ def row_of(name: str) -> Recipe:
 
 def moments_of(recipe: Recipe, said: int | None) -> int | None:
     """s of AccumAdamW in the training job: the recipe's where train.moments_every is not said, None where neither says one.
-    Raises ValueError where that would take accumulation from a recipe that is defined with it."""
+    Raises ValueError where that would take accumulation from a recipe that is defined with it, or SGD from one that is."""
+    if said is not None and RULES[recipe.algorithm].signs:
+        raise ValueError(
+            f'train.moments_every = {said} is of AdamW, and sync.recipe = "{recipe.name}" is defined with SGD; leave it out, or '
+            'use sync.recipe = "allreduce"'
+        )
     if said == 1 and recipe.moments_every not in (None, 1):
         raise ValueError(
             f'train.moments_every = 1 takes accumulation from sync.recipe = "{recipe.name}", which is defined with it; leave it '
@@ -128,9 +133,16 @@ def rho_of(recipe: Recipe, said: float | None) -> float:
 
 def optimizer_of(
     recipe: Recipe, said: Literal["adamw", "muon"] | None, moments_every: int | None = None
-) -> Literal["adamw", "muon"]:
+) -> Literal["adamw", "muon", "sgd"]:
     """The inner optimizer in the training job: the recipe's where train.optimizer is not said, ``moments_every`` what train says.
     Raises ValueError where that would take its optimizer from a recipe that is defined with one."""
+    if RULES[recipe.algorithm].signs:
+        if said is not None:
+            raise ValueError(
+                f'train.optimizer = "{said}" takes SGD from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
+                'or use sync.recipe = "allreduce"'
+            )
+        return "sgd"
     chosen = said or recipe.optimizer or "adamw"
     if recipe.optimizer == "muon" and chosen != "muon":
         raise ValueError(

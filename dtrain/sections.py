@@ -132,9 +132,12 @@ class Sync(Section):
         None,
         description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign"; block size after a colon: "int4:64"; '
         '"int4:64:stochastic" rounds at random; "topk:64/4096:2" (or "topk") keeps 64 of 4096 in 2 bits each; a block is 64 when '
-        "left out; or FILE.py:NAME of your own",
+        'left out; "codebook8" has 256 means for 4096, "dct:32/64" keeps 32 cosines of 64 x 64; or FILE.py:NAME of your own',
     )
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
+    feedback_decay: float | None = Field(
+        None, gt=0, le=1, description="beta of error_feedback: the share of what was lost that is kept from round to round"
+    )
     reduce: Literal["none", "neighbours", "gather", "all_to_all", "low_rank"] | None = Field(
         None, description="path of the bytes"
     )

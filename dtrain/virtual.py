@@ -175,7 +175,7 @@ class Simulation:
         """Rounds have the numbers that they have in a run from step 0, as a round's peers follow from its number. What flew then
         is not there: it lands, and is waited for, in nobody's account."""
         core = next(iter(self._islands.values())).core
-        exchanged = first_step if self._plan.rewrites_gradients and core.peers.num_nodes > 1 else 0
+        exchanged = first_step if self._plan.exchanges(core.peers.num_nodes) else 0
         begun = [
             sum(core.starts(lane, step) for step in range(1, first_step + 1)) + (exchanged if lane.algorithm.grad else 0)
             for lane in core.lanes
@@ -191,7 +191,7 @@ class Simulation:
         """Yields the seconds to compute, or _WAIT."""
         core, account, node, x, g = island.core, island.account, island.node, island.x, island.g
         moves, at_once = self._problem.moves, self._plan.delay_steps == 0
-        exchanges = self._plan.rewrites_gradients and core.peers.num_nodes > 1
+        exchanges = self._plan.exchanges(core.peers.num_nodes)
         for step in range(core.step + 1, steps + 1):
             seconds = self._compute_s(node)
             account.compute_s += seconds

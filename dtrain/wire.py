@@ -20,7 +20,9 @@ from dtrain.kernels import Coded, Format, KeptCoded, operations, zones
 HEADER_BYTES = 32
 VERSION = 1
 _MAGIC = b"dtw"
-CODEC_NUMBERS = {"identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7}
+CODEC_NUMBERS = {
+    "identity": 0, "bf16": 1, "int8": 2, "int4": 3, "e3m0": 4, "lut4": 5, "sign": 6, "topk": 7, "codebook8": 8, "dct": 9,
+}  # fmt: skip
 _OWN = 255
 
 _STRUCT = struct.Struct("<3sBBBHHBBIQ")
@@ -83,7 +85,7 @@ class WireFormat:
         self._checksums = checksums
         self.num_scales = sum(fmt.num_scales(n) for n in numels)
         self.wire_bytes = HEADER_BYTES + 2 * self.num_scales + sum(fmt.code_bytes(n) for n in numels)
-        cut = zlib.crc32(struct.pack(f"<{len(numels)}Q", *numels))
+        cut = _cut_of(numels)
         number = CODEC_NUMBERS[fmt.kind]
         self._header = _STRUCT.pack(_MAGIC, VERSION, number, 0, fmt.block, fmt.k, fmt.bits, 0, cut, self.numel)
         self._made: dict[int, _Views] = {}
@@ -197,6 +199,15 @@ class WireFormat:
 def _refuse(views: _Views) -> None:
     if views.flagged is not None and views.flagged[0]:
         raise NonFinite("the payload holds inf or NaN")
+
+
+def _cut_of(lengths: tuple[int, ...]) -> int:
+    return zlib.crc32(struct.pack(f"<{len(lengths)}Q", *lengths))
+
+
+def torch_header(codec: str, cut: tuple[int, ...], numel: int, *, block: int, k: int = 0) -> bytes:
+    """Of a wire by one of the project's codecs that are plain torch; ``cut``: the lengths that both sides cut a bucket into."""
+    return _STRUCT.pack(_MAGIC, VERSION, CODEC_NUMBERS[codec], 0, block, k, 0, 0, _cut_of(cut), numel)
 
 
 def own_header(cut: int, numel: int) -> bytes:

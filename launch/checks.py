@@ -112,8 +112,8 @@ def check_answers(job: Job, how: How) -> None:
 
 
 def _check_parameters(job: Job) -> None:
-    """Raises ValueError where no parameter of the job's model is shared as its recipe says, or sent by the rank that it names; how
-    many words the model knows is nothing to that."""
+    """Raises ValueError where no parameter of the job's model is shared as its recipe says, or sent by its rank; how many words
+    the model knows is nothing to that."""
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     by_rank = recipe.rank if recipe.reduce == "low_rank" else None
     if by_rank is None and recipe.include is None and recipe.exclude is None:

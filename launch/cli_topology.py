@@ -35,15 +35,17 @@ def topology(
     if name is None:
         Console().print(table(["topology", "what it is"], listed()))
         return
-    from dtrain.codec import plain
+    from dtrain.bucket import Layout, Span
+    from dtrain.codec import by_name
     from dtrain.own_topology import check_topology, mixing_of
+    from dtrain.wire import HEADER_BYTES
 
     if num_islands > MOST_ISLANDS:
         raise ValueError(f"--islands {num_islands}: its matrix takes too long to look at; use at most {MOST_ISLANDS}")
     check_topology(name, graph, num_islands, seed, server)
     mixed = mixing_of(name, graph, seed, server)
-    fmt = plain(codec).fmt
-    wire_bytes = fmt.code_bytes(numel) + 2 * fmt.num_scales(numel)
+    layout = Layout((Span("x", (numel,), 0, 0, numel),))
+    wire_bytes = by_name(codec, error_feedback=False).bind(layout).wire_bytes - HEADER_BYTES
     wire = f"{numel:,} parameters as {codec}"
     console = Console()
     console.print(table(["", "", "what this means"], rows(mixed, num_islands, wire_bytes=wire_bytes, wire=wire)))

@@ -124,6 +124,8 @@ def _exists(row: Recipe, topology: str, graph: str | None, num_islands: int) -> 
 
 
 def _codecs(row: Recipe) -> list[str]:
+    if RULES[row.algorithm].signs:  # its momentum is what its codec does not send: with another it is another method
+        return [row.codec]
     return list(dict.fromkeys((row.codec, *CODECS)))
 
 
@@ -146,6 +148,7 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.alpha, recipe.fragments)
-    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes, recipe.rank)
+    coded = (recipe.error_feedback, recipe.feedback_decay, recipe.reduce, recipe.rank)
+    more = (*coded, recipe.gossip_steps, recipe.bucket_bytes)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

@@ -17,7 +17,7 @@ class Memory:
     """Bytes of one rank."""
 
     model: int
-    """fp32 weights, gradients and AdamW's moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
+    """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
     weights."""
     sync: int
     """State of the recipe and its wires under way, all of an island's: its ranks share it."""
@@ -29,7 +29,7 @@ class Memory:
 
 
 def memory(
-    sent: Sent, work: Work, *, vocab: int, number_bytes: int, accumulates: bool, sam: bool, num_ranks: int,
+    sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
     micro_batches: int, by_muon: int = 0,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
@@ -38,7 +38,7 @@ def memory(
     layers = tokens * work.layers * work.width * _KEPT_PER_LAYER * number_bytes
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     return Memory(
-        model=work.parameters * (16 + 4 * accumulates + 4 * sam) - 4 * by_muon,
+        model=work.parameters * (8 + 8 * moments + 4 * accumulates + 4 * sam) - 4 * by_muon,
         sync=(sent.state_bytes + sent.wire_bytes) // num_ranks,
         activations=layers + logits,
     )

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from dtrain.bucket import whole
+from dtrain.methods import RULES
 from dtrain.own_codec import codec_of
 from dtrain.own_name import is_own
 from dtrain.plan.plans import Row
@@ -59,7 +60,7 @@ ORDER = (
 _FEWEST_BITS = {"gradients": 16, "parameters": 8, "differences": 4, "pseudo_gradients": 4, "none": 0}
 """Below these a payload loses more than an outer loop does: a model that is itself sent in 4 bits, or gradients in 8."""
 _AVERAGED, _MEASURED, _UNMEASURED, _LOW_RANK, _COARSE, _SILENT = range(6)
-_BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1}
+_BITS = {"identity": 32, "bf16": 16, "int8": 8, "int4": 4, "e3m0": 4, "lut4": 4, "sign": 1, "topk": 1, "codebook8": 8, "dct": 1}
 _MANY = 2**20
 """Numbers, beside which a wire's header is nothing."""
 
@@ -86,7 +87,7 @@ def loss_order(row: Row) -> tuple[float, ...]:
         place, percent = _SILENT, 0.0
     elif bits < _FEWEST_BITS[r.payload]:
         place, percent = _COARSE, 0.0
-    elif r.payload == "gradients":
+    elif r.payload == "gradients" and not RULES[r.algorithm].signs:
         place, percent = _AVERAGED, 0.0
     elif known is not None:
         place, percent = _MEASURED, known.percent

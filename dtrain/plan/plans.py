@@ -88,11 +88,11 @@ class Planner:
         if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
         time = step_time(counted, when, island, s.link)
-        muon = optimizer_of(recipe, s.optimizer, s.moments_every) == "muon"
+        inner = optimizer_of(recipe, s.optimizer, s.moments_every)
         accumulates = (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
-            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, accumulates=accumulates, sam=sam,
-            num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if muon else 0,
+            counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
+            num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))

@@ -210,7 +210,8 @@ class _Alike:
     """Which buckets send as much as another: a large model has hundreds, of a few kinds."""
 
     def __init__(self, buckets: Sequence[Bucket], recipe: Recipe) -> None:
-        self._kind_of = [_kind_of(b, recipe) for b in buckets]
+        by_shape = recipe.codec.startswith("dct")
+        self._kind_of = [_shapes_of(b) if by_shape else _kind_of(b, recipe) for b in buckets]
         self._places = [(b.fragment, b.owner) for b in buckets]
         self._many = Counter(self._kind_of)
         first: dict[object, Bucket] = {}
@@ -246,6 +247,11 @@ def _kind_of(bucket: Bucket, recipe: Recipe) -> object:
         else:
             runs.append((s.start, s.stop, full))
     return tuple(runs), tuple((s.start, s.shape) for s in bucket.layout.spans if columns(recipe, s))
+
+
+def _shapes_of(bucket: Bucket) -> object:
+    """For a codec that cuts matrices along their rows and columns."""
+    return tuple((s.shape, s.offset, s.numel) for s in bucket.layout.spans)
 
 
 @contextmanager

@@ -26,11 +26,13 @@ from dtrain.virtual_problem import Consensus
 ISLANDS, NUMEL = 8, 4096
 BLOCKS = [f"{base}:{block}" for base in ("int8", "int4", "e3m0", "lut4", "sign") for block in (64, 4096)]
 CODECS = ["bf16", *BLOCKS, *(f"{name}:stochastic" for name in BLOCKS), "topk:64/4096:2", "topk:64/4096:8", "topk:512/4096:8"]
+CODECS += ["codebook8:4096"]
 METHODS = ("choco", "beer", "deepsqueeze", "dpsgd", "push_sum", "gradient_tracking", "multi_gossip", "chebyshev", "a2cid2")
 FAST = {
     ("choco", "most", "int4:64"), ("choco", "most", "sign:64"), ("choco", "most", "topk:512/4096:8"), ("beer", "most", "sign:64"),
     ("deepsqueeze", "most", "topk:512/4096:8"), ("deepsqueeze", "row", "int4:64"), ("dpsgd", "row", "sign:64"),
     ("dpsgd", "row", "topk:64/4096:2"), ("push_sum", "row", "topk:64/4096:2"), ("chebyshev", "row", "e3m0:64"),
+    ("dpsgd", "row", "codebook8:4096"),
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from tests.oracle.test_stability import choco_step
 
 BLOCKS = [f"{base}:{block}" for base in ("int8", "int4", "e3m0", "lut4", "sign") for block in (32, 64, 4096)]
 TOPK = ["topk:64/4096:2", "topk:64/4096:8", "topk:512/4096:8", "topk:4/64:2", "topk:64/64:2"]
-NAMES = ["identity", "bf16", *BLOCKS, *(f"{name}:stochastic" for name in BLOCKS), *TOPK]
+NAMES = ["identity", "bf16", *BLOCKS, *(f"{name}:stochastic" for name in BLOCKS), *TOPK, "codebook8:512", "codebook8:4096"]
+NAMES += ["dct:4/64"]
 REPEATS = 6
 
 

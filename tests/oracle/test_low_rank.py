@@ -52,7 +52,7 @@ def of_rank(rank: int | None) -> Callable[[Span], int]:
 
 def bind(codec: str, rank: int | None, n: int, *, error_feedback: bool = True) -> list[BoundReduce]:
     plain = by_name(codec, error_feedback=False)
-    path = low_rank(plain, of_rank(rank), error_feedback=error_feedback)
+    path = low_rank(plain, of_rank(rank), feedback_decay=1.0 if error_feedback else None)
     return [path(LAYOUT, Peers(node, n)) for node in range(n)]
 
 
@@ -124,7 +124,7 @@ def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:
     """Of two matrices by 12 columns one has two directions, and goes by 8 after the first rounds; the other has all, anew each
     round. What is not sent still goes out later, and all islands, and those that go on from a saved state, do as each other."""
     plain, rounds, g = by_name("int8:32", error_feedback=False), 9, torch.Generator().manual_seed(1)
-    path = low_rank(plain, of_rank(12), error_feedback=True, adapts=True)
+    path = low_rank(plain, of_rank(12), feedback_decay=1.0, adapts=True)
     paths = [path(LAYOUT, Peers(node, 2)) for node in range(2)]
     states = [p.init(CPU) for p in paths]
     tall = torch.rand(40, 2, generator=g) @ torch.rand(2, 16, generator=g)

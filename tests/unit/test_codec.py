@@ -167,6 +167,27 @@ def test_error_feedback_keeps_what_was_lost(name: str) -> None:
         assert residual.any()
 
 
+@pytest.mark.parametrize("name", ["int4:64", "sign:64", "topk:4/64:2"])
+def test_feedback_that_decays_forgets_its_share_and_no_more(name: str) -> None:
+    """sum sent + e_T = sum of inputs - (1 - beta) sum_{t < T} e_t, in float64, beta as fp32 has it."""
+    g, rounds = torch.Generator().manual_seed(6), 40
+    layout, beta = layout_of(70, 64, 3), float(torch.tensor(0.95))
+    bound = by_name(name, error_feedback=True, feedback_decay=0.95).bind(layout)
+    state = bound.init(CPU)
+    kept, forgotten = (torch.zeros(layout.numel, dtype=torch.float64) for _ in range(2))
+    most = 0.0
+    for _ in range(rounds):
+        forgotten += (1 - beta) * state["residual"].double()
+        x = 0.3 + torch.randn(layout.numel, generator=g)
+        y = decode(bound, encode(bound, x, state), layout.numel)
+        kept += x.double() - y.double()
+        most = max(most, *(float(v.abs().max()) for v in (x, y, state["residual"], state["residual"] + y)))
+    # A round rounds beta e, its sum with x, and what is left without y.
+    bound_of_rounding = rounds * 3 * 2.0**-24 * most
+    assert float((state["residual"] - (kept - forgotten)).abs().max()) <= bound_of_rounding
+    assert float(forgotten.abs().max()) > 100 * bound_of_rounding, "it does forget"
+
+
 @pytest.mark.parametrize("error_feedback", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

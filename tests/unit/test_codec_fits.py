@@ -30,6 +30,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for name in ("dpsgd", "push_sum", "multi_gossip", "chebyshev", "decent_adam", "semi_s2s")
     ),
     ("choco", {"error_feedback": True}, "has no effect"),
+    *((name, {"codec": "codebook8:512"}, "codes differences by the project's own kernels") for name in ("choco", "beer")),
     *(("chebyshev", {"codec": codec}, "magnify what it loses, by .* a round") for codec in ("sign:64", "topk:64/4096:2")),
     ("chebyshev", {"codec": "sign:64", "gossip_steps": 8}, 'fewer gossip_steps, or sync.recipe = "multi_gossip"'),
     *(
@@ -45,7 +46,7 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("choco", {"codec": "sign:64", "gamma": 0.37}),
     ("choco", {"codec": "topk:64/4096:2", "gamma": 0.02}),
     ("deepsqueeze", {"codec": "topk:64/4096:2", "gamma": 0.03}),
-    ("deepsqueeze", {"codec": "int4:64"}),
+    *((name, {"codec": codec}) for name in ("deepsqueeze", "chebyshev") for codec in ("int4:64", "codebook8:4096")),
     *(("chebyshev", {"codec": codec}) for codec in ("bf16", "int8:64", "int4:64")),
     ("dpsgd", {"codec": "sign:64"}),
     ("dpsgd", {"topology": "complete", "reduce": "all_to_all"}),

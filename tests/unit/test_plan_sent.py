@@ -12,6 +12,7 @@ from dtrain.bucket import make_buckets
 from dtrain.connect import Connection
 from dtrain.contract import steppers
 from dtrain.engine import join
+from dtrain.methods import RULES
 from dtrain.optim import SAM, AccumAdamW
 from dtrain.plan.sent import Sent, model_flat, sent
 from dtrain.recipes import RECIPES, Recipe, resolve
@@ -73,7 +74,7 @@ def trained_bytes(recipe: str, overrides: dict[str, object], steps: int) -> list
         model = _Model()
         row = resolve(recipe, {}, ISLANDS)
         inner: list[torch.optim.Optimizer] = [AccumAdamW(model.parameters(), lr=1e-3, every=row.moments_every or 1)]
-        if row.optimizer is not None:
+        if row.optimizer is not None or RULES[row.algorithm].signs:
             inner = steppers(model, row, 1e-3)
         sam = None if row.sam_rho is None else SAM(inner, rho=row.sam_rho)
 

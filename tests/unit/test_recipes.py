@@ -28,8 +28,8 @@ def test_every_row_fits_together_and_becomes_code(name: str) -> None:
         recipe = resolve(name, {}, num_islands)
         assert recipe == RECIPES[name]
         plan = assemble(with_steps(recipe, 100), seed=0, num_islands=num_islands)
-        assert plan.sends == (name not in ("local", "allreduce"))
-        assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer"))
+        assert plan.sends == (name not in ("local", "allreduce", "demo"))
+        assert plan.rewrites_gradients == (name in ("allreduce", "gradient_tracking", "beer", "demo"))
 
 
 def test_what_is_only_simulated_trains_no_model() -> None:
@@ -96,11 +96,16 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("diloco", {"landing": "eager", "delay": 1, "algorithm": "dpsgd"}, 'sync.landing = \'eager\' has no effect with'),
         ("diloco", {"outer_lr": math.inf}, "outer_lr = inf is not allowed; use a number above 0"),
         ("allreduce", {"every": 2}, "allreduce averages gradients each step"),
+        ("demo", {"delay": 1}, "demo averages gradients each step before the update; every = 1, delay = 0"),
         ("diloco", {"fragments": 101}, "sync.fragments = 101 cannot take turns within sync.every = 100"),
         ("dpsgd", {"gamma": 0.5}, 'sync.gamma = 0.5 has no effect with sync.algorithm = "dpsgd"'),
         ("dpsgd", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.algorithm = "dpsgd"'),
         ("fedavg", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.outer = "copy"'),
         ("diloco", {"outer": "sgd", "outer_momentum": 0.5}, 'sync.outer_momentum = 0.5 has no effect with sync.outer = "sgd"'),
+        ("delayed_diloco", {"feedback_decay": 0.0}, "feedback_decay = 0.0 is not allowed; use more than 0 and at most 1"),
+        ("delayed_diloco", {"feedback_decay": 1.01}, "feedback_decay = 1.01 is not allowed"),
+        ("diloco", {"feedback_decay": 0.9}, "sync.feedback_decay = 0.9 has no effect with sync.error_feedback = false"),
+        ("dpsgd", {"feedback_decay": 0.9}, 'sync.feedback_decay = 0.9 has no effect with sync.algorithm = "dpsgd"'),
         ("dpsgd", {"schedule": "late"}, "schedule = 'late' is not known; use \"every\", or \"budget:R\""),
         ("dpsgd", {"schedule": 3}, "schedule = 3 is not allowed"),
         ("dpsgd", {"schedule": "budget:9", "every": 5}, 'sync.every = 5 has no effect with sync.schedule = "budget:9"'),
