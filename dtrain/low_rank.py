@@ -101,9 +101,9 @@ class _Laid(NamedTuple):
 
 
 def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, adapts: bool = False) -> Reduce:
-    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. ``feedback_decay``: beta
-    of ``codec.ErrorFeedback``, e_i before it is added; None: without feedback. With ``adapts`` ``rank_of`` says the ranks at
-    first."""
+    """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. ``feedback_decay``:
+    ``codec.ErrorFeedback``'s beta, by which e_i is multiplied before x_i comes to it; None: without feedback. With ``adapts``
+    ``rank_of`` says the ranks at first."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         at_first = tuple(rank_of(s) for s in layout.spans)

@@ -139,8 +139,8 @@ def optimizer_of(
     if RULES[recipe.algorithm].signs:
         if said is not None:
             raise ValueError(
-                f'train.optimizer = "{said}" takes SGD from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
-                'or use sync.recipe = "allreduce"'
+                f'train.optimizer = "{said}" takes SGD from sync.recipe = "{recipe.name}", which is defined with it; leave it '
+                'out, or use sync.recipe = "allreduce"'
             )
         return "sgd"
     chosen = said or recipe.optimizer or "adamw"
