@@ -21,6 +21,7 @@ from dtrain.algorithms.gossip import gossip
 from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
+from dtrain.algorithms.noloco import noloco
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.events.graph_constants import rates_of_rounds
 from dtrain.matchmaker import Graph, graph_of
@@ -139,6 +140,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))
+        case "noloco":
+            return noloco(codec_of(r.codec, error_feedback=False), r.outer_lr, r.outer_momentum, r.gamma)
 
 
 def _reduce(r: Recipe) -> Reduce:

@@ -8,7 +8,7 @@ from typing import Literal
 
 AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "a2cid2", "dadao", "diloco", "own",
+    "a2cid2", "dadao", "diloco", "own", "noloco",
 ]  # fmt: skip
 
 
@@ -66,4 +66,7 @@ RULES: Mapping[AlgorithmName, Rules] = {
         moves=True,
     ),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing"}, _ALL, needs_same_start=_ANCHOR),
+    "noloco": Rules(
+        _ROUNDS - {"schedule", "error_feedback"} | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
+    ),
 }

@@ -76,7 +76,7 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
     """Refuse an axis that was changed and would have no effect."""
     used = RULES[r.algorithm].axes | {"algorithm"} | ({"error_feedback"} if r.algorithm in NO_FEEDBACK else set())
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
-    idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    idle: dict[str, str] = {axis: f'outer = "{r.outer}"' for axis in of_outer if "outer" in used}
     if r.schedule == schedule.READY:
         idle["delay"] = f'schedule = "{r.schedule}", whose rounds land when they are there'
     elif r.schedule != schedule.EVERY:
@@ -201,6 +201,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'the rounds of {r.algorithm} are meetings of two; sync.topology = "{r.topology}" has others: use one of '
             f"{', '.join(topologies.PAIRS)}"
+        )
+    if r.algorithm == "noloco" and r.topology != "random_pairs":
+        raise ValueError(
+            f'what pairs bear is known of noloco for sync.topology = "random_pairs", and not for "{r.topology}"; use that, or '
+            'sync.recipe = "dpsgd"'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(

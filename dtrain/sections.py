@@ -132,9 +132,9 @@ class Sync(Section):
     error_feedback: bool | None = Field(None, description="keep what the codec lost and send it with the next round")
     reduce: Literal["none", "neighbours", "gather", "all_to_all"] | None = Field(None, description="path of the bytes")
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
-    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
-    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer and deepsqueeze")
+    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\", and of noloco")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\", and of noloco")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer, deepsqueeze, noloco")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
