@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from dtrain import codec as codecs
 from dtrain import outer as outers
@@ -15,6 +16,7 @@ from dtrain.algorithms.a2cid2_ready import a2cid2_ready
 from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
+from dtrain.algorithms.desloc import desloc
 from dtrain.algorithms.diloco import diloco_eager, diloco_keep
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
@@ -54,6 +56,8 @@ class Plan:
     """Whether the method has rounds that land (all but local and all-reduce)."""
     moves: bool
     """Whether to send changes the parameters as well."""
+    turns: int
+    """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
 
@@ -75,6 +79,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
         moves=rules.moves or recipe.landing == "eager",
+        turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
 
@@ -140,6 +145,9 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "diloco":
             make = diloco_eager if r.landing == "eager" else diloco_keep
             return make(_reduce(r), _outer(r))
+        case "desloc":
+            assert r.moments is not None, "check_together"
+            return desloc(_reduce(r), _reduce(replace(r, codec="identity", error_feedback=False)), schedule.multiples(r.moments))
         case "noloco":
             return noloco(codec_of(r.codec, error_feedback=False), r.outer_lr, r.outer_momentum, r.gamma)
 

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,22 @@ def whole(name: str, x: Tensor) -> Layout:
     return Layout((Span(name, tuple(x.shape), 0, 0, x.numel()),))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, by the names that torch gives them."""
+
+
+class Moments(Protocol):
+    """What the optimizer keeps of a bucket's elements (``moments.py``)."""
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill ``out`` (fp32, as long as the bucket) with one of MOMENTS."""
+        ...
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Put ``values`` (fp32, as long as the bucket) in its place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a
@@ -94,6 +111,8 @@ class Bucket:
     g: Tensor | None
     owner: int
     """The rank of the island that carries this bucket over the link."""
+    moments: Moments | None = None
+    """Where a method sends them."""
 
 
 def cut_evenly(numels: Sequence[int], num_parts: int, grain: int) -> tuple[int, ...]:

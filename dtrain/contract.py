@@ -239,6 +239,8 @@ def _backward(model: _Loss, optimizer: torch.optim.Optimizer, sam: SAM | None, s
 
 def optimizer_of(model: nn.Module, row: Recipe, lr: float) -> torch.optim.Optimizer:
     """What the recipe is defined with, and SGD where that is any."""
+    if row.moments is not None:
+        return torch.optim.AdamW(model.parameters(), lr=lr)
     if row.moments_every is None:
         return torch.optim.SGD(model.parameters(), lr=lr)
     return AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)

@@ -21,7 +21,7 @@ Matrix = NDArray[np.float64]
 
 _LEFT = np.linspace(0.0, 1.0, 17)
 _LEFT[0] = 1e-3
-"""r^H, what training leaves in a round. At 0 with d = H a round's progress is undone by the next, which is on the edge by itself."""
+"""r^H, what training leaves in a round. At 0 with d = H a round undoes the progress of the last, on the edge by itself."""
 
 
 def growth(momentum: float, gamma: float, outer_lr: float, num_islands: int, *, flown: float = 0.0, lost: float = 0.0) -> float:

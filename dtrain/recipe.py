@@ -35,6 +35,7 @@ class Recipe:
     landing: Literal["keep", "eager"] = "keep"
     fragments: int = 1
     schedule: str = "every"
+    moments: str | None = None
     bucket_bytes: int | None = None
     method: Callable[..., Any] | None = None
     """Of algorithm = "own" (``own.py``): (recipe, mixing) -> ``dtrain.algorithm.Method``."""

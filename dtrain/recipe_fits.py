@@ -44,6 +44,8 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     if not isinstance(r.schedule, str):
         raise ValueError(f'schedule = {r.schedule!r} is not allowed; use a name, as "every"')
     schedule.parse(r.schedule)
+    if r.moments is not None:
+        schedule.multiples(r.moments if isinstance(r.moments, str) else repr(r.moments))
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
@@ -124,6 +126,12 @@ def check_trains(r: Recipe) -> None:
 
 def check_ranks(r: Recipe, num_ranks: int) -> None:
     """Raises ValueError for a recipe whose islands cannot have so many ranks."""
+    why = RULES[r.algorithm].one_rank
+    if why is not None and num_ranks > 1:
+        raise ValueError(
+            f'islands.ranks = {num_ranks}: sync.recipe = "{r.name}" {why}, and all ranks of an island have to stay alike; use '
+            'islands.ranks=1, or sync.recipe = "fedavg"'
+        )
     if r.schedule == schedule.READY and num_ranks > 1:
         raise ValueError(
             f'islands.ranks = {num_ranks}: with sync.schedule = "{schedule.READY}" each rank would meet when ready, and those '
@@ -206,6 +214,13 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'what pairs bear is known of noloco for sync.topology = "random_pairs", and not for "{r.topology}"; use that, or '
             'sync.recipe = "dpsgd"'
+        )
+    if r.algorithm == "desloc" and r.moments is None:
+        raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')
+    if r.algorithm == "desloc" and r.delay_steps != 0:
+        raise ValueError(
+            f"sync.delay = {r.delay}: what AdamW does in flight decays its moments, and desloc's means of them would land as if "
+            'it had not; use delay = 0, or sync.recipe = "fedavg"'
         )
     if r.landing == "eager" and (r.algorithm != "diloco" or r.delay_steps == 0):
         raise ValueError(

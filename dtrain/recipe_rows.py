@@ -69,6 +69,15 @@ ROWS = (
         gamma=0.7,
     ),
     Recipe(
+        name="desloc",
+        summary="parameters averaged every 50 steps, AdamW's first moments with every third round, its second with every sixth",
+        paper="Iacob et al. 2025, arXiv 2505.22549",
+        algorithm="desloc",
+        payload="pseudo_gradients",
+        every=50,
+        moments="3:6",
+    ),
+    Recipe(
         name="dpsgd",
         summary="every step, one peer's parameters, a step late",
         paper="Lian et al. 2017, arXiv 1705.09056",

@@ -122,6 +122,9 @@ class Sync(Section):
         description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
         'growth p behind it, "budget:20%:2", makes their density t^p, t without; or "ready": pairs (a2cid2) meet when both are',
     )
+    moments: str | None = Field(
+        None, description='rounds that take AdamW\'s moments along (desloc): "3:6", the first every 3rd, the second every 6th'
+    )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
         None,
@@ -163,6 +166,13 @@ class Sync(Section):
     def _schedule_parses(cls, value: str | None) -> str | None:
         if value is not None:
             schedule.parse(value)
+        return value
+
+    @field_validator("moments")
+    @classmethod
+    def _moments_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.multiples(value)
         return value
 
     @field_validator("delay")

@@ -136,11 +136,12 @@ def _check_sim(job: Job) -> None:
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
     for key in ("moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
-    defined_with = "AdamW" if recipe.moments_every is not None else "SAM" if recipe.sam_rho is not None else None
+    adam = recipe.moments_every is not None or recipe.moments is not None
+    defined_with = "AdamW" if adam else "SAM" if recipe.sam_rho is not None else None
     if defined_with is not None:
         raise ValueError(
             f'{sim} steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with {defined_with}; use sync.recipe = '
-            f'"{recipe.algorithm}"'
+            f'"{"fedavg" if recipe.moments is not None else recipe.algorithm}"'
         )
     if job.sim.clock == "poisson":
         from dtrain.event_run import check_events  # torch

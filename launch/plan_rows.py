@@ -54,7 +54,9 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     """Raises ValueError where the job's own recipe does not fit so many islands."""
     asked, steps = of_section(job.sync.model_dump(exclude_none=True), num_islands), job.train.steps
     planner = Planner(setting)
-    looked_at = candidates(asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps)
+    looked_at = candidates(
+        asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps, num_ranks=setting.num_ranks
+    )
     rows = [planner.row(recipe, num_islands) for recipe in _told(looked_at, num_islands)]
     found = verdict(planner, rows, steps)
     jitter_s = setting.island("identity").jitter_s

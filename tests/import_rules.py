@@ -25,7 +25,7 @@ LAYERS = (
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "traffic", "wait"),
+        *("loop_fits", "meetings", "moments", "traffic", "wait"),
     ),
     (),
     ("launch",),

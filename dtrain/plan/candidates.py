@@ -1,7 +1,7 @@
 """Which recipes could a job use? The rows of recipe_rows.py, with the topologies and codecs that fit them and so many islands.
 
 Left out are rows that are only simulated, those whose rounds do not come at even distances, and those that the job refuses: ones
-defined with SAM where train.sam_rho is 0."""
+defined with SAM where train.sam_rho is 0, and those whose islands have one rank where islands.ranks is more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dtrain.codec_fits import refused
 from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
-from dtrain.recipe_fits import check_trains
+from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import RECIPES, Recipe, resolve
 from dtrain.topology.consensus import consensus
 
@@ -33,16 +33,18 @@ _FEW_BITS = ("int4:64",)
 
 
 def candidates(
-    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None
+    asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
+    num_ranks: int = 1,
 ) -> list[Recipe]:
     """The recipe that the job asks for, first; then all others, each once. ``sam_rho`` and ``steps`` are the job's own; outer
     loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out."""
     check_plannable(asked)
+    check_ranks(asked, num_ranks)
     found = {_key(asked): asked}
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
-        if row.sam_rho is not None and sam_rho == 0:
+        if (row.sam_rho is not None and sam_rho == 0) or (RULES[row.algorithm].one_rank is not None and num_ranks > 1):
             continue
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
@@ -131,6 +133,6 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.fragments)
-    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes)
+    more = (recipe.error_feedback, recipe.reduce, recipe.gossip_steps, recipe.bucket_bytes, recipe.moments)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

@@ -137,7 +137,7 @@ def test_a_job_starts_apart_and_merges_so(tmp_path: Path) -> None:
         np.testing.assert_allclose(got[name], value, rtol=0, atol=2 * 6 * U * M * 2**0.5)
 
 
-SHARE = [name for name, row in RECIPES.items() if row.algorithm in ("allreduce", "diloco", "choco", "beer")]
+SHARE = [name for name, row in RECIPES.items() if row.algorithm in ("allreduce", "diloco", "choco", "beer", "desloc")]
 
 
 @pytest.mark.parametrize("name", RECIPES)
