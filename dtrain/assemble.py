@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from dtrain import codec as codecs
+from dtrain import combine as combines
 from dtrain import outer as outers
 from dtrain import reduce as reduces
 from dtrain import schedule
@@ -25,6 +26,7 @@ from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.noloco import noloco
 from dtrain.algorithms.push_sum import push_sum
+from dtrain.bucket import GRAIN, WHOLE
 from dtrain.events.graph_constants import rates_of_rounds
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.methods import RULES
@@ -56,6 +58,8 @@ class Plan:
     """Whether the method has rounds that land (all but local and all-reduce)."""
     moves: bool
     """Whether to send changes the parameters as well."""
+    grain: int
+    """Elements; a bucket may be cut at multiples of it within a parameter."""
     turns: int
     """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
@@ -79,6 +83,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce"),
         moves=rules.moves or recipe.landing == "eager",
+        grain=WHOLE if recipe.combine == "radial" else GRAIN,
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
     )
@@ -154,6 +159,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
 
 def _reduce(r: Recipe) -> Reduce:
     codec = codec_of(r.codec, error_feedback=r.error_feedback)
+    if r.combine == "radial":
+        return reduces.gather(codec, combines.radial)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

@@ -8,7 +8,7 @@ Cuts inside a parameter fall on multiples of GRAIN elements from its start, so t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -20,6 +20,9 @@ from dtrain.codec_name import MAX_BLOCK
 
 GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
+
+WHOLE = 2**62
+"""A grain that no parameter has twice: one that is not cut."""
 
 EXTRA_NAMES = 3
 """Bucket numbers behind the last one that name what is exchanged beside the buckets."""
@@ -44,6 +47,8 @@ class Span:
     start: int
     stop: int
     """start:stop are element positions within the bucket."""
+    embedding: bool = False
+    """Whether a row is looked up by its number."""
 
     @property
     def numel(self) -> int:
@@ -69,7 +74,7 @@ class Layout:
                 break
             a, b = max(s.start, start), min(s.stop, stop)
             if a < b:
-                spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start))
+                spans.append(Span(s.name, s.shape, s.global_offset + a - s.start, a - start, b - start, s.embedding))
         return Layout(tuple(spans))
 
     def cuts(self, num_parts: int, grain: int) -> tuple[int, ...]:
@@ -142,6 +147,8 @@ class Flat:
     storages: tuple[Tensor, ...]
     order: tuple[tuple[int, ...], ...]
     """Per storage, the positions of its parameters."""
+    embeddings: frozenset[str] = frozenset()
+    """Names of those that are embeddings, heads that are tied to one too."""
 
     @property
     def numel(self) -> int:
@@ -162,8 +169,13 @@ class Flat:
                 address += p.numel() * p.element_size()
 
 
-def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
-    """Move parameters (tied ones once) into one flat storage per dtype and make them views of it."""
+def embeddings_of(model: nn.Module) -> Set[int]:
+    """The ids of its embeddings' weights."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+
+
+def flatten(named: Iterable[tuple[str, nn.Parameter]], embeddings: Set[int] = frozenset()) -> Flat:
+    """Move parameters (tied ones once) into one flat storage per dtype and make them views of it. ``embeddings``: ids."""
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -201,26 +213,27 @@ def flatten(named: Iterable[tuple[str, nn.Parameter]]) -> Flat:
                 p.data = view
                 offset += p.numel()
             storages.append(flat)
-    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()))
+    looked_up = frozenset(name for name, p in zip(names, parameters, strict=True) if id(p) in embeddings)
+    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()), looked_up)
 
 
 def make_buckets(
-    flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool
+    flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool, grain: int = GRAIN
 ) -> list[Bucket]:
     """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
 
     The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
-    otherwise), never on num_ranks."""
+    otherwise), never on num_ranks; at starts of parameters, and within them on multiples of ``grain``."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
     global_base = 0
     for storage, members in zip(flat.storages, flat.order, strict=True):
         layout = _layout(flat, members, global_base)
         global_base += storage.numel()
-        fragments = layout.cuts(num_fragments, GRAIN)
+        fragments = layout.cuts(num_fragments, grain)
         for f in range(num_fragments):
             inside = layout.part(fragments[f], fragments[f + 1])
-            cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN)
+            cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), grain)
             for a, b in pairwise(cuts):
                 if a < b:
                     pieces.append((f, inside.part(a, b), storage[fragments[f] + a : fragments[f] + b]))
@@ -240,7 +253,8 @@ def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
     offset = 0
     for i in members:
         n = flat.parameters[i].numel()
-        spans.append(Span(flat.names[i], tuple(flat.parameters[i].shape), global_base + offset, offset, offset + n))
+        name, shape = flat.names[i], tuple(flat.parameters[i].shape)
+        spans.append(Span(name, shape, global_base + offset, offset, offset + n, name in flat.embeddings))
         offset += n
     return Layout(tuple(spans))
 

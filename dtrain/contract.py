@@ -117,7 +117,7 @@ def check(recipe: str) -> Iterator[Check]:
     for at in (begun, begun + 1):
         resumed = _run(row, at, steps, _run(row, 0, at, None))
         yield _same(f"saved after step {at} and resumed is the same bits", whole, resumed)
-    if row.reduce == "neighbours" or row.combine != "mean" or (row.algorithm == "own" and row.reduce != "none"):
+    if row.reduce == "neighbours" or row.combine not in ("mean", "radial") or (row.algorithm == "own" and row.reduce != "none"):
         yield from _mixing(row, steps, begins)
         yield _trained(row, whole, steps, len(begins))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.assemble import assemble
-from dtrain.bucket import flatten, make_buckets
+from dtrain.bucket import embeddings_of, flatten, make_buckets
 from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
@@ -68,12 +68,12 @@ class Sync:
         self._model = model
         check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
-        self._flat = flatten(model.named_parameters())
+        self._flat = flatten(model.named_parameters(), embeddings_of(model))
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = make_buckets(
             self._flat, num_fragments=recipe.fragments, bucket_bytes=recipe.bucket_bytes, num_ranks=self._ranks.num_ranks,
-            with_grad=plan.rewrites_gradients,
+            with_grad=plan.rewrites_gradients, grain=plan.grain,
         )
         if recipe.moments is not None:
             self.buckets = with_moments(recipe.name, self.buckets, self._flat, optimizers)

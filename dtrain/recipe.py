@@ -23,7 +23,7 @@ class Recipe:
     server: str | None = None
     codec: str = "identity"
     error_feedback: bool = False
-    combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
+    combine: Literal["mean", "gossip", "push", "sampled", "radial"] = "mean"
     """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
     few at times. ``resolve`` corrects it where a server is added or changed (``recipe_fits.combine_of``)."""
     outer: Literal["copy", "sgd", "nesterov"] = "copy"

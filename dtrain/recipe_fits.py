@@ -103,7 +103,7 @@ def _check_server(r: Recipe, server: str) -> None:
         )
 
 
-def combine_of(r: Recipe) -> Literal["mean", "gossip", "push", "sampled"]:
+def combine_of(r: Recipe) -> Literal["mean", "gossip", "push", "sampled", "radial"]:
     """What mixing keeps, by the matrices that the answers give; raises ValueError where one's own row says what they cannot."""
     if r.reduce != "neighbours" or r.combine in ("mean", "push"):
         return r.combine
@@ -214,6 +214,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'what pairs bear is known of noloco for sync.topology = "random_pairs", and not for "{r.topology}"; use that, or '
             'sync.recipe = "dpsgd"'
+        )
+    if r.combine == "radial" and (r.algorithm != "diloco" or r.reduce != "gather" or r.landing == "eager"):
+        raise ValueError(
+            f'the row of sync.recipe = "{r.name}" says combine = "radial", of whole tensors and of all islands together: use '
+            'it with sync.algorithm = "diloco", sync.reduce = "gather" and sync.landing = "keep", or use sync.recipe = "diloco"'
         )
     if r.algorithm == "desloc" and r.moments is None:
         raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')

@@ -164,7 +164,8 @@ class Simulation:
         (x,) = flat.storages
         g = torch.zeros(x.numel() if self._problem.moves or self._plan.rewrites_gradients else 0)
         buckets = make_buckets(
-            flat, num_fragments=recipe.fragments, bucket_bytes=recipe.bucket_bytes, num_ranks=1, with_grad=False
+            flat, num_fragments=recipe.fragments, bucket_bytes=recipe.bucket_bytes, num_ranks=1, with_grad=False,
+            grain=self._plan.grain,
         )
         if self._plan.rewrites_gradients:
             starts = [b.layout.spans[0].global_offset for b in buckets]

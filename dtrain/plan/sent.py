@@ -159,6 +159,7 @@ def sent(
         bucket_bytes=recipe.bucket_bytes,
         num_ranks=num_ranks,
         with_grad=plan.rewrites_gradients,
+        grain=plan.grain,
     )
     if recipe.moments is not None:
         buckets = [replace(b, moments=Unmade()) for b in buckets]
