@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from dtrain import codec as codecs
+from dtrain import combine as combines
 from dtrain import outer as outers
 from dtrain import reduce as reduces
 from dtrain import schedule
@@ -17,12 +19,14 @@ from dtrain.algorithms.allreduce import allreduce
 from dtrain.algorithms.beer import beer
 from dtrain.algorithms.choco import choco
 from dtrain.algorithms.demo import demo
+from dtrain.algorithms.desloc import desloc
 from dtrain.algorithms.diloco import diloco_blend, diloco_eager, diloco_keep, diloco_pure
 from dtrain.algorithms.dpsgd import dpsgd
 from dtrain.algorithms.gossip import gossip
 from dtrain.algorithms.gradient_tracking import gradient_tracking
 from dtrain.algorithms.local import local
 from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
+from dtrain.algorithms.noloco import noloco
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.events.graph_constants import rates_of_rounds
@@ -58,6 +62,8 @@ class Plan:
     """Whether the method has rounds that land (all but local, all-reduce and demo)."""
     moves: bool
     """Whether to send changes the parameters as well."""
+    turns: int
+    """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
     signs: bool
@@ -85,6 +91,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce", "demo"),
         moves=rules.moves or recipe.landing in ("eager", "pure"),
+        turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
         signs=rules.signs,
     )
@@ -96,7 +103,7 @@ def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucke
         check_rank({name: p.shape for name, p in zip(flat.names, flat.parameters, strict=True)}, r.rank)
     return make_buckets(
         flat, num_fragments=r.fragments, bucket_bytes=r.bucket_bytes, num_ranks=num_ranks, with_grad=with_grad,
-        keeps_whole=lambda s: columns(r, s) > 0,
+        keeps_whole=lambda s: r.combine == "radial" or columns(r, s) > 0,
     )  # fmt: skip
 
 
@@ -167,6 +174,11 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return _diloco(r, _reduce(r), _outer(r))
         case "demo":
             return demo(_reduce(r))
+        case "desloc":
+            assert r.moments is not None, "check_together"
+            return desloc(_reduce(r), _reduce(replace(r, codec="identity", error_feedback=False)), schedule.multiples(r.moments))
+        case "noloco":
+            return noloco(codec_of(r.codec, error_feedback=False), r.outer_lr, r.outer_momentum, r.gamma)
 
 
 def _diloco(r: Recipe, reduce: Reduce, outer: Outer) -> Method:
@@ -188,6 +200,8 @@ def _reduce(r: Recipe) -> Reduce:
         decay = r.feedback_decay if r.error_feedback else None
         return low_rank(plain, functools.partial(columns, r), feedback_decay=decay, adapts=adapts(r.rank))
     codec = codec_of(r.codec, error_feedback=r.error_feedback, feedback_decay=r.feedback_decay)
+    if r.combine == "radial":
+        return reduces.gather(codec, combines.radial)
     table = {"gather": reduces.gather, "all_to_all": reduces.all_to_all}
     return table[r.reduce](codec)
 

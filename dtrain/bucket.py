@@ -9,9 +9,10 @@ parameters that a path must see whole are never cut.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Span:
     """start:stop are element positions within the bucket."""
     offset: int = 0
     """Where the part begins within its parameter, in elements."""
+    embedding: bool = False
+    """Whether a row is looked up by its number."""
 
     @property
     def numel(self) -> int:
@@ -77,7 +80,8 @@ class Layout:
             a, b = max(s.start, start), min(s.stop, stop)
             if a < b:
                 inside = a - s.start
-                spans.append(Span(s.name, s.shape, s.global_offset + inside, a - start, b - start, s.offset + inside))
+                at = s.global_offset + inside
+                spans.append(Span(s.name, s.shape, at, a - start, b - start, s.offset + inside, s.embedding))
         return Layout(tuple(spans))
 
     def runs(self, block: int) -> tuple[tuple[int, int], ...]:
@@ -104,6 +108,22 @@ def whole(name: str, x: Tensor) -> Layout:
     return Layout((Span(name, tuple(x.shape), 0, 0, x.numel()),))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, by the names that torch gives them."""
+
+
+class Moments(Protocol):
+    """What the optimizer keeps of a bucket's elements (``moments.py``)."""
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill ``out`` (fp32, as long as the bucket) with one of MOMENTS."""
+        ...
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Put ``values`` (fp32, as long as the bucket) in its place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a
@@ -116,6 +136,8 @@ class Bucket:
     g: Tensor | None
     owner: int
     """The rank of the island that carries this bucket over the link."""
+    moments: Moments | None = None
+    """Where a method sends them."""
 
 
 def cut_evenly(numels: Sequence[int], num_parts: int, grains: Sequence[int]) -> tuple[int, ...]:
@@ -147,6 +169,8 @@ class Flat:
     """Per storage, the positions of its parameters."""
     trained: tuple[nn.Parameter, ...]
     """All that require a gradient, in the model's order, each once."""
+    embeddings: frozenset[str] = frozenset()
+    """Names of those that are embeddings, heads that are tied to one too."""
 
     @property
     def numel(self) -> int:
@@ -173,11 +197,17 @@ class Flat:
                 address += p.numel() * p.element_size()
 
 
+def embeddings_of(model: nn.Module) -> Set[int]:
+    """The ids of its embeddings' weights."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+
+
 def flatten(
-    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> Flat:
+    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+    *, embeddings: Set[int] = frozenset(),
+) -> Flat:  # fmt: skip
     """Move the parameters that ``chosen.shared`` names (tied ones once) into one flat storage per dtype and make them views of
-    it; raises ValueError for ones that cannot be shared."""
+    it; raises ValueError for ones that cannot be shared. ``embeddings``: ids."""
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -218,7 +248,9 @@ def flatten(
                 p.data = view
                 offset += p.numel()
             storages.append(flat)
-    return Flat(tuple(names), tuple(parameters), tuple(storages), tuple(tuple(m) for m in kinds.values()), trained)
+    looked_up = frozenset(name for name, p in zip(names, parameters, strict=True) if id(p) in embeddings)
+    order = tuple(tuple(m) for m in kinds.values())
+    return Flat(tuple(names), tuple(parameters), tuple(storages), order, trained, looked_up)
 
 
 def make_buckets(
@@ -258,7 +290,8 @@ def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
     offset = 0
     for i in members:
         n = flat.parameters[i].numel()
-        spans.append(Span(flat.names[i], tuple(flat.parameters[i].shape), global_base + offset, offset, offset + n))
+        name, shape = flat.names[i], tuple(flat.parameters[i].shape)
+        spans.append(Span(name, shape, global_base + offset, offset, offset + n, name in flat.embeddings))
         offset += n
     return Layout(tuple(spans))
 

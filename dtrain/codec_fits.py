@@ -42,6 +42,8 @@ def refused(r: Recipe, num_islands: int) -> str | None:
             f'{r.algorithm} codes differences by the project\'s own kernels, and sync.codec = "{r.codec}" is none of them; use '
             'another codec, or sync.recipe = "deepsqueeze"'
         )
+    if r.algorithm == "noloco" and (why := _of_noloco(r, num_islands)) is not None:
+        return why
     if r.algorithm == "own" or r.codec == "identity":
         return None
     if r.algorithm == "dpsgd" and r.reduce != "neighbours":
@@ -94,6 +96,24 @@ def largest_move(topology: str, graph: str | None, served: bool, num_islands: in
     mixing = topologies.mixing(topology, graph, 0)
     rounds = (np.eye(num_islands) - matrix(mixing, index, num_islands) for index in range(mixing.period(num_islands)))
     return max(1.0 if served else 0.0, *(float(np.linalg.norm(moves, 2)) for moves in rounds))
+
+
+def _of_noloco(r: Recipe, num_islands: int) -> str | None:
+    from dtrain.pair_momentum import growth, largest_gamma  # numpy
+
+    if num_islands == 1:
+        return None
+    flown = r.delay_steps / r.every
+    lost = 0.0 if is_own(r.codec) else min(1.0, contraction.usually_lost(codec_name.parse(r.codec)))
+    grows = growth(r.outer_momentum, r.gamma, r.outer_lr, num_islands, flown=flown, lost=lost)
+    if grows < 1:
+        return None
+    most = largest_gamma(r.outer_momentum, r.outer_lr, num_islands, flown=flown, lost=lost)
+    return (
+        f"sync.outer_momentum = {r.outer_momentum} with sync.gamma = {r.gamma} and sync.outer_lr = {r.outer_lr} would drive "
+        f'pairs drawn from {num_islands} islands apart, by {math.sqrt(grows):.3g} a round with sync.codec = "{r.codec}"; use '
+        + ("a smaller outer_momentum or outer_lr" if most is None else f"gamma={most} or less, or a smaller outer_momentum")
+    )
 
 
 def _of_chebyshev(r: Recipe, codec: codec_name.CodecName, num_islands: int) -> str | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from dtrain.bucket import Layout
 from dtrain.codec import BoundCodec
 
 Combine = Callable[[Tensor, Sequence[Tensor], BoundCodec], None]
@@ -28,3 +30,49 @@ def weighted_mean(weights: Sequence[float]) -> Combine:
 
 def mean(num_nodes: int) -> Combine:
     return weighted_mean([1 / num_nodes] * num_nodes)
+
+
+_NO_LENGTH = 1e-30
+"""Below it a tensor has no direction: 1 / length would be no fp32 any more."""
+_TILE = 2**20
+
+
+def radial(layout: Layout, num_nodes: int) -> Combine:
+    """Lengths and directions are averaged apart, for each matrix, so that islands that disagree do not shorten the step
+    (Decoupled DiLoCo 2026, arXiv 2604.21428):
+        out = mean_i |y_i| * d / |d|,   d = mean_i y_i / |y_i|,   y_i = decode(wire_i);   0 where d is.
+    Embeddings, whose rows islands do not meet alike, and vectors: the plain mean. No tensor may be cut by a bucket."""
+    matrices = [slice(s.start, s.stop) for s in layout.spans if len(s.shape) > 1 and not s.embedding]
+
+    def combine(out: Tensor, wires: Sequence[Tensor], codec: BoundCodec) -> None:
+        out.zero_()
+        one = torch.empty_like(out)
+        lengths = [torch.zeros((), dtype=torch.float64, device=out.device) for _ in matrices]
+        for wire in wires:
+            codec.decode_add(wire, one.zero_(), weight=1.0)
+            for k, part in enumerate(matrices):
+                length = _length(one[part])
+                lengths[k] += length / num_nodes
+                one[part].mul_(_ratio(1.0, length))
+            out.add_(one, alpha=1 / num_nodes)
+        for part, length in zip(matrices, lengths, strict=True):
+            out[part].mul_(_ratio(length, _length(out[part])))
+
+    return combine
+
+
+def _ratio(above: Tensor | float, below: Tensor) -> Tensor:
+    return torch.where(below > _NO_LENGTH, above / below, 0.0).float()
+
+
+def _length(x: Tensor) -> Tensor:
+    """|x| in fp64, by sums of two that have the same order, and so the same bits, on every device."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for tile in x.split(_TILE):
+        squares = tile.double().square_()
+        while (n := squares.numel()) > 1:
+            half = (n + 1) // 2
+            squares[: n - half] += squares[half:]
+            squares = squares[:half]
+        total += squares.sum()
+    return total.sqrt()

@@ -133,7 +133,7 @@ def check(recipe: str) -> Iterator[Check]:
     for at in (begun, begun + 1):
         resumed = _run(row, at, steps, _run(row, 0, at, None))
         yield _same(f"saved after step {at} and resumed is the same bits", whole, resumed)
-    if row.reduce == "neighbours" or row.combine != "mean" or (row.algorithm == "own" and row.reduce != "none"):
+    if row.reduce == "neighbours" or row.combine not in ("mean", "radial") or (row.algorithm == "own" and row.reduce != "none"):
         yield from _mixing(row, steps, begins)
         yield _trained(row, whole, steps, len(begins))
 
@@ -259,6 +259,8 @@ def steppers(model: nn.Module, row: Recipe, lr: float) -> list[torch.optim.Optim
     if row.optimizer == "muon":
         matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == hidden] for hidden in (True, False))
         return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), torch.optim.SGD(rest, lr=lr)]
+    if row.moments is not None:
+        return [torch.optim.AdamW(model.parameters(), lr=lr)]
     if row.moments_every is None:
         return [torch.optim.SGD(model.parameters(), lr=lr)]
     return [AccumAdamW(model.parameters(), lr=lr, every=row.moments_every)]

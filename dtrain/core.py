@@ -264,5 +264,6 @@ class Core:
     def _link(self, lane: Lane) -> Link:
         # An exchange of gradients and the round after it count as two, and talk over the same edges.
         both = lane.algorithm.grad is not None and lane.algorithm.send is not None
-        row = self.plan.topology(lane.round // 2 if both else lane.round, self.peers.node, self.peers.num_nodes)
-        return Link(self.peers.node, self.peers.num_nodes, row)
+        number = lane.round // 2 if both else lane.round
+        row = self.plan.topology(number, self.peers.node, self.peers.num_nodes)
+        return Link(self.peers.node, self.peers.num_nodes, row, number)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.assemble import assemble, cut
-from dtrain.bucket import flatten
+from dtrain.bucket import embeddings_of, flatten
 from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
@@ -35,6 +35,7 @@ from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.meetings import Meetings
 from dtrain.membership import Notice
+from dtrain.moments import with_moments
 from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import Recipe, of_join, resolve, with_start
@@ -67,10 +68,12 @@ class Sync:
         self._model = model
         check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
-        self._flat = flatten(model.named_parameters(), recipe.include, recipe.exclude)
+        self._flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_ranks, with_grad=plan.rewrites_gradients)
+        if recipe.moments is not None:
+            self.buckets = with_moments(recipe.name, self.buckets, self._flat, optimizers)
         mine = [b for b in self.buckets if b.owner == self._ranks.rank]
         self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device)
@@ -332,6 +335,7 @@ def join(
     recipe: str | None = None,
     every: int | None = None,
     schedule: str | None = None,
+    moments: str | None = None,
     delay: int | Literal["round"] | None = None,
     codec: str | None = None,
     error_feedback: bool | None = None,
@@ -373,6 +377,7 @@ def join(
     overrides: dict[str, object] = {
         "every": every,
         "schedule": schedule,
+        "moments": moments,
         "delay": delay,
         "codec": codec,
         "error_feedback": error_feedback,

@@ -55,6 +55,8 @@ class Link:
     node: int
     num_nodes: int
     row: Round
+    round: int = 0
+    """Its number: how many the bucket had before it."""
     outbox: list[tuple[int, Tensor]] = field(default_factory=list)
     expected: dict[int, int] = field(default_factory=dict)
     """peer -> bytes, of the phase that flies."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
-    "a2cid2", "dadao", "diloco", "demo", "own",
+    "a2cid2", "dadao", "diloco", "noloco", "desloc", "demo", "own",
 ]  # fmt: skip
 
 
@@ -33,6 +33,8 @@ class Rules:
     """Why all islands must start from the same parameters; None where each may start from its own."""
     moves: bool = False
     """Whether to send changes the parameters as well, so that an island's ranks differ until they are made equal."""
+    one_rank: str | None = None
+    """Why its islands must have one rank each; None where they may have several."""
     fuses: bool = False
     """Whether it can land, step and send in one pass, where dtrain's AccumAdamW owns the update."""
 
@@ -73,6 +75,12 @@ RULES: Mapping[AlgorithmName, Rules] = {
         moves=True,
     ),
     "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
+    "noloco": Rules(
+        _ROUNDS - _FEEDBACK - {"schedule"} | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
+    ),
+    "desloc": Rules(
+        _ROUNDS | {"moments"}, _ALL, needs_same_start=_ANCHOR, one_rank="averages the moments of one rank's optimizer",
+    ),
     # What islands do not share would step by its gradient, by the length of a sign's.
     "demo": Rules(_ROUNDS - _CHOSEN, _ALL, rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),
 }

@@ -25,7 +25,7 @@ class Recipe:
     error_feedback: bool = False
     feedback_decay: float = 1.0
     """beta of error feedback, e <- beta e + x (``codec.ErrorFeedback``)."""
-    combine: Literal["mean", "gossip", "push", "sampled"] = "mean"
+    combine: Literal["mean", "gossip", "push", "sampled", "radial"] = "mean"
     """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
     few at times. ``resolve`` corrects it where a server is added or changed (``recipe_fits.combine_of``)."""
     outer: Literal["copy", "sgd", "nesterov"] = "copy"
@@ -39,6 +39,8 @@ class Recipe:
     """Of landing = "blend": the share of the island's own parameters."""
     fragments: int = 1
     schedule: str = "every"
+    moments: str | None = None
+    """Rounds that take AdamW's moments along (``schedule.multiples``); None: none do."""
     bucket_bytes: int | None = None
     rank: int | str | None = None
     """r of reduce = "low_rank", columns of a matrix's factors, or "adaptive:R" (``matrices``); None without."""

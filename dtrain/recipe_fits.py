@@ -49,6 +49,8 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     schedule.parse(r.schedule)
     if isinstance(r.rank, str):
         check_word(r.rank)
+    if r.moments is not None:
+        schedule.multiples(r.moments if isinstance(r.moments, str) else repr(r.moments))
     ranges: tuple[tuple[str, bool, str], ...] = (
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
@@ -94,7 +96,7 @@ def used_axes(r: Recipe) -> frozenset[str]:
 def idle_axes(r: Recipe) -> dict[str, str]:
     """The axes that another answer leaves without effect, and that answer."""
     of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
-    idle = dict.fromkeys(of_outer, f'outer = "{r.outer}"')
+    idle = {axis: f'outer = "{r.outer}"' for axis in of_outer if "outer" in used_axes(r)}
     if r.reduce != "low_rank":
         idle["rank"] = f'reduce = "{r.reduce}"'
     if r.landing != "blend":
@@ -131,7 +133,7 @@ def _check_server(r: Recipe, server: str) -> None:
         )
 
 
-def combine_of(r: Recipe) -> Literal["mean", "gossip", "push", "sampled"]:
+def combine_of(r: Recipe) -> Literal["mean", "gossip", "push", "sampled", "radial"]:
     """What mixing keeps, by the matrices that the answers give; raises ValueError where one's own row says what they cannot."""
     if r.reduce != "neighbours" or r.combine in ("mean", "push"):
         return r.combine
@@ -154,6 +156,12 @@ def check_trains(r: Recipe) -> None:
 
 def check_ranks(r: Recipe, num_ranks: int) -> None:
     """Raises ValueError for a recipe whose islands cannot have so many ranks."""
+    why = RULES[r.algorithm].one_rank
+    if why is not None and num_ranks > 1:
+        raise ValueError(
+            f'islands.ranks = {num_ranks}: sync.recipe = "{r.name}" {why}, and all ranks of an island have to stay alike; use '
+            'islands.ranks=1, or sync.recipe = "fedavg"'
+        )
     if r.schedule == schedule.READY and num_ranks > 1:
         raise ValueError(
             f'islands.ranks = {num_ranks}: with sync.schedule = "{schedule.READY}" each rank would meet when ready, and those '
@@ -233,6 +241,23 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'the rounds of {r.algorithm} are meetings of two; sync.topology = "{r.topology}" has others: use one of '
             f"{', '.join(topologies.PAIRS)}"
+        )
+    if r.algorithm == "noloco" and r.topology != "random_pairs":
+        raise ValueError(
+            f'what pairs bear is known of noloco for sync.topology = "random_pairs", and not for "{r.topology}"; use that, or '
+            'sync.recipe = "dpsgd"'
+        )
+    if r.combine == "radial" and (r.algorithm != "diloco" or r.reduce != "gather" or r.landing != "keep"):
+        raise ValueError(
+            f'the row of sync.recipe = "{r.name}" says combine = "radial", of whole tensors and of all islands together: use '
+            'it with sync.algorithm = "diloco", sync.reduce = "gather" and sync.landing = "keep", or use sync.recipe = "diloco"'
+        )
+    if r.algorithm == "desloc" and r.moments is None:
+        raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')
+    if r.algorithm == "desloc" and r.delay_steps != 0:
+        raise ValueError(
+            f"sync.delay = {r.delay}: what AdamW does in flight decays its moments, and desloc's means of them would land as if "
+            'it had not; use delay = 0, or sync.recipe = "fedavg"'
         )
     if r.landing != "keep":
         check_landing(r)

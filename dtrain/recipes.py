@@ -149,7 +149,7 @@ def optimizer_of(
             f'train.optimizer = "{said}" takes Muon from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
             f'or use sync.recipe = "{recipe.algorithm}"'
         )
-    if chosen == "muon" and recipe.moments_every is not None:
+    if chosen == "muon" and (recipe.moments_every is not None or recipe.moments is not None):
         raise ValueError(
             f'train.optimizer = "muon" takes AdamW from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
             'or use sync.recipe = "dpsgd"'

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dtrain.bucket import Layout
 from dtrain.codec import BoundCodec, Codec, State
-from dtrain.combine import mean
+from dtrain.combine import Combine, mean
 from dtrain.link import Link, Peers
 
 
@@ -31,12 +31,12 @@ class BoundReduce(NamedTuple):
 Reduce = Callable[[Layout, Peers], BoundReduce]
 
 
-def gather(codec: Codec) -> Reduce:
+def gather(codec: Codec, combined: Callable[[Layout, int], Combine] = lambda layout, num_nodes: mean(num_nodes)) -> Reduce:
     """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout, peers.node)
-        combine, encode = mean(peers.num_nodes), encoder(bound)
+        combine, encode = combined(layout, peers.num_nodes), encoder(bound)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             own = encode(x, state)

@@ -68,6 +68,15 @@ def parse(name: str) -> Budget | None:
     return Budget(int(amount), rest[0].endswith("%"), int(growth))
 
 
+def multiples(name: str) -> tuple[int, int]:
+    """``"3:6"`` -> (3, 6): Adam's first moments go with every third round, its second with every sixth. Raises ValueError for
+    anything else."""
+    first, colon, second = name.partition(":")
+    if not colon or not all(text.isdecimal() and int(text) >= 1 for text in (first, second)):
+        raise ValueError(f'moments = {name!r} is not allowed; use two multiples of every, 1 or more, as "3:6"')
+    return int(first), int(second)
+
+
 def spent(budget: Budget, num_fragments: int, total_steps: int) -> When:
     """Each of P fragments starts R rounds; fragment k is k / P of a round ahead of fragment 0."""
     rounds, power = budget.rounds(total_steps), budget.growth + 1

@@ -127,6 +127,9 @@ class Sync(Section):
         description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
         'growth p behind it, "budget:20%:2", makes their density t^p, t without; or "ready": pairs (a2cid2) meet when both are',
     )
+    moments: str | None = Field(
+        None, description='rounds that take AdamW\'s moments along (desloc): "3:6", the first every 3rd, the second every 6th'
+    )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
         None,
@@ -142,9 +145,9 @@ class Sync(Section):
         None, description="path of the bytes"
     )
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
-    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\"")
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\"")
-    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer and deepsqueeze")
+    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\", and of noloco")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\", and of noloco")
+    gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer, deepsqueeze, noloco")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'
     )
@@ -196,6 +199,13 @@ class Sync(Section):
             check_word(value)
         elif value is not None and value < 1:
             raise ValueError(f'rank = {value} is not allowed; use 1 or more, or "adaptive:32"')
+        return value
+
+    @field_validator("moments")
+    @classmethod
+    def _moments_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.multiples(value)
         return value
 
     @field_validator("delay")

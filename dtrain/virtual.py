@@ -24,6 +24,7 @@ from dtrain.bucket import flatten
 from dtrain.core import Core, Flight, Lane
 from dtrain.errors import PeerLost, WireError
 from dtrain.link import Peers
+from dtrain.moments import Unmade
 from dtrain.virtual_clock import VirtualClock
 from dtrain.virtual_link import VirtualLink
 from dtrain.virtual_problem import Problem
@@ -165,6 +166,8 @@ class Simulation:
         if self._plan.rewrites_gradients:
             starts = [b.layout.spans[0].global_offset for b in buckets]
             buckets = [replace(b, g=g[at : at + b.x.numel()]) for at, b in zip(starts, buckets, strict=True)]
+        if self._plan.recipe.moments is not None:  # nothing trains here that has any
+            buckets = [replace(b, moments=Unmade()) for b in buckets]
         x.copy_(self._problem.start)
         core = Core(self._plan, buckets, Peers(node, num_islands))
         if (apart := self._problem.apart(node)) is not None:

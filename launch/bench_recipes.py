@@ -55,7 +55,7 @@ def family(name: str) -> list[str]:
     """All-reduce, islands that never talk, and the recipes of a family."""
     if name not in FAMILIES:
         raise ValueError(f"--family {name} is not known; use one of {', '.join(FAMILIES)}")
-    outer = {row.name for row in RECIPES.values() if row.algorithm == "diloco"}
+    outer = {row.name for row in RECIPES.values() if row.algorithm in ("diloco", "noloco", "desloc")}
     both = (BASELINE, "local")
     trains = [row.name for row in RECIPES.values() if row.name not in both and RULES[row.algorithm].simulated is None]
     return [*both, *(row for row in trains if (row in outer) == (name == "diloco"))]

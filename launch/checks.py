@@ -158,12 +158,13 @@ def _check_sim(job: Job) -> None:
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
     for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
-    needs = {"AdamW": recipe.moments_every, "SAM": recipe.sam_rho, "Muon": recipe.optimizer}
+    adam = recipe.moments_every or recipe.moments
+    needs = {"AdamW": adam, "SAM": recipe.sam_rho, "Muon": recipe.optimizer}
     defined_with = next((name for name, value in needs.items() if value is not None), None)
     if defined_with is not None:
         raise ValueError(
             f'{sim} steps by plain SGD, and sync.recipe = "{recipe.name}" is defined with {defined_with}; use sync.recipe = '
-            f'"{recipe.algorithm}"'
+            f'"{"fedavg" if recipe.moments is not None else recipe.algorithm}"'
         )
     if job.sim.clock == "poisson":
         from dtrain.event_run import check_events  # torch

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
-    *("contraction", "errors", "matrices", "stability", "chosen"),
+    *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
@@ -28,7 +28,7 @@ LAYERS = (
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "traffic", "wait"),
+        *("loop_fits", "meetings", "moments", "traffic", "wait"),
     ),
     (),
     ("launch",),

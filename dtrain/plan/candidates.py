@@ -1,8 +1,8 @@
 """Which recipes could a job use? The rows of recipe_rows.py, with the topologies and codecs that fit them and so many islands.
 
 Left out are rows that are only simulated, those whose rounds do not come at even distances, and those that the job refuses: ones
-defined with SAM where train.sam_rho is 0, with AdamW where it trains with Muon. A row of Muon is looked at where the job has Muon
-too."""
+defined with SAM where train.sam_rho is 0, with AdamW where it trains with Muon, and those whose islands have one rank where
+islands.ranks is more. A row of Muon is looked at where the job has Muon too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtrain.matrices import highest, rank_of
 from dtrain.methods import RULES
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
-from dtrain.recipe_fits import check_trains
+from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import RECIPES, Recipe, resolve
 from dtrain.topology.consensus import consensus
 
@@ -36,17 +36,18 @@ _FEW_BITS = ("int4:64",)
 
 def candidates(
     asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None, optimizer: Literal["adamw", "muon"] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None, optimizer: Literal["adamw", "muon"] | None = None, num_ranks: int = 1,
 ) -> list[Recipe]:  # fmt: skip
     """The recipe that the job asks for, first; then all others, each once. ``sam_rho``, ``steps`` and ``optimizer`` are the job's
     own; outer loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out, and rows with a rank that no
     parameter of ``shapes`` is sent by."""
     check_plannable(asked)
+    check_ranks(asked, num_ranks)
     found = {_key(asked): asked}
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
-        if row.sam_rho is not None and sam_rho == 0:
+        if (row.sam_rho is not None and sam_rho == 0) or (RULES[row.algorithm].one_rank is not None and num_ranks > 1):
             continue
         if not _steps_with(row, optimizer, asked):
             continue
@@ -61,10 +62,12 @@ def candidates(
 
 
 def _steps_with(row: Recipe, optimizer: Literal["adamw", "muon"] | None, asked: Recipe) -> bool:
-    """Whether the job would train with the optimizer that the row is defined with."""
+    """Whether the job would train with the optimizer that the row is defined with, and all that it trains."""
     if row.optimizer is not None:
         return row.optimizer in (optimizer, asked.optimizer)
-    return row.moments_every is None or optimizer != "muon"
+    if RULES[row.algorithm].signs:
+        return optimizer is None and asked.include is None and asked.exclude is None
+    return (row.moments_every is None and row.moments is None) or optimizer != "muon"
 
 
 def check_plannable(recipe: Recipe) -> None:
@@ -149,6 +152,6 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.alpha, recipe.fragments)
     coded = (recipe.error_feedback, recipe.feedback_decay, recipe.reduce, recipe.rank)
-    more = (*coded, recipe.gossip_steps, recipe.bucket_bytes)
+    more = (*coded, recipe.gossip_steps, recipe.bucket_bytes, recipe.moments)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

@@ -22,6 +22,7 @@ from dtrain.assemble import Plan, assemble, columns, cut
 from dtrain.bucket import GRAIN, Bucket, Flat, flatten
 from dtrain.core import Core, Flight
 from dtrain.link import Peers
+from dtrain.moments import Unmade
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
 from dtrain.plan.company import Company, Talks, everyone, neighbours, num_rounds
@@ -155,6 +156,8 @@ def sent(
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
     buckets = cut(recipe, model_flat(shapes, device, recipe), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+    if recipe.moments is not None:
+        buckets = [replace(b, moments=Unmade()) for b in buckets]
     alike = _Alike(buckets, recipe)
 
     def make(node: int) -> Core:
@@ -167,26 +170,28 @@ def sent(
     if mixed.drawn:
         roomy = max(range(num_islands), key=lambda node: mixed.in_degree(node, num_islands))
         cores.setdefault(roomy, make(roomy))
-    done: dict[tuple[int, Degrees], Exchange] = {}
+    done: dict[tuple[int, Degrees, int], Exchange] = {}
+    turns = range(plan.turns)
 
-    def exchange(seen: Seen) -> Exchange:
-        key = seen.node, seen.degrees
+    def exchange(seen: Seen, turn: int) -> Exchange:
+        key = seen.node, seen.degrees, turn
         if key not in done:
             core = cores.get(seen.node) or cores.setdefault(seen.node, make(seen.node))
-            done[key] = _exchange(core, plan, alike, seen.number, per_host)
+            done[key] = _exchange(core, plan, alike, seen.number + turn, per_host)
         return done[key]
 
     def load(kind: Kind) -> tuple[Fraction, Fraction]:
-        return kind.mean(lambda seen: exchange(seen).far_load), kind.mean(lambda seen: exchange(seen).sent_bytes)
+        far = kind.mean(lambda seen: sum(exchange(seen, turn).far_load for turn in turns))
+        return far / plan.turns, kind.mean(lambda seen: sum(exchange(seen, turn).sent_bytes for turn in turns)) / plan.turns
 
     busiest = max(kinds, key=load)
     whole = sum(kind.how_many * load(kind)[1] for kind in kinds)
     return Sent(
-        period=tuple(exchange(seen) for seen in busiest.period),
+        period=tuple(exchange(seen, turn) for turn in turns for seen in busiest.period),
         mean_round_bytes=float(whole / num_islands),
         state_bytes=max(map(alike.state_bytes, cores.values()))
         + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
-        wire_bytes=max(_in_flight(exchange(seen)) for seen in busiest.shares),
+        wire_bytes=max(_in_flight(exchange(seen, turn)) for seen in busiest.shares for turn in turns),
         company=_company(recipe, talks, num_islands, per_host),
     )
 

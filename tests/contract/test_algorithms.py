@@ -245,11 +245,19 @@ def trained(axes: dict[str, Any], first: int, last: int, saved: list[Saved] | No
     return run_islands(ISLANDS, island)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "push_sum"])
+BESIDE: dict[str, dict[str, Any]] = {
+    "push_sum": {"graph": "random_out:2", "delay": 1},
+    "noloco": {"every": 3, "delay": 2},
+}
+"""Methods that keep something else than the mean of x, and what they are resumed with."""
+
+
+@pytest.mark.parametrize("method", [*METHODS, *BESIDE])
 def test_twice_is_the_same_bits_and_a_resume_in_mid_flight_too(method: str) -> None:
     """Twelve steps, twice; and seven and five, the second five in new objects, while a round flies in between."""
-    axes = {"recipe": method, "graph": "random_out:2", "delay": 1, "codec": "int8:64:stochastic"}
-    if method in METHODS:
+    if method in BESIDE:
+        axes = {"recipe": method, "codec": "int8:64:stochastic", **BESIDE[method]}
+    else:
         axes = axes_of(method, "pairs" if method == "a2cid2" else "ring", METHODS[method].times[-1], "int8:64:stochastic")
     whole, again = trained(axes, 0, 12, None), trained(axes, 0, 12, None)
     half = trained(axes, 0, 7, None)

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradient_tracking": {},
     "beer": {},
     "a2cid2": {},
+    "noloco": {"every": 2},
     "semi_s2s": {"server": "sampled:2:2"},
     "decent_adam": {},
     "accum_adam": {},

@@ -137,7 +137,8 @@ def test_a_job_starts_apart_and_merges_so(tmp_path: Path) -> None:
         np.testing.assert_allclose(got[name], value, rtol=0, atol=2 * 6 * U * M * 2**0.5)
 
 
-SHARE = [name for name, row in RECIPES.items() if row.algorithm in ("allreduce", "demo", "diloco", "choco", "beer")]
+_SHARING = ("allreduce", "demo", "diloco", "choco", "beer", "desloc")
+SHARE = [name for name, row in RECIPES.items() if row.algorithm in _SHARING]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,0 +1,100 @@
+"""Where are Adam's moments of a bucket's elements? In the optimizers that a loop joined with, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain.bucket import Bucket, Flat
+from dtrain.optim.accum_adam import AccumAdamW
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a bucket has of one parameter."""
+
+    parameter: Tensor
+    optimizer: Optimizer
+    inside: slice
+    """Of the parameter's elements."""
+    start: int
+    stop: int
+    """Of the bucket's."""
+
+    def moment(self, name: str) -> Tensor | None:
+        """The bucket's part of it, flat; None before the optimizer has made it, at the parameter's first gradient."""
+        state = self.optimizer.state.get(self.parameter, {})
+        return state[name].view(-1)[self.inside] if name in state else None
+
+
+class AdamMoments:
+    """``bucket.Moments`` of one bucket. A moment that was not made yet is read as 0, and stays unmade."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self._parts = parts
+
+    def read(self, name: str, out: Tensor) -> None:
+        for part in self._parts:
+            moment = part.moment(name)
+            room = out[part.start : part.stop]
+            room.zero_() if moment is None else room.copy_(moment)
+
+    def write(self, name: str, values: Tensor) -> None:
+        for part in self._parts:
+            moment = part.moment(name)
+            if moment is not None:
+                moment.copy_(values[part.start : part.stop])
+
+
+class Unmade:
+    """``bucket.Moments`` where nothing trains: 0, and written nowhere."""
+
+    def read(self, name: str, out: Tensor) -> None:
+        out.zero_()
+
+    def write(self, name: str, values: Tensor) -> None:
+        """There is nothing to write to."""
+
+
+def with_moments(recipe: str, buckets: Sequence[Bucket], flat: Flat, optimizers: Sequence[Optimizer]) -> list[Bucket]:
+    """The buckets with the moments of their elements; raises ValueError for a loop whose optimizers have none."""
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    starts: dict[str, int] = {}
+    at = 0
+    for members in flat.order:
+        for i in members:
+            starts[flat.names[i]] = at
+            at += flat.parameters[i].numel()
+            _check(recipe, flat.names[i], owner.get(id(flat.parameters[i])))
+    named = dict(zip(flat.names, flat.parameters, strict=True))
+
+    def of(bucket: Bucket) -> AdamMoments:
+        parts = []
+        for s in bucket.layout.spans:
+            p, first = named[s.name], s.global_offset - starts[s.name]
+            parts.append(_Part(p, owner[id(p)], slice(first, first + s.numel), s.start, s.stop))
+        return AdamMoments(parts)
+
+    return [replace(b, moments=of(b)) for b in buckets]
+
+
+def _check(recipe: str, name: str, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        raise ValueError(
+            f"recipe {recipe!r} averages Adam's moments, and no optimizer that dtrain.join was given has parameter {name}; give "
+            'join all optimizers, or use recipe = "fedavg"'
+        )
+    if not isinstance(optimizer, AccumAdamW | torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"recipe {recipe!r} averages Adam's moments, and {type(optimizer).__name__}, which steps parameter {name}, has none; "
+            'use torch.optim.AdamW, torch.optim.Adam or dtrain.optim.AccumAdamW, or recipe = "fedavg"'
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError(
+            f"recipe {recipe!r} averages Adam's two moments, and amsgrad keeps a third, the largest that v was; use "
+            'amsgrad=False, or recipe = "fedavg"'
+        )
