@@ -123,6 +123,8 @@ class Flat:
     storages: tuple[Tensor, ...]
     order: tuple[tuple[int, ...], ...]
     """Per storage, the positions of its parameters."""
+    first: int = 0
+    """Elements of the whole model that lie before these, where a rank holds a part of it."""
 
     @property
     def numel(self) -> int:
@@ -194,7 +196,7 @@ def make_buckets(
     otherwise), never on num_ranks."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
-    global_base = 0
+    global_base = flat.first
     for storage, members in zip(flat.storages, flat.order, strict=True):
         layout = _layout(flat, members, global_base)
         global_base += storage.numel()

@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,15 +61,16 @@ def save_island(run: Path, step: int, island: int, tensors: dict[str, Tensor], *
     _barrier(num_ranks)
 
 
-def load_island(run: Path, step: int, island: int) -> dict[str, Tensor]:
-    """All tensors of an island's checkpoint, on the CPU. Raises ValueError with one line where it is damaged."""
+def load_island(run: Path, step: int, island: int, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, Tensor]:
+    """The tensors of an island's checkpoint whose keys are wanted, on the CPU. Raises ValueError with one line where it is
+    damaged."""
     folder = island_folder(run, step, island)
     _verify(folder)
     index = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in index.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata) and wanted(key)
     }
     with _alone_and_whole(f"checkpoint {folder} could not be read"):
         load(tensors, checkpoint_id=folder, no_dist=True)

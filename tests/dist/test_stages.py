@@ -1,0 +1,95 @@
+"""Is an island whose ranks are the stages of a pipeline the same island as one of one rank? In bits, bytes and what it reports."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import checkpoint, metrics
+from dtrain.config import Job
+from tests.dist import staged
+from tests.dist.harness import Result, run_islands, show, values
+from tests.unit.by_hand import same, train, weights_of, write_texts
+
+ISLANDS, RESUMED_AT = 2, 5
+_ROUNDS = ("sync.every=3", "sync.delay=2", "sync.bucket_bytes=4096")
+CHANGES: dict[str, tuple[str, ...]] = {
+    "delayed": ('sync.recipe="delayed_diloco"', *_ROUNDS, "train.eval_every=4", "train.checkpoint_every=5", "train.clip=0.3"),
+    "stochastic": ('sync.recipe="diloco"', 'sync.codec="int4:64:stochastic"', "sync.every=3", "train.clip=0"),
+    "fused": ('sync.recipe="dpsgd"', 'sync.codec="int8:64"', "train.accumulate=4", "train.clip=0.3"),
+    "gradients": ('sync.recipe="allreduce"', 'train.precision="bf16"'),
+}
+"""At step 5, where "delayed" is resumed, its second fragment's round flies. Clips are below every norm."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("stages") / "texts")
+
+
+@pytest.fixture(scope="module")
+def run(source: Path) -> Path:
+    return source.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def ranks(source: Path, run: Path) -> list[Result]:
+    scenarios = {
+        name: functools.partial(
+            staged.trained, source=str(source), name=name, changes=list(changes),
+            resume_step=RESUMED_AT if name == "delayed" else 0,
+        )
+        for name, changes in CHANGES.items()
+    }  # fmt: skip
+    results = run_islands(scenarios, ISLANDS, 2, run=run, timeout_s=100)
+    assert [r.status for r in results] == [0] * 4, show(results)
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same jobs with one rank an island."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {}
+    for name, changes in CHANGES.items():
+        job = staged.staged_job(str(source), *changes)
+        runs[name] = train(_of_one_rank(job), folder / name)
+    torch.set_num_threads(num_threads)
+    return runs
+
+
+def _of_one_rank(job: Job) -> Job:
+    return job.model_copy(update={"islands": job.islands.model_copy(update={"ranks": 1, "engine": "ddp"})})
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_stages_train_to_the_bits_of_one_rank(ranks: list[Result], run: Path, alone: dict[str, Path], name: str) -> None:
+    for island in range(ISLANDS):
+        assert same(weights_of(run / name, island), weights_of(alone[name], island)), island
+    merged = (checkpoint.load_weights(of / name_of) for of in (run / name, alone[name]) for name_of in ["model.safetensors"])
+    assert same(*merged)
+    losses = [
+        {(x["island"], x["step"]): (x["loss"], x.get("eval_loss")) for x in metrics.newest(metrics.read(of / "metrics.jsonl"))}
+        for of in (run / name, alone[name])
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8 * ISLANDS
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_stages_report_is_what_one_rank_reports(ranks: list[Result], alone: dict[str, Path], name: str) -> None:
+    for result, (stats,) in zip(ranks, (v["stats"] for v in values(ranks, name)), strict=True):
+        one = metrics.read_json(alone[name] / "logs" / f"island{result.island}" / "part.json")
+        assert stats["consensus_distance"] == pytest.approx(one["consensus_distance"], rel=1e-12)
+        for key in ("parameters", "tokens", "eval_loss", "eval_loss_island", "corpus_hash"):
+            assert stats[key] == one[key], key
+        assert stats["ranks"] == 2
+
+
+def test_a_run_resumed_with_a_round_in_flight_ends_with_the_same_bits(ranks: list[Result]) -> None:
+    assert [v["same"] for v in values(ranks, "delayed")] == [True] * 4
