@@ -1,4 +1,5 @@
-"""What runs inside an island? One model, DDP's replicas of it, or a pipeline of its stages: each makes a gradient of a batch."""
+"""What runs inside an island, and makes a gradient of its batch? One model, or DDP's replicas of it; ``inside_stages.py`` has
+stages."""
 
 from __future__ import annotations
 
@@ -16,10 +17,8 @@ from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
 from dtrain.data.sampler import sample_batch
-from dtrain.evaluate import batches_of, evaluate, nats
-from dtrain.island.pipelined import Pipeline, gather
+from dtrain.evaluate import evaluate
 from dtrain.models.gpt import GPT, num_parameters
-from dtrain.models.gpt_stage import GPTStage
 from dtrain.spans import span
 
 
@@ -97,7 +96,7 @@ class Whole:
                 self._trained.require_backward_grad_sync = micro == train.accumulate - 1
             with self._computing, span("forward_backward"):
                 with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
-                    loss = _loss(self._trained(inputs), targets, train.accumulate)
+                    loss = mean_loss(self._trained(inputs), targets, train.accumulate)
                 loss.backward()
                 total += float(loss.detach())
         return total
@@ -112,52 +111,6 @@ class Whole:
         return self._model.state_dict()
 
 
-class Staged:
-    """Every rank has a stage of the model, and all of the batch passes through each."""
-
-    def __init__(
-        self, job: Job, part: GPTStage, whole: Mapping[str, Tensor], batches: Batches, heldout: tuple[Tensor, Tensor],
-        connection: Connection,
-    ) -> None:  # fmt: skip
-        """``whole``: the names, shapes and dtypes of the whole model's state."""
-        self._part, self._whole, self._batches, self._heldout = part, whole, batches, heldout
-        self._ranks, self._device = connection.ranks, heldout[0].device
-        self._micro_batches, self._size = job.train.accumulate, job.train.batch // job.train.accumulate
-        self._pipeline = Pipeline(
-            part,
-            self._device,
-            loss=lambda logits, targets: _loss(logits, targets, job.train.accumulate),
-            micro_batches=self._micro_batches,
-            inner=(self._size, job.model.context, job.model.width),
-            bf16=job.train.precision == "bf16",
-        )
-
-    @property
-    def parameters(self) -> int:
-        return sum(x.numel() for x in self._whole.values())
-
-    def gradient(self, step: int) -> float:
-        inputs = targets = None
-        if self._part.is_first or self._part.is_last:
-            micros = [self._batches.micro(step, micro, rank=0, size=self._size) for micro in range(self._micro_batches)]
-            inputs, targets = (torch.cat(parts) for parts in zip(*micros, strict=True))
-        total = 0.0
-        with span("forward_backward"):
-            for loss in self._pipeline.gradient(inputs, targets):
-                total += loss  # one by one, as they are added up without stages: sum() rounds in another way
-        return total
-
-    def evaluate(self) -> float:
-        total_nats = 0.0
-        for inputs, targets in batches_of(self._heldout):
-            logits = self._pipeline.forward(inputs)
-            total_nats += 0.0 if logits is None else nats(logits, targets)
-        return self._ranks.total([total_nats])[0] / self._heldout[1].numel()
-
-    def weights(self) -> Mapping[str, Tensor]:
-        return gather(self._part.state_dict(), self._whole, self._device)
-
-
-def _loss(logits: Tensor, targets: Tensor, micro_batches: int) -> Tensor:
+def mean_loss(logits: Tensor, targets: Tensor, micro_batches: int) -> Tensor:
     """A micro-batch's share of the batch's mean loss."""
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / micro_batches

@@ -27,7 +27,7 @@ from dtrain.data.corpus import Corpus, load_corpus
 from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
-from dtrain.inside import Batches, Inside, Staged, Whole
+from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.device import own_device
 from dtrain.island.replicas import Island as Ranks
 from dtrain.island.replicas import Replicas
@@ -188,6 +188,8 @@ def _begin(
     inputs, targets = heldout_sequences(corpus, job.model.context)
     heldout, batches = (inputs.to(device), targets.to(device)), Batches(job, corpus, connection, device)
     if part is not None:
+        from dtrain.inside_stages import Staged  # torch's pipelines take a second to import, which no other run is to wait for
+
         inside: Inside = Staged(job, part, shapes, batches, heldout, connection)
     else:
         inside = Whole(job, whole, batches, heldout, connection, computing)
