@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from dtrain import checkpoint, metrics
+from dtrain.build import build_recipe
 from dtrain.config import Job
+from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.models.gpt_stage import GPTStage
+from dtrain.plan.sent import sent, together
 from tests.dist import staged
 from tests.dist.harness import Result, run_islands, show, values
 from tests.unit.by_hand import same, train, weights_of, write_texts
@@ -90,6 +94,20 @@ def test_what_stages_report_is_what_one_rank_reports(ranks: list[Result], alone:
         for key in ("parameters", "tokens", "eval_loss", "eval_loss_island", "corpus_hash"):
             assert stats[key] == one[key], key
         assert stats["ranks"] == 2
+
+
+def test_the_plan_counts_what_stages_send(ranks: list[Result], source: Path) -> None:
+    """Rounds start after steps 3 and 6."""
+    job = staged.staged_job(str(source), *CHANGES["delayed"])
+    shapes = [[(name, tuple(p.shape)) for name, p in stage.named_parameters()] for stage in _stages(job)]
+    found = together([sent(build_recipe(job), dict(of), ISLANDS) for of in shapes])
+    assert [v["stats"][0]["wire_bytes_sent"] for v in values(ranks, "delayed")] == [round(2 * found.mean_round_bytes)] * 4
+
+
+def _stages(job: Job) -> list[GPTStage]:
+    m = job.model
+    model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    return [GPTStage(model, stage, 2) for stage in range(2)]
 
 
 def test_a_run_resumed_with_a_round_in_flight_ends_with_the_same_bits(ranks: list[Result]) -> None:

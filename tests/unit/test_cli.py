@@ -72,6 +72,10 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["run", "job.toml", "islands.start=own", "--", "job.toml"], "islands.start = 'own' has no effect on a script"),
         (["run", "job.toml", "train.merge=variance_corrected", "--", "job.toml"], "train.merge = 'variance_corrected' has no"),
         (["run", "job.toml", "train.sam_rho=0.1", "--", "job.toml"], "train.sam_rho = 0.1 has no effect on a script"),
+        (
+            ["run", "job.toml", "islands.engine=pipeline", "islands.ranks=2", "train.accumulate=2", "--", "job.toml"],
+            "islands.engine = 'pipeline' has no effect on a script",
+        ),
         (["run", "job.toml", "--", "no.py"], "no script at no.py"),
         (["run", "job.toml", "--"], "no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS"),
         (["keys", "lnk"], "'lnk' is no section of a job file; use one of job, islands, model,"),
