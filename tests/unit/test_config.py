@@ -145,7 +145,7 @@ def test_what_a_job_cannot_say_is_one_line(override: str, said: str) -> None:
     ("overrides", "said"),
     [
         (["islands.ranks=1"], 'islands.engine = "pipeline" with islands.ranks = 1 is one stage, which is no pipeline'),
-        (["islands.ranks=4", "train.accumulate=4"], "islands.ranks = 4 stages of a pipeline need a block each, and there are"),
+        (["islands.ranks=4", "train.accumulate=6"], "islands.ranks = 4 stages of a pipeline need a block each, and there are"),
         (["islands.ranks=3"], "train.accumulate = 2 micro-batches leave some of islands.ranks = 3 stages of a pipeline without"),
         (["train.batch=5"], "train.batch = 5 does not divide by train.accumulate = 2; use a multiple of 2"),
     ],
