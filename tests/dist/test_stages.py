@@ -112,3 +112,16 @@ def _stages(job: Job) -> list[GPTStage]:
 
 def test_a_run_resumed_with_a_round_in_flight_ends_with_the_same_bits(ranks: list[Result]) -> None:
     assert [v["same"] for v in values(ranks, "delayed")] == [True] * 4
+
+
+@pytest.mark.slow
+def test_of_three_stages_the_one_in_the_middle_has_neither_tokens_nor_targets(source: Path, tmp_path: Path) -> None:
+    """One island, three micro-batches, and a gradient that is clipped to the norm of all three parts."""
+    changes = ["islands.count=1", "islands.ranks=3", "train.accumulate=3", "train.batch=6", "train.clip=0.3", "train.eval_every=4"]
+    scenario = functools.partial(staged.trained, source=str(source), name="three", changes=changes)
+    results = run_islands({"three": scenario}, 1, 3, run=tmp_path, timeout_s=250)
+    assert [r.status for r in results] == [0] * 3, show(results)
+    one = train(_of_one_rank(staged.staged_job(str(source), *changes)), tmp_path / "one")
+    assert same(weights_of(tmp_path / "three", 0), weights_of(one, 0))
+    evals = [[x.get("eval_loss") for x in metrics.read(of / "metrics.jsonl")] for of in (tmp_path / "three", one)]
+    assert evals[0] == evals[1]
