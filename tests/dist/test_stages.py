@@ -117,7 +117,9 @@ def test_a_run_resumed_with_a_round_in_flight_ends_with_the_same_bits(ranks: lis
 @pytest.mark.slow
 def test_of_three_stages_the_one_in_the_middle_has_neither_tokens_nor_targets(source: Path, tmp_path: Path) -> None:
     """One island, three micro-batches, and a gradient that is clipped to the norm of all three parts."""
-    changes = ["islands.count=1", "islands.ranks=3", "train.accumulate=3", "train.batch=6", "train.clip=0.3", "train.eval_every=4"]
+    changes = [
+        "islands.count=1", "islands.ranks=3", "train.accumulate=3", "train.batch=6", "train.eval_every=2", "train.clip=0.3",
+    ]
     scenario = functools.partial(staged.trained, source=str(source), name="three", changes=changes)
     results = run_islands({"three": scenario}, 1, 3, run=tmp_path, timeout_s=250)
     assert [r.status for r in results] == [0] * 3, show(results)
