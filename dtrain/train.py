@@ -210,7 +210,8 @@ def _starting_point(
     island, prefix, held = connection.node, connection.ranks.prefix, {f"model.{name}" for name in model.state_dict()}
 
     def wanted(key: str) -> bool:
-        return not key.startswith(("stage", "model.")) or key in held or bool(prefix and key.startswith(prefix))
+        others = key not in held if key.startswith("model.") else key.startswith("stage") and not key.startswith(prefix)
+        return not (prefix and others)  # who has the whole model looks at all, and at what the model has not
 
     folder = checkpoint.island_folder(run, resume_step, island)
     merged = run / "init.safetensors"
