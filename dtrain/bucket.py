@@ -171,6 +171,8 @@ class Flat:
     """All that require a gradient, in the model's order, each once."""
     embeddings: frozenset[str] = frozenset()
     """Names of those that are embeddings, heads that are tied to one too."""
+    first: int = 0
+    """Elements of the whole model that lie before these, where a rank holds a part of it."""
 
     @property
     def numel(self) -> int:
@@ -263,7 +265,7 @@ def make_buckets(
     otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
-    global_base = 0
+    global_base = flat.first
     for storage, members in zip(flat.storages, flat.order, strict=True):
         layout = _layout(flat, members, global_base)
         global_base += storage.numel()

@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,15 +61,16 @@ def save_island(run: Path, step: int, island: int, tensors: dict[str, Tensor], *
     _barrier(num_ranks)
 
 
-def load_island(run: Path, step: int, island: int) -> dict[str, Tensor]:
-    """All tensors of an island's checkpoint, on the CPU. Raises ValueError with one line where it is damaged."""
+def load_island(run: Path, step: int, island: int, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, Tensor]:
+    """The tensors of an island's checkpoint whose keys are wanted, on the CPU. Raises ValueError with one line where it is
+    damaged."""
     folder = island_folder(run, step, island)
     _verify(folder)
     index = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in index.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata) and wanted(key)
     }
     with _alone_and_whole(f"checkpoint {folder} could not be read"):
         load(tensors, checkpoint_id=folder, no_dist=True)
@@ -185,15 +186,15 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Of an island's, in their order: "optim", "optim1" and so on."""
-    each = [optimizer_tensors(optimizer, _name(k)) for k, optimizer in enumerate(optimizers)]
+def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer], prefix: str = "") -> dict[str, Tensor]:
+    """Of a rank's, in their order: "optim", "optim1" and so on, each behind ``prefix``."""
+    each = [optimizer_tensors(optimizer, prefix + _name(k)) for k, optimizer in enumerate(optimizers)]
     return {key: value for tensors in each for key, value in tensors.items()}
 
 
-def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     for k, optimizer in enumerate(optimizers):
-        load_optimizer_tensors(optimizer, _name(k), tensors)
+        load_optimizer_tensors(optimizer, prefix + _name(k), tensors)
 
 
 def _name(k: int) -> str:

@@ -42,11 +42,38 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:
-        parts = self.islands.ranks * self.train.accumulate
+        shared = self.islands.engine == "ddp"  # all of it passes through each stage of a pipeline
+        parts = (self.islands.ranks if shared else 1) * self.train.accumulate
         if self.train.batch % parts:
+            by = "islands.ranks x train.accumulate" if shared else "train.accumulate"
+            raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Job:
+        ranks, layers, micro_batches = self.islands.ranks, self.model.layers, self.train.accumulate
+        if self.islands.engine != "pipeline":
+            return self
+        if ranks < 2:
             raise ValueError(
-                f"train.batch = {self.train.batch} does not divide by islands.ranks x train.accumulate = {parts}; "
-                f"use a multiple of {parts}"
+                'islands.engine = "pipeline" with islands.ranks = 1 is one stage, which is no pipeline; use islands.ranks=2 or '
+                "more, or islands.engine=ddp"
+            )
+        if self.sync.include is not None or self.sync.exclude is not None:
+            axis = "include" if self.sync.include is not None else "exclude"
+            raise ValueError(
+                f'sync.{axis} with islands.engine = "pipeline": a stage may have none of those parameters; leave it out, or use '
+                "islands.engine=ddp"
+            )
+        if ranks > layers:
+            raise ValueError(
+                f"islands.ranks = {ranks} stages of a pipeline need a block each, and there are model.layers = {layers}; use "
+                "fewer ranks, or more layers"
+            )
+        if micro_batches < ranks:
+            raise ValueError(
+                f"train.accumulate = {micro_batches} micro-batches leave some of islands.ranks = {ranks} stages of a pipeline "
+                f"without work all the time; use train.accumulate={ranks} or more"
             )
         return self
 

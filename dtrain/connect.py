@@ -75,14 +75,16 @@ def connect(
     device: torch.device | None = None,
     epoch: int | None = None,
     on_wait: OnWait = _log_wait,
+    inside: Callable[[torch.device], Island] = Replicas,
 ) -> Connection:
-    """Join the link as the launcher's environment says; without a launcher, an island of its own."""
+    """Join the link as the launcher's environment says; without a launcher, an island of its own. ``inside``: what the ranks of
+    an island are to each other, where there are several."""
     place = place or place_from_env()
     device = device or torch.device("cpu")
     recipe, axes = None, {}
     if settings is None:
         settings, recipe, axes = _settings_of_job(place.job)
-    ranks = _ranks(place, device)
+    ranks = _ranks(place, device, inside)
     if place.num_islands == 1 or not place.meet:
         if place.num_islands > 1:
             raise ValueError(
@@ -168,7 +170,7 @@ def _settings_of_job(path: Path | None) -> tuple[LinkSettings, str | None, dict[
     return settings_of(job.link), recipe, axes
 
 
-def _ranks(place: Place, device: torch.device) -> Island:
+def _ranks(place: Place, device: torch.device, inside: Callable[[torch.device], Island]) -> Island:
     if place.num_ranks == 1:
         return Alone()
     if not torch.distributed.is_initialized():
@@ -176,7 +178,7 @@ def _ranks(place: Place, device: torch.device) -> Island:
             f"this island has {place.num_ranks} ranks and no process group; "
             "call torch.distributed.init_process_group() before dtrain.join"
         )
-    return Replicas(device)
+    return inside(device)
 
 
 Maker = Callable[[Place, "LinkSettings", Store, int, torch.device], Transport]

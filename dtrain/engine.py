@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
@@ -29,8 +30,9 @@ from dtrain.corrected import moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exact import Exact, refuse_unequal_steps
 from dtrain.fused import fused_steps
-from dtrain.gradients import Gradients, clip_to
+from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
+from dtrain.island.norm import clip_gradients
 from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
 from dtrain.meetings import Meetings
@@ -68,13 +70,14 @@ class Sync:
         self._model = model
         check_ranks(recipe, self._ranks.num_ranks)
         plan = assemble(recipe, seed, connection.num_nodes)
-        self._flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
+        flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
+        self._flat = replace(flat, first=self._ranks.before(flat.numel))
         device = self._flat.storages[0].device
         prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_ranks, with_grad=plan.rewrites_gradients)
+        self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_replicas, with_grad=plan.rewrites_gradients)
         if recipe.moments is not None:
             self.buckets = with_moments(recipe.name, self.buckets, self._flat, optimizers)
-        mine = [b for b in self.buckets if b.owner == self._ranks.rank]
+        mine = [b for b in self.buckets if b.owner == self._ranks.replica]
         self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device)
         self._wait = Wait(connection, self._traffic)
@@ -89,7 +92,7 @@ class Sync:
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
-        self._fused = fused_steps(self.core, optimizers, self._flat) if self._ranks.num_ranks == 1 else None
+        self._fused = fused_steps(self.core, optimizers, self._flat, self._ranks)
         if plan.graph is not None:
             self._meetings = Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
@@ -114,14 +117,14 @@ class Sync:
         here. Call it and ``after_update`` yourself where hooks do not fit, and give join no optimizer then."""
         if self._fused is None:
             self._land_due(self.step + 1)
-        else:  # the optimizer's step lands them
+        elif self._fragments_due(self.step + 1):  # the optimizer's step lands them
             self._wait_for([lane.flight for lane in self.core.due(self.step + 1) if lane.flight is not None])
         if self._clip and self.core.plan.signs:
-            clip_to(self._flat, self._clip)
+            clip_gradients(self._flat.trained, self._clip, self._ranks)
         if self._gradients is not None and self.core.plan.exchanges(self.num_islands):
             self._exchange_gradients()
         if self._clip and self._fused is None and not self.core.plan.signs:  # a fused step clips in its own pass
-            clip_to(self._flat, self._clip)
+            clip_gradients(self._flat.trained, self._clip, self._ranks)
         self._prepared = True
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,20 +13,27 @@ from torch import Tensor, nn
 def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int = 64) -> float:
     """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was
     afterwards."""
-    inputs, targets = sequences
-    if inputs.shape[0] < 1 or batch < 1:
-        raise ValueError(f"cannot evaluate {inputs.shape[0]} sequences in batches of {batch}; use 1 or more of each")
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs
     model.eval()
     try:
-        for x, y in zip(
-            inputs.split(batch), targets.split(batch), strict=True
-        ):  # (batch, T) each, the last may be smaller
-            logits = model(x.to(device)).flatten(0, 1).float()  # (batch * T, V)
-            total_nats += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
+        for x, y in batches_of(sequences, batch):
+            total_nats += nats(model(x.to(device)), y.to(device))
     finally:
         for module, training in modes:
             module.training = training
-    return total_nats / targets.numel()
+    return total_nats / sequences[1].numel()
+
+
+def batches_of(sequences: tuple[Tensor, Tensor], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+    """(batch, T) each, the last may be smaller. Raises ValueError where there are none."""
+    inputs, targets = sequences
+    if inputs.shape[0] < 1 or batch < 1:
+        raise ValueError(f"cannot evaluate {inputs.shape[0]} sequences in batches of {batch}; use 1 or more of each")
+    yield from zip(inputs.split(batch), targets.split(batch), strict=True)
+
+
+def nats(logits: Tensor, targets: Tensor) -> float:
+    """The sum of the losses of (batch, T) targets, given (batch, T, V) logits."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()

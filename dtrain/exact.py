@@ -69,7 +69,7 @@ class Exact:
         self._connection, self._traffic, self._wait = connection, traffic, wait
         self._ranks = connection.ranks
         self._device = buckets[0].x.device
-        self._mine = [b for b in buckets if b.owner == self._ranks.rank]
+        self._mine = [b for b in buckets if b.owner == self._ranks.replica]
         self._averaged: list[Tensor] = []
         self._as_trained: dict[int, Tensor] = {}
         """Parameters by bucket as they were before ``rest`` moved them, from which the next average takes their distance."""
@@ -83,7 +83,7 @@ class Exact:
             self._compare(recipe, seed, edges)
             same = self._mine if recipe.start == "same" else []
             flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
-            if self._ranks.rank == 0:  # apart, so that a statistic that differs does not send a frozen model along
+            if self._ranks.replica == 0:  # apart, so that a statistic that differs does not send a frozen model along
                 for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
                     if rest:
                         flights.append(self._flight(START, self._beyond(name), lambda link, rest=rest: align(rest, link)))
@@ -120,7 +120,7 @@ class Exact:
         """Replace the model, buffers too, by the mean over islands, the same bits on all of them."""
         self._flat.check_in_place(self._model)
         pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
-        buffers = pack(self._averaged) if self._ranks.rank == 0 else None
+        buffers = pack(self._averaged) if self._ranks.replica == 0 else None
         if buffers is not None:
             pieces.append((self._beyond(_BUFFERS), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
         self._connection.membership.announce(Notice(step, self.merges, merging=True))
@@ -162,17 +162,18 @@ class Exact:
         return Averaged((sum(d for d, _ in told) / self._connection.num_nodes) ** 0.5, tuple(int(s) for _, s in told))
 
     def _tell(self, step: int, values: Sequence[float]) -> list[list[float]]:
-        """Rank 0 of each island tells a few numbers, as many as the others; every rank learns them, a list an island."""
+        """An island tells a few numbers, as many as the others; all who hold the same parameters learn them, a list an island."""
         everyone: list[Tensor] = []
-        if self._ranks.rank == 0:
+        if self._ranks.replica == 0:
             own = torch.tensor(values, dtype=torch.float64).view(torch.uint8).to(self._device)
             self._run(step, [self._flight(MERGE, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
         else:
             self._run(step, [])
-        size = len(values)
-        notes = [x for note in everyone for x in note.cpu().clone().view(torch.float64).tolist()]
-        told = self._ranks.total(notes or [0.0] * (size * self._connection.num_nodes))
-        return [told[k : k + size] for k in range(0, len(told), size)]
+        told = torch.zeros(self._connection.num_nodes, len(values), dtype=torch.float64, device=self._device)
+        for row, note in zip(told, everyone, strict=False):
+            row.copy_(note.clone().view(torch.float64))
+        self._ranks.share([told])
+        return told.tolist()
 
     def _compare(self, recipe: Recipe, seed: int, edges: int) -> None:
         """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0."""

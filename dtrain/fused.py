@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dtrain.bucket import Flat
 from dtrain.codec import Update, adam_bytes
 from dtrain.core import Core, Flight
+from dtrain.island.replicas import Island
 from dtrain.kernels import SUM_TILE, Adam, Piece, operations
 from dtrain.optim.accum_adam import AccumAdamW, owned
 from dtrain.spans import span
@@ -28,10 +29,10 @@ Numbers = tuple[dict[str, Any], Adam]
 class FusedSteps:
     """The optimizer steps of one rank, a bucket at a time."""
 
-    def __init__(self, core: Core, optimizer: AccumAdamW, flat: Flat) -> None:
-        self._core, self._optimizer = core, optimizer
+    def __init__(self, core: Core, optimizer: AccumAdamW, flat: Flat, ranks: Island) -> None:
+        self._core, self._optimizer, self._joined = core, optimizer, ranks.joined
         starts: dict[str, int] = {}
-        at = 0
+        at = flat.first
         for members in flat.order:
             for i in members:
                 starts[flat.names[i]] = at
@@ -79,7 +80,7 @@ class FusedSteps:
         if gradients:
             num_sums = sum(-(-g.numel() // SUM_TILE) for g in gradients)
             operations(gradients[0].device).sum_of_squares(gradients, self._sums[:num_sums])
-            total = self._sums[:num_sums].sum().sqrt()
+            total = self._joined(self._sums[:num_sums]).sum().sqrt()
             self._grad_scale.copy_((norm / (total + 1e-6)).clamp_(max=1.0))
 
     def _step_alone(self, places: Sequence[Place], now: Mapping[Tensor, Numbers]) -> None:
@@ -101,9 +102,11 @@ def _fuses(places: Sequence[Place], now: Mapping[Tensor, Numbers]) -> bool:
     return all(p in now for p, _, _ in places) and len({now[p][1] for p, _, _ in places}) == 1
 
 
-def fused_steps(core: Core, optimizers: Sequence[Optimizer], flat: Flat) -> FusedSteps | None:
-    """None where the method has no fused form, or another optimizer than one AccumAdamW owns the update."""
+def fused_steps(core: Core, optimizers: Sequence[Optimizer], flat: Flat, ranks: Island) -> FusedSteps | None:
+    """None where the method has no fused form, another optimizer than one AccumAdamW owns the update, or ranks share buckets."""
+    if ranks.num_replicas > 1:
+        return None
     optimizer = owned(optimizers, flat.parameters)
     if optimizer is None or not any(lane.algorithm.fused for lane in core.lanes):
         return None
-    return FusedSteps(core, optimizer, flat)
+    return FusedSteps(core, optimizer, flat, ranks)

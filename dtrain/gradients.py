@@ -1,4 +1,4 @@
-"""How do gradients get into the buckets and back, for methods that rewrite them before the update? And how are they clipped?"""
+"""How do gradients get into the buckets and back? For methods that rewrite them before the update."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ import torch
 from torch import nn
 
 from dtrain.bucket import Bucket, Flat
-from dtrain.spans import span
-
-
-def clip_to(flat: Flat, norm: float) -> None:
-    """Scale the gradients of all parameters to a global norm at most."""
-    with span("clip"):
-        nn.utils.clip_grad_norm_(flat.trained, norm)
 
 
 class Gradients:

@@ -32,7 +32,9 @@ class JobSection(Section):
 class Islands(Section):
     count: int = Field(2, ge=1, le=1024, description="number of islands")
     ranks: int = Field(1, ge=1, le=1024, description="processes (GPUs) on each island")
-    engine: Literal["ddp"] = Field("ddp", description="what runs inside an island")
+    engine: Literal["ddp", "pipeline"] = Field(
+        "ddp", description="inside an island: ddp, each rank has the whole model; pipeline, each rank has a stage of its layers"
+    )
     shard: Literal["iid", "by_file"] = Field(
         "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import checkpoint
 from dtrain.build import build_model, build_optimizers, build_recipe, moved_bytes
@@ -25,14 +24,17 @@ from dtrain.codec import prepare_kernels
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
 from dtrain.data.corpus import Corpus, load_corpus
-from dtrain.data.sampler import heldout_sequences, sample_batch
+from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
-from dtrain.evaluate import evaluate
+from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.device import own_device
+from dtrain.island.replicas import Island as Ranks
+from dtrain.island.replicas import Replicas
+from dtrain.island.stages import Stages
 from dtrain.membership import Notice, Place
-from dtrain.metrics import MetricsWriter, Part, StatusFile, write_part
-from dtrain.models.gpt import GPT, num_parameters
+from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
+from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import SAM, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
@@ -40,6 +42,7 @@ from dtrain.recipes import rho_of
 from dtrain.spans import span
 
 _STATUS_EVERY_S = 0.5
+_INSIDE: Mapping[str, Callable[[torch.device], Ranks]] = {"ddp": Replicas, "pipeline": Stages}
 
 
 def cpu_threads(job: Job) -> int:
@@ -72,7 +75,9 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
             observe = held.enter_context(Profiled(window, place, device)).before_step
         while True:
             try:
-                connection = connect(place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait)
+                connection = connect(
+                    place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
+                )
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
             except Regroup as again:
@@ -90,18 +95,16 @@ class _Island:
     run: Path
     status: StatusFile
     connection: Connection
-    model: GPT
-    trained: nn.Module
+    model: nn.Module
+    """What this rank trains: all of the model, or its stage."""
+    inside: Inside
     optimizers: list[torch.optim.Optimizer]
     sam: SAM | None
     sync: Sync
     heldout: tuple[Tensor, Tensor]
-    device: torch.device
     clock: Clock
     first_step: int
     """Where these islands began: 0, or where those before them, of another number, were merged."""
-    computing: AbstractContextManager[object]
-    """Held while the model is computed; islands of one process take turns on the cores."""
 
     @property
     def speaks(self) -> bool:
@@ -121,7 +124,9 @@ def train_island(
     observe: Observe = unobserved,
     computing: AbstractContextManager[object] | None = None,
 ) -> None:
-    """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link."""
+    """Train from ``resume_step`` to the end over a ready connection. Raises Regroup and PeerLost from the link.
+
+    ``computing`` is held while a model is computed: islands of one process take turns on the cores."""
     with _failure_announced(connection):
         computing = computing or nullcontext()
         island = _begin(
@@ -158,10 +163,13 @@ def _begin(
 ) -> _Island:
     """Model, optimizer and sync as they were at ``resume_step``."""
     wall_begun = time.monotonic()
-    model = build_model(job, corpus, connection.node).to(device)
+    ranks, whole = connection.ranks, build_model(job, corpus, connection.node)
+    shapes = {name: x.to("meta") for name, x in whole.state_dict().items()}
+    part = GPTStage(whole, ranks.rank, ranks.num_ranks) if job.islands.engine == "pipeline" else None
+    model = (part or whole).to(device)
     recipe = build_recipe(job)
     optimizers = build_optimizers(job, recipe, model)
-    saved, start = _starting_point(run, connection.node, resume_step, model)
+    saved, start = _starting_point(run, connection, resume_step, whole, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
@@ -170,35 +178,50 @@ def _begin(
     if saved:
         # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
         model.load_state_dict(_model_weights(saved))
-        checkpoint.load_optimizers(optimizers, saved)
-        sync.load_state_dict({k.removeprefix("sync."): v for k, v in saved.items() if k.startswith("sync.")})
-        torch.set_rng_state(saved[f"rng{connection.ranks.rank}"])
+        checkpoint.load_optimizers(optimizers, saved, ranks.prefix)
+        own = f"{ranks.prefix}sync."
+        sync.load_state_dict({k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)})
+        torch.set_rng_state(saved[f"rng{ranks.rank}"])
     else:
         sync.core.step = start
-    trained = DistributedDataParallel(model) if connection.ranks.num_ranks > 1 else model
-    heldout = heldout_sequences(corpus, job.model.context)
-    moved = (heldout[0].to(device), heldout[1].to(device))
+    inputs, targets = heldout_sequences(corpus, job.model.context)
+    heldout, batches = (inputs.to(device), targets.to(device)), Batches(job, corpus, connection, device)
+    if part is not None:
+        from dtrain.inside_stages import Staged  # torch's pipelines take a second to import, which no other run is to wait for
+
+        inside: Inside = Staged(job, part, shapes, batches, heldout, connection)
+    else:
+        inside = Whole(job, whole, batches, heldout, connection, computing)
     first_step = int(saved.get("first_step", start))
     rho = rho_of(recipe, job.train.sam_rho)
     return _Island(
-        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, trained=trained,
-        optimizers=optimizers, sam=SAM(optimizers, rho=rho) if rho else None, sync=sync, heldout=moved, device=device,
-        clock=clock, first_step=first_step, computing=computing,
-    )
+        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, inside=inside, optimizers=optimizers,
+        sam=SAM(optimizers, rho=rho, joined=ranks.joined) if rho else None, sync=sync, heldout=heldout, clock=clock,
+        first_step=first_step,
+    )  # fmt: skip
 
 
-def _starting_point(run: Path, island: int, resume_step: int, model: nn.Module) -> tuple[dict[str, Tensor], int]:
-    """A checkpoint's tensors and step; or merged weights of another number of islands; or nothing and 0."""
+def _starting_point(
+    run: Path, connection: Connection, resume_step: int, whole: nn.Module, model: nn.Module
+) -> tuple[dict[str, Tensor], int]:
+    """A checkpoint's tensors of this rank's model, and its step; or merged weights of another number of islands, which are put
+    into the whole model; or nothing and 0."""
+    island, prefix, held = connection.node, connection.ranks.prefix, {f"model.{name}" for name in model.state_dict()}
+
+    def wanted(key: str) -> bool:
+        others = key not in held if key.startswith("model.") else key.startswith("stage") and not key.startswith(prefix)
+        return not (prefix and others)  # who has the whole model looks at all, and at what the model has not
+
     folder = checkpoint.island_folder(run, resume_step, island)
     merged = run / "init.safetensors"
     if resume_step and folder.exists():
-        saved = checkpoint.load_island(run, resume_step, island)
+        saved = checkpoint.load_island(run, resume_step, island, wanted)
         checkpoint.check_same_model(_model_weights(saved), model, folder)
         return saved, resume_step
     if merged.exists():
         weights = checkpoint.load_weights(merged)
-        checkpoint.check_same_model(weights, model, merged)
-        model.load_state_dict(weights)
+        checkpoint.check_same_model(weights, whole, merged)
+        whole.load_state_dict(weights)
         return {}, checkpoint.weights_step(merged)
     if resume_step:
         raise ValueError(f"no checkpoint of island {island} at step {resume_step} in {run / 'checkpoints'}")
@@ -261,36 +284,11 @@ def _step(island: _Island, step: int) -> float:
 
 
 def _gradient(island: _Island, step: int) -> float:
-    """Forward and backward over this rank's share of the island's batch; returns the island's mean loss."""
-    job, ranks = island.job, island.connection.ranks
-    micro_batch = job.train.batch // (ranks.num_ranks * job.train.accumulate)
+    """Forward and backward over the island's batch; returns the island's mean loss."""
+    ranks = island.connection.ranks
     for optimizer in island.optimizers:
         optimizer.zero_grad()
-    total = 0.0
-    for micro in range(job.train.accumulate):
-        with span("data"):
-            inputs, targets = sample_batch(
-                island.corpus,
-                seed=job.job.seed,
-                island=island.connection.node,
-                num_islands=island.connection.num_nodes,
-                rank=ranks.rank,
-                step=step,
-                micro=micro,
-                batch=micro_batch,
-                context=job.model.context,
-                shard=job.islands.shard,
-            )
-            inputs, targets = inputs.to(island.device), targets.to(island.device)
-        if isinstance(island.trained, DistributedDataParallel):
-            island.trained.require_backward_grad_sync = micro == job.train.accumulate - 1
-        with island.computing, span("forward_backward"):
-            with torch.autocast(island.device.type, dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
-                logits = island.trained(inputs)
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / job.train.accumulate
-            loss.backward()
-            total += float(loss.detach())
-    total = ranks.total([total])[0] / ranks.num_ranks
+    total = ranks.total([island.inside.gradient(step)])[0] / ranks.num_replicas
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
     return total
@@ -300,16 +298,16 @@ def _evaluate_aside(island: _Island, step: int) -> float | None:
     """The island's own model on the held-out sequences, on evaluation steps; the last step is evaluated at the
     end."""
     every = island.job.train.eval_every
-    if not island.speaks or not every or step % every or step == island.job.train.steps:
+    if not every or step % every or step == island.job.train.steps:
         return None
     with island.clock.aside():
-        island.status.update("evaluating", step)
-        return _evaluate(island)
+        _say(island, "evaluating", step)
+        return island.inside.evaluate()
 
 
-def _evaluate(island: _Island) -> float:
-    with island.computing:
-        return evaluate(island.model, island.heldout)
+def _say(island: _Island, state: State, step: int) -> None:
+    if island.speaks:
+        island.status.update(state, step)
 
 
 def _consensus_aside(island: _Island, step: int) -> float | None:
@@ -326,18 +324,17 @@ def _checkpoint_aside(island: _Island, step: int) -> None:
         return
     island.sync.settle()  # waiting for the link is not put aside: stats() count it too
     with island.clock.aside():
-        if island.speaks:
-            island.status.update("training", step)  # no longer "waiting", if that was said last
+        _say(island, "training", step)  # no longer "waiting", if that was said last
         _save(island, step)
 
 
 def _save(island: _Island, step: int) -> None:
-    rank, clock = island.connection.ranks.rank, island.clock
+    rank, prefix, clock = island.connection.ranks.rank, island.connection.ranks.prefix, island.clock
     numbers = {"time_s": clock.time_s(), "aside_s": clock.aside_s, "wall_s": clock.wall_s()}
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
-        | checkpoint.optimizers_tensors(island.optimizers)
-        | {f"sync.{k}": v for k, v in island.sync.state_dict().items()}
+        | checkpoint.optimizers_tensors(island.optimizers, prefix)
+        | {f"{prefix}sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
         | {f"clock.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         | {"first_step": torch.tensor(island.first_step)}
@@ -349,32 +346,31 @@ def _save(island: _Island, step: int) -> None:
 
 def _finish(island: _Island) -> None:
     """Evaluate the single model, merge exactly, evaluate again, and leave the island's share of the summary."""
-    job, node, sync, status = island.job, island.connection.node, island.sync, island.status
+    job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
     steps = job.train.steps
     sync.settle()  # the last round's bytes are training's, also where it lands in the merge
     train_s = island.clock.train_s()
     stats = sync.stats()
-    own_loss = math.nan
+    _say(island, "evaluating", steps)
+    own_loss, own_weights = inside.evaluate(), inside.weights()
     if island.speaks:
-        status.update("evaluating", steps)
-        own_loss = _evaluate(island)
-        checkpoint.save_weights(
-            island.run / "islands" / f"island{node}.safetensors", island.model.state_dict(), step=steps
-        )
-        status.update("merging", steps)
+        checkpoint.save_weights(island.run / "islands" / f"island{node}.safetensors", own_weights, step=steps)
+    del own_weights
+    _say(island, "merging", steps)
     distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
+    merged_loss = inside.evaluate()
+    merged_weights = inside.weights() if node == 0 else {}
     if not island.speaks:
         return
-    merged_loss = _evaluate(island)
     if node == 0:
-        checkpoint.save_weights(island.run / "model.safetensors", island.model.state_dict(), step=steps)
+        checkpoint.save_weights(island.run / "model.safetensors", merged_weights, step=steps)
     part = Part(
         island=node,
         islands=island.connection.num_nodes,
         ranks=island.connection.ranks.num_ranks,
         recipe=sync.recipe.name,
-        parameters=num_parameters(island.model),
+        parameters=inside.parameters,
         steps=steps,
         first_step=island.first_step,
         tokens=(steps - island.first_step) * job.train.batch * job.model.context,
@@ -396,4 +392,4 @@ def _finish(island: _Island) -> None:
         meetings=sync.core.meetings,
     )
     write_part(island.run / "logs" / f"island{node}", part)
-    status.update("done", steps)
+    _say(island, "done", steps)

@@ -21,6 +21,7 @@ How = Literal["run", "script", "sim"]
 
 _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
+    ("islands", "engine", "what it wraps its model in"),
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
     ("train", "optimizer", "dtrain.optim.muon_adamw"),
@@ -97,8 +98,10 @@ def check_answers(job: Job, how: How) -> None:
     if how == "sim":
         _check_sim(job)
         if job.islands.ranks != 1:
+            engine = " and islands.engine=ddp" if job.islands.engine != "ddp" else ""
             raise ValueError(
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
+                f"{engine}"
             )
     else:
         check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)

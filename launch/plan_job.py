@@ -22,6 +22,7 @@ from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import hidden_matrices
 from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
@@ -81,10 +82,17 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    work = _work(job, shapes)
+    stages = _stages(job, model)
+    work = max((_work(job, of) for of in stages or [shapes]), key=lambda w: w.flop)
+    work = replace(work, parameters=max(_numel(of) for of in stages or [shapes]))
     intra_bytes_per_s = _intra(job, said)
     step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
-    if job.islands.ranks > 1:
+    if stages:
+        notes.append(
+            f"an island's ranks are {len(stages)} stages, busy {_busy(job):.0%} of a step where one is as long as another; what "
+            "passes between them is not counted"
+        )
+    elif job.islands.ranks > 1:
         notes.append(_intra_note(said, intra_bytes_per_s))
     link = unequal.with_links(job, _link(job, said, notes))
     notes += unequal.note(job)
@@ -94,14 +102,15 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         vocab=vocab,
         tokens_per_step=job.train.batch * job.model.context,
         num_ranks=job.islands.ranks,
-        micro_batches=job.train.accumulate,
+        micro_batches=job.train.accumulate // max(1, len(stages)),  # 1F1B holds as many at once as there are stages
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
         optimizer=job.train.optimizer,
-        hidden=sum(p.numel() for p in hidden_matrices(model)),
+        hidden=sum(p.numel() for p in hidden_matrices(model)) if not stages else _hidden(model, max(stages, key=_numel)),
         factors=lambda num_islands: unequal.factors_of(job, num_islands),
         number_bytes=2 if job.train.precision == "bf16" else 4,
         gpu=said.gpu,
+        stages=stages,
         gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
@@ -119,12 +128,37 @@ def _model(job: Job) -> tuple[GPT, int]:
         return GPT(GPTConfig(vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context)), vocab
 
 
+def _stages(job: Job, model: GPT) -> list[Shapes]:
+    """What each rank has of the model, where they are stages of a pipeline."""
+    if job.islands.engine != "pipeline":
+        return []
+    parts = [GPTStage(model, stage, job.islands.ranks) for stage in range(job.islands.ranks)]
+    return [{name: tuple(p.shape) for name, p in part.named_parameters()} for part in parts]
+
+
 def _work(job: Job, shapes: Shapes) -> Work:
-    m = job.model
-    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    total = sum(numels.values())
-    tokens = job.train.batch * m.context // job.islands.ranks
-    return Work(tokens, total, total - numels["embedding.weight"], m.layers, m.width, m.context)
+    """Of a rank that has these parameters: of all tokens where it is a stage, else of its share."""
+    m, total = job.model, _numel(shapes)
+    layers = sum(name.endswith(".qkv.weight") for name in shapes)
+    looked_up = math.prod(shapes.get("embedding.weight", (0,)))
+    tokens = job.train.batch * m.context // (1 if layers < m.layers else job.islands.ranks)
+    return Work(tokens, total, total - looked_up, layers, m.width, m.context)
+
+
+def _hidden(model: GPT, stage: Shapes) -> int:
+    """Parameters of a stage that Muon would step."""
+    matrices = {id(p) for p in hidden_matrices(model)}
+    return sum(p.numel() for name, p in model.named_parameters() if name in stage and id(p) in matrices)
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _busy(job: Job) -> float:
+    """Of a step, that a rank computes: the first stage has work before the last, and the last before the first is done."""
+    micro_batches, stages = job.train.accumulate, job.islands.ranks if job.islands.engine == "pipeline" else 1
+    return micro_batches / (micro_batches + stages - 1)
 
 
 def _computes(
@@ -146,7 +180,8 @@ def _computes(
     if said.gpu is not None:
         gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
         flop_per_s = accelerators.peak(gpu, said.gpu, job.train.precision)
-        step_s = accelerators.step_s(work, gpu, mfu * flop_per_s, job.islands.ranks, _intra(job, said))
+        replicas = 1 if job.islands.engine == "pipeline" else job.islands.ranks
+        step_s = accelerators.step_s(work, gpu, mfu * flop_per_s * _busy(job), replicas, _intra(job, said))
         notes.append(
             f"a step takes {time_text(step_s)}{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
             f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says "

@@ -57,7 +57,8 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     """Raises ValueError where the job's own recipe does not fit so many islands."""
     asked, steps = of_section(job.sync.model_dump(exclude_none=True), num_islands), job.train.steps
     planner = Planner(setting)
-    shared = model_flat(setting.shapes, torch.device("meta"), asked).numel  # refused before all is reckoned
+    # Refused before all is reckoned where patterns match nothing; stages share all that they have.
+    shared = None if setting.stages else model_flat(setting.shapes, torch.device("meta"), asked).numel
     looked_at = candidates(
         asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps, shapes=setting.shapes,
         optimizer=setting.optimizer, num_ranks=setting.num_ranks,

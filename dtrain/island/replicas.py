@@ -1,4 +1,4 @@
-"""How do the ranks of an island that each hold the whole model work as one?
+"""How do the ranks of an island work as one? Here those that each hold the whole model; ``stages.py`` has those that share it.
 
 Each rank carries its own buckets over the link. When rounds have landed, every bucket's owner sends the new values to
 its island, over the island's own process group. Before that the ranks agree that none of them failed, so that no one
@@ -19,6 +19,11 @@ from dtrain.bucket import Bucket
 class Island(Protocol):
     rank: int
     num_ranks: int
+    replica: int
+    num_replicas: int
+    """Ranks that hold the parameters which this one holds, and its number among them: they share its buckets."""
+    prefix: str
+    """In a checkpoint, before what this rank keeps of parameters that no other rank holds."""
 
     def worst(self, code: int) -> int:
         """The highest code that any rank of the island brought."""
@@ -33,15 +38,24 @@ class Island(Protocol):
         ...
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """Give every rank rank 0's values."""
+        """Give every rank the values of the first that holds the same parameters."""
+        ...
+
+    def joined(self, values: Tensor) -> Tensor:
+        """Values of this rank's parameters, flat, become those of the whole model's, in the model's order."""
+        ...
+
+    def before(self, count: int) -> int:
+        """How much of what this rank's parameters have ``count`` of lies before them in the model."""
         ...
 
 
 class Alone:
     """An island of one rank."""
 
-    rank = 0
-    num_ranks = 1
+    rank = replica = 0
+    num_ranks = num_replicas = 1
+    prefix = ""
 
     def worst(self, code: int) -> int:
         return code
@@ -55,30 +69,54 @@ class Alone:
     def share(self, tensors: Sequence[Tensor]) -> None:
         """One rank is always equal to itself."""
 
+    def joined(self, values: Tensor) -> Tensor:
+        return values
+
+    def before(self, count: int) -> int:
+        return 0
+
 
 class Replicas:
     """An island of several ranks over its default process group."""
 
+    prefix = ""
+
     def __init__(self, device: torch.device) -> None:
-        self.rank = dist.get_rank()
-        self.num_ranks = dist.get_world_size()
+        self.rank = self.replica = dist.get_rank()
+        self.num_ranks = self.num_replicas = dist.get_world_size()
         self._device = device
 
     def worst(self, code: int) -> int:
-        value = torch.tensor([code], device=self._device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value)
+        return highest(code, self._device)
 
     def total(self, values: Sequence[float]) -> list[float]:
-        sums = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)
-        return sums.tolist()
+        return sums(values, self._device)
 
     def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
         _broadcast([(_values(b, gradients), b.owner) for b in buckets])
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         _broadcast([(x, 0) for x in tensors])
+
+    def joined(self, values: Tensor) -> Tensor:
+        return values
+
+    def before(self, count: int) -> int:
+        return 0
+
+
+def highest(code: int, device: torch.device) -> int:
+    """Of the codes of all ranks."""
+    value = torch.tensor([code], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def sums(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element by element, over all ranks."""
+    added = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(added)
+    return added.tolist()
 
 
 def _broadcast(values: Sequence[tuple[Tensor, int]]) -> None:

@@ -33,11 +33,15 @@ class SAM:
     Learning rates, state and checkpoints stay the optimizers' own. Beside them it holds one copy of the parameters during a step.
     What a forward pass writes (batch-norm statistics) is written twice. Raises ValueError for a rho that is not above 0."""
 
-    def __init__(self, optimizers: Optimizer | Sequence[Optimizer], *, rho: float) -> None:
+    def __init__(
+        self, optimizers: Optimizer | Sequence[Optimizer], *, rho: float, joined: Callable[[Tensor], Tensor] = lambda norms: norms
+    ) -> None:
+        """``joined``: the norms of this rank's gradients become those of the whole model's, where a rank holds a part of it."""
         if not 0 < rho < math.inf:
             raise ValueError(f"rho = {rho!r} is not allowed; use a number above 0, or the optimizer without SAM")
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.rho = rho
+        self._joined = joined
 
     def step(self, closure: Callable[[], T]) -> T:
         """``gradient``, then the optimizers' steps; returns the loss at the parameters themselves."""
@@ -53,7 +57,7 @@ class SAM:
         with torch.enable_grad():
             loss = closure()
         parameters = [p for p in self._parameters() if p.grad is not None]
-        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
             return loss
         moved = [(p, p.detach().clone()) for p in parameters]
@@ -79,12 +83,11 @@ class SAM:
         each = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         return list({id(p): p for p in each}.values())
 
-
-@torch.no_grad()
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """|g| over all, in fp32 at least: fp16 knows no norm above 65504, which gradients that a GradScaler scaled have, and no
-    _LEAST_NORM."""
-    if not gradients:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    @torch.no_grad()
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """|g| over all, in fp32 at least: fp16 knows no norm above 65504, which gradients that a GradScaler scaled have, and no
+        _LEAST_NORM."""
+        if not gradients:
+            return torch.zeros(())
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        return torch.linalg.vector_norm(self._joined(torch.stack([norm.to(norms[0].device) for norm in norms])))

@@ -23,7 +23,7 @@ def ends(setting: Setting, num_islands: int, shared: int | None = None) -> Ends:
     bytes a parameter x (n - 1) / n, of which those to other hosts and those to the same one have a link each. ``shared``:
     parameters that are merged; None: all."""
     link, n, host = setting.link, num_islands, min(setting.per_host, num_islands)
-    whole = 8.0 * (setting.work.parameters if shared is None else shared) / n
+    whole = 8.0 * (setting.parameters if shared is None else shared) / n
     far_s = _sends(whole * (n - host), link.far_bits_per_s) + (link.rtt_s if n > host else 0.0)
     near_s = _sends(whole * (host - 1), link.near_bits_per_s) + (link.near_rtt_s if host > 1 else 0.0)
     trip_s = link.rtt_s if n > host else link.near_rtt_s

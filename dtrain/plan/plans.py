@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +13,7 @@ from dtrain.plan.company import LinkSpeed
 from dtrain.plan.lateness import When
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island, StepTime, step_time
-from dtrain.plan.sent import Sent, Shapes, sent
+from dtrain.plan.sent import Sent, Shapes, sent, together
 from dtrain.plan.write import answers
 from dtrain.recipes import Recipe, optimizer_of, rho_of
 from dtrain.topology.consensus import consensus
@@ -32,6 +33,7 @@ class Setting:
     """Of one island."""
     num_ranks: int
     micro_batches: int
+    """Of which a rank holds the activations of one at a time."""
     moments_every: int | None
     number_bytes: int
     per_host: int
@@ -50,6 +52,13 @@ class Setting:
     gpu: str | None = None
     gpu_bytes: float | None = None
     """Memory of one; None where it is not known."""
+    stages: Sequence[Shapes] = ()
+    """The parts of ``shapes`` that each rank has, where they are stages of a pipeline; ``work`` is then that of the busiest."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(math.prod(shape) for part in self.stages for shape in part.values()) or self.work.parameters
 
     def fits(self, rank_bytes: int) -> bool:
         return self.gpu_bytes is None or rank_bytes <= self.gpu_bytes
@@ -103,7 +112,11 @@ class Planner:
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting
-            self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)
+            if s.stages:
+                parts = [sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host) for shapes in s.stages]
+                self._sent[key] = together(parts)
+            else:
+                self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)
         return self._sent[key]
 
     def _mixes(self, recipe: Recipe, num_islands: int) -> float | None:

@@ -196,6 +196,24 @@ def sent(
     )
 
 
+def together(stages: Sequence[Sent]) -> Sent:
+    """Of an island whose ranks are stages, from what each sends of its own part: nobody gets what another one has landed."""
+
+    def of(flown: Sequence[Sequence[Flown]]) -> tuple[Flown, ...]:
+        return tuple(replace(f, rank=rank, values_bytes=0) for rank, own in enumerate(flown) for f in own)
+
+    return Sent(
+        period=tuple(
+            Exchange(of([e.gradients for e in each]), of([e.rounds for e in each]))
+            for each in zip(*(s.period for s in stages), strict=True)
+        ),
+        mean_round_bytes=sum(s.mean_round_bytes for s in stages),
+        state_bytes=sum(s.state_bytes for s in stages),
+        wire_bytes=sum(s.wire_bytes for s in stages),
+        company=stages[0].company,
+    )
+
+
 def _exchange(core: Core, plan: Plan, alike: _Alike, index: int, per_host: int) -> Exchange:
     """Round ``index`` of every bucket, whatever its fragment's turn; buckets that are alike fly once."""
     for lane in core.lanes:

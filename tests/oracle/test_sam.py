@@ -197,6 +197,20 @@ def test_an_overflow_leaves_out_the_second_pass_and_the_step() -> None:
     assert moved == {"norm.weight", "norm.bias", "out.weight"}, "what is frozen and what is unused stays"
 
 
+def test_the_norm_may_be_of_more_than_this_ranks_parameters() -> None:
+    """A stage of a pipeline holds a gradient of 4, and the other stage one of 3: |g| = 5."""
+    z = torch.nn.Parameter(torch.tensor([7.0]))
+    seen: list[float] = []
+
+    def closure() -> None:
+        seen.append(z.item())
+        z.grad = torch.tensor([-4.0])
+
+    SAM(torch.optim.SGD([z], lr=0.1), rho=0.5, joined=lambda norms: torch.cat((norms, torch.tensor([3.0])))).gradient(closure)
+    assert seen == pytest.approx([7.0, 7.0 - 0.5 * 4 / 5], rel=2**-23)
+    assert z.item() == 7.0
+
+
 @pytest.mark.parametrize("size", [0.0, 2.0**-20, 300.0])
 def test_the_norm_of_fp16_gradients_neither_overflows_nor_vanishes(size: float) -> None:
     """|g| = size sqrt(65536) is 256 size: 76,800 is beyond fp16, and (2^-20)^2 below it. All that is computed is exact."""

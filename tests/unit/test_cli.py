@@ -78,6 +78,10 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["sim", "job.toml", "sync.exclude=head.*"], "job.toml: sync.exclude = 'head.*' is not allowed: Input should be a"),
         (["sim", "job.toml", "sync.include=[]"], "job.toml: sync.include = [] is not allowed: List should have at least 1 item"),
         (["run", "job.toml", "train.optimizer=muon", "--", "job.toml"], "train.optimizer = 'muon' has no effect on a script"),
+        (
+            ["run", "job.toml", "islands.engine=pipeline", "islands.ranks=2", "train.accumulate=2", "--", "job.toml"],
+            "islands.engine = 'pipeline' has no effect on a script",
+        ),
         (["run", "job.toml", "--", "no.py"], "no script at no.py"),
         (["run", "job.toml", "--"], "no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS"),
         (["keys", "lnk"], "'lnk' is no section of a job file; use one of job, islands, model,"),

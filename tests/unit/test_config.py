@@ -142,6 +142,25 @@ def test_what_a_job_cannot_say_is_one_line(override: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["islands.ranks=1"], 'islands.engine = "pipeline" with islands.ranks = 1 is one stage, which is no pipeline'),
+        (["islands.ranks=4", "train.accumulate=6"], "islands.ranks = 4 stages of a pipeline need a block each, and there are"),
+        (["islands.ranks=3"], "train.accumulate = 2 micro-batches leave some of islands.ranks = 3 stages of a pipeline without"),
+        (["train.batch=5"], "train.batch = 5 does not divide by train.accumulate = 2; use a multiple of 2"),
+    ],
+)
+def test_stages_that_do_not_fit_are_one_line(overrides: list[str], said: str) -> None:
+    """Of three blocks, two stages and two micro-batches; the batch is not shared among stages."""
+    raw = {"islands": {"engine": "pipeline", "ranks": 2}, "train": {"accumulate": 2, "batch": 6}}
+    parse_job(raw)
+    with pytest.raises(ValueError, match=r"^the job: ") as caught:
+        parse_job(raw, overrides)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_that_is_not_toml_or_not_of_sections_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     for content, said in (

@@ -78,6 +78,10 @@ def test_a_launch_killed_before_it_wrote_its_first_job_can_be_started_again() ->
         (["run", "link.port=1", "link.interface=nope0"], "link.interface = 'nope0' is not an interface"),
         (["run", "link.transport=nccl"], 'link.transport = "nccl" needs CUDA GPUs'),
         (["sim", "islands.ranks=2"], "islands.ranks = 2: dtrain sim gives every virtual island one rank"),
+        (
+            ["sim", "islands.ranks=2", "islands.engine=pipeline", "train.accumulate=2"],
+            "islands.ranks = 2: dtrain sim gives every virtual island one rank; use islands.ranks=1 and islands.engine=ddp",
+        ),
         (["sim", "data.source=short.txt"], 'data.source = "short.txt" holds out 3 tokens'),
     ],
 )

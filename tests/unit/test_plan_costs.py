@@ -17,6 +17,7 @@ from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.plans import Planner, Setting
 from dtrain.plan.unequal import unequal_lines
 from dtrain.recipes import resolve
+from dtrain.wire import HEADER_BYTES
 from tests.unit.small_run import write_job_file
 
 SAID = Said(step_s=0.03, bits_per_s=1e10, rtt_s=0.04)
@@ -71,6 +72,26 @@ def test_what_ranks_exchange_inside_an_island_takes_time(job: Path) -> None:
     found, notes = setting(job, replace(SAID, intra_bits_per_s=8e9), ranks)
     assert "ranks exchange 1 GB/s: what has landed, as was said" in notes
     assert (found.island("identity").num_ranks, found.island("identity").intra_bytes_per_s) == (2, 1e9)
+
+
+def test_stages_send_what_is_their_own_and_wait_for_each_other(job: Path) -> None:
+    """Two stages of three blocks and four micro-batches: each is busy four fifths of a step, and the first has two blocks."""
+    gpu = Said(gpu="h100", bits_per_s=1e10, rtt_s=0.04)
+    stages = ("islands.ranks=2", "islands.engine=pipeline", "train.accumulate=4", "sync.bucket_bytes=100000000")
+    whole, _ = setting(job, gpu, "sync.bucket_bytes=100000000")
+    cut, notes = setting(job, gpu, *stages)
+    assert "an island's ranks are 2 stages, busy 80% of a step" in notes
+    assert "what has landed" not in notes
+    recipe = resolve("diloco", {"codec": "identity", "reduce": "gather", "bucket_bytes": 100_000_000}, 2)
+    one, two = (Planner(s).row(recipe, 2) for s in (whole, cut))
+    assert two.sent.mean_round_bytes == one.sent.mean_round_bytes + HEADER_BYTES, "a bucket more"
+    assert [(f.rank, f.values_bytes) for f in two.sent.period[0].rounds] == [(0, 0), (1, 0)]
+    assert cut.parameters == whole.work.parameters
+    flop = whole.work.tokens * (6 * 2 * 12 * 64**2 + 12 * 2 * 64 * 128)
+    parameters = 256 * 64 + 2 * 12 * 64**2
+    passes_s = 28 * parameters / (3.35e12 * accelerators.MEMORY_SHARE)
+    assert cut.island("identity").step_s == pytest.approx(flop / (0.4 * 67e12 * 4 / 5) + passes_s)
+    assert two.memory.model == 16 * parameters
 
 
 SIM = (

@@ -1,0 +1,116 @@
+"""What runs inside an island, and makes a gradient of its batch? One model, or DDP's replicas of it; ``inside_stages.py`` has
+stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.config import Job
+from dtrain.connect import Connection
+from dtrain.data.corpus import Corpus
+from dtrain.data.sampler import sample_batch
+from dtrain.evaluate import evaluate
+from dtrain.models.gpt import GPT, num_parameters
+from dtrain.spans import span
+
+
+class Inside(Protocol):
+    """An island's ranks call each method together."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole model."""
+        ...
+
+    def gradient(self, step: int) -> float:
+        """Add the gradient of a step's batch to every ``grad``; returns this rank's part of the sum of the losses, in nats a
+        token, of the ranks that hold the same parameters."""
+        ...
+
+    def evaluate(self) -> float:
+        """The island's own model on the held-out sequences, in nats a token; rank 0 learns it, the others need not."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The whole model's on rank 0; the others need not have it."""
+        ...
+
+
+class Batches:
+    """Micro-batches of one island, on a rank's device."""
+
+    def __init__(self, job: Job, corpus: Corpus, connection: Connection, device: torch.device) -> None:
+        self._job, self._corpus, self._device = job, corpus, device
+        self._node, self._num_nodes = connection.node, connection.num_nodes
+
+    def micro(self, step: int, micro: int, *, rank: int, size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (size, context) each."""
+        job = self._job
+        with span("data"):
+            inputs, targets = sample_batch(
+                self._corpus,
+                seed=job.job.seed,
+                island=self._node,
+                num_islands=self._num_nodes,
+                rank=rank,
+                step=step,
+                micro=micro,
+                batch=size,
+                context=job.model.context,
+                shard=job.islands.shard,
+            )
+            return inputs.to(self._device), targets.to(self._device)
+
+
+class Whole:
+    """Every rank has the model and computes its share of the batch; DDP adds the gradients up where there are several."""
+
+    def __init__(
+        self, job: Job, model: GPT, batches: Batches, heldout: tuple[Tensor, Tensor], connection: Connection,
+        computing: AbstractContextManager[object],
+    ) -> None:  # fmt: skip
+        self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
+        self._ranks, self._computing = connection.ranks, computing
+        self._trained: nn.Module = DistributedDataParallel(model) if self._ranks.num_ranks > 1 else model
+        self._device = heldout[0].device
+
+    @property
+    def parameters(self) -> int:
+        return num_parameters(self._model)
+
+    def gradient(self, step: int) -> float:
+        train, ranks = self._job.train, self._ranks
+        size = train.batch // (ranks.num_ranks * train.accumulate)
+        total = 0.0
+        for micro in range(train.accumulate):
+            inputs, targets = self._batches.micro(step, micro, rank=ranks.rank, size=size)
+            if isinstance(self._trained, DistributedDataParallel):
+                self._trained.require_backward_grad_sync = micro == train.accumulate - 1
+            with self._computing, span("forward_backward"):
+                with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
+                    loss = mean_loss(self._trained(inputs), targets, train.accumulate)
+                loss.backward()
+                total += float(loss.detach())
+        return total
+
+    def evaluate(self) -> float:
+        if self._ranks.rank:
+            return math.nan
+        with self._computing:
+            return evaluate(self._model, self._heldout)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._model.state_dict()
+
+
+def mean_loss(logits: Tensor, targets: Tensor, micro_batches: int) -> Tensor:
+    """A micro-batch's share of the batch's mean loss."""
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / micro_batches

@@ -1,0 +1,69 @@
+"""What does a rank of a pipelined island run in tests? The job's own training, on the harness's process group and link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain import checkpoint, metrics
+from dtrain.config import Job
+from dtrain.connect import connect, settings_of
+from dtrain.data.corpus import load_corpus
+from dtrain.island.stages import Stages
+from dtrain.membership import place_from_env
+from dtrain.metrics import StatusFile
+from dtrain.train import train_island
+from tests.unit.by_hand import job_of
+
+_LATER_EPOCHS = 1000
+"""For links beyond the one that the harness gives each scenario."""
+
+
+def staged_job(source: str, *changes: str) -> Job:
+    """Two micro-batches, as two stages need; three blocks, so that the stages are unequal."""
+    return job_of(
+        Path(source), "islands.ranks=2", 'islands.engine="pipeline"', "model.layers=3", "train.accumulate=2", "train.steps=8",
+        *changes,
+    )  # fmt: skip
+
+
+def trained(*, source: str, name: str, changes: list[str], resume_step: int = 0) -> dict[str, Any]:
+    """Train to the end; with ``resume_step`` once more from that checkpoint, in a link of its own. What rank 0 finds of the
+    weights of both is compared here, the rest in the test."""
+    torch.set_num_threads(1)
+    job = staged_job(source, *changes)
+    run = Path(os.environ["DTRAIN_RUN"], name)
+    _train(job, run, 0, int(os.environ["DTRAIN_EPOCH"]))
+    once = _left(run)
+    if not resume_step:
+        return {"stats": once[1:]}
+    _train(job, run, resume_step, int(os.environ["DTRAIN_EPOCH"]) + _LATER_EPOCHS)
+    again = _left(run)
+    return {"stats": once[1:], "same": once[0].keys() == again[0].keys() and all(
+        torch.equal(once[0][k], again[0][k]) for k in once[0]
+    )}  # fmt: skip
+
+
+def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
+    place = place_from_env()
+    logs = run / "logs" / f"island{place.island}"
+    if place.rank == 0:
+        logs.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    cpu = torch.device("cpu")
+    connection = connect(place, settings_of(job.link), device=cpu, epoch=epoch, inside=Stages)
+    status = StatusFile(logs / "status.json", job.train.steps, job.link.timeout_s)
+    train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step)
+    dist.barrier()
+
+
+def _left(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """This island's weights before the merge, and its share of the summary."""
+    island = place_from_env().island
+    return checkpoint.load_weights(run / "islands" / f"island{island}.safetensors"), metrics.read_json(
+        run / "logs" / f"island{island}" / "part.json"
+    )
