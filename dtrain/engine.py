@@ -378,25 +378,12 @@ def join(
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
-        "every": every,
-        "schedule": schedule,
-        "moments": moments,
-        "delay": delay,
-        "codec": codec,
-        "error_feedback": error_feedback,
-        "feedback_decay": feedback_decay,
-        "topology": topology,
-        "graph": graph,
-        "server": server,
-        "reduce": reduce,
+        "every": every, "schedule": schedule, "moments": moments, "delay": delay,
+        "codec": codec, "error_feedback": error_feedback, "feedback_decay": feedback_decay,
+        "topology": topology, "graph": graph, "server": server, "reduce": reduce, "rank": rank,
         "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
-        "gamma": gamma,
-        "gossip_steps": gossip_steps,
-        "landing": landing,
-        "alpha": alpha,
-        "fragments": fragments,
-        "bucket_bytes": bucket_bytes,
-        "rank": rank, "include": include, "exclude": exclude,
+        "gamma": gamma, "gossip_steps": gossip_steps, "landing": landing, "alpha": alpha,
+        "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }
     connection = link or connect(device=next(model.parameters()).device)
     said = {k: v for k, v in overrides.items() if v is not None}

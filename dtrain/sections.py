@@ -106,7 +106,7 @@ class Train(Section):
 class Sync(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
-    recipe: str | None = Field(None, description="a row of dtrain/recipe_rows.py, or FILE.py:ROW, one of your own")
+    recipe: str | None = Field(None, description="a row that dtrain recipes lists, or FILE.py:ROW, one of your own")
     algorithm: AlgorithmName | None = Field(
         None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
     )

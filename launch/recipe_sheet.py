@@ -16,10 +16,10 @@ from dtrain.recipes import Recipe, resolve, with_steps
 ISLANDS = 4
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("who talks to whom?", ("topology", "graph", "server")),
-    ("when?", ("every", "fragments", "schedule")),
-    ("what?", ("algorithm", "payload")),
-    ("how is it encoded?", ("codec", "error_feedback")),
-    ("by what path?", ("reduce",)),
+    ("when?", ("every", "fragments", "schedule", "moments")),
+    ("what?", ("algorithm", "payload", "include", "exclude")),
+    ("how is it encoded?", ("codec", "error_feedback", "feedback_decay")),
+    ("by what path?", ("reduce", "rank")),
     ("how is it combined?", ("combine",)),
     ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "gamma", "gossip_steps")),
     ("how late does it land?", ("delay", "landing", "alpha")),

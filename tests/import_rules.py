@@ -24,7 +24,10 @@ LAYERS = (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
         *("low_rank", "codebook", "dct", "torch_codec"),
     ),
-    ("recipe", "recipe_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec", "own_topology"),
+    (
+        *("recipe", "recipe_rows", "outer_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec"),
+        "own_topology",
+    ),
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),

@@ -145,8 +145,8 @@ class Sent:
 
 def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None) -> Flat:
     """Of the parameters that the recipe lets islands share; None: of all."""
-    chosen = (None, None) if recipe is None else (recipe.include, recipe.exclude)
-    return flatten(((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items()), *chosen)
+    named = ((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
+    return flatten(named) if recipe is None else flatten(named, recipe.include, recipe.exclude)
 
 
 def sent(
@@ -201,7 +201,6 @@ def together(stages: Sequence[Sent]) -> Sent:
 
     def of(flown: Sequence[Sequence[Flown]]) -> tuple[Flown, ...]:
         return tuple(replace(f, rank=rank, values_bytes=0) for rank, own in enumerate(flown) for f in own)
-
     return Sent(
         period=tuple(
             Exchange(of([e.gradients for e in each]), of([e.rounds for e in each]))
