@@ -293,7 +293,7 @@ def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
     for i in members:
         n = flat.parameters[i].numel()
         name, shape = flat.names[i], tuple(flat.parameters[i].shape)
-        spans.append(Span(name, shape, global_base + offset, offset, offset + n, name in flat.embeddings))
+        spans.append(Span(name, shape, global_base + offset, offset, offset + n, embedding=name in flat.embeddings))
         offset += n
     return Layout(tuple(spans))
 

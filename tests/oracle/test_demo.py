@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import dtrain
-from dtrain.build import build_optimizer
+from dtrain.build import build_optimizers
 from dtrain.config import parse_job
 from dtrain.connect import Connection, connect_local
 from dtrain.launch.run_folder import resolved
 from dtrain.plan.candidates import candidates
-from dtrain.recipes import RECIPES, resolve
+from dtrain.recipes import RECIPES, optimizer_of, resolve
 from tests.islands import run_islands
 
 N, STEPS, LR, DECAY = 4, 12, 0.125, 0.25
@@ -125,12 +125,21 @@ def test_a_loop_must_step_by_plain_sgd() -> None:
 
 def test_a_job_steps_by_sgd_and_decays_matrices_alone() -> None:
     job = parse_job({"sync": {"recipe": "demo"}, "train": {"lr": 0.01, "weight_decay": 0.3}})
-    optimizer = build_optimizer(job, RECIPES["demo"], nn.Linear(3, 2))
+    (optimizer,) = build_optimizers(job, RECIPES["demo"], nn.Linear(3, 2))
     assert type(optimizer) is torch.optim.SGD
     groups = [(group["lr"], group["weight_decay"], group["momentum"], len(group["params"])) for group in optimizer.param_groups]
     assert groups == [(0.01, 0.3, 0, 1), (0.01, 0.0, 0, 1)]
     with pytest.raises(ValueError, match=r'^train.moments_every = 1 is of AdamW, and sync.recipe = "demo" is defined with SGD'):
         resolved(parse_job({"sync": {"recipe": "demo"}, "train": {"moments_every": 1}}))
+    with pytest.raises(ValueError, match=r'^train.optimizer = "adamw" takes SGD from sync.recipe = "demo", which is defined with it'):
+        optimizer_of(RECIPES["demo"], "adamw")
+
+
+def test_a_parameter_that_stays_an_islands_own_would_step_by_a_gradient_and_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^sync.exclude = \('a',\) has no effect with sync.algorithm = \"demo\""):
+        resolve("demo", {"exclude": ["a"]}, 4)
+    asked = resolve("dpsgd", {"exclude": ["a"]}, 4)
+    assert "demo" not in {r.name for r in candidates(asked, 4)}
 
 
 def test_a_plan_looks_at_it_with_its_own_codec_alone() -> None:

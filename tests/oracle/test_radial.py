@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import dtrain
-from dtrain.bucket import Layout, Span, embeddings_of, flatten, make_buckets
+from dtrain.assemble import cut
+from dtrain.bucket import GRAIN, Layout, Span, embeddings_of, flatten
 from dtrain.codec import by_name
 from dtrain.combine import radial
 from dtrain.connect import Connection
@@ -125,7 +126,7 @@ def test_it_is_its_paper(n: int, delay: int) -> None:
 
 def combine(values: list[list[float]], *, embedding: bool = False) -> list[float]:
     n = len(values[0])
-    layout = Layout((Span("x", (n, 1), 0, 0, n, embedding),))
+    layout = Layout((Span("x", (n, 1), 0, 0, n, embedding=embedding),))
     codec = by_name("identity", error_feedback=False).bind(layout)
     wires = [codec.new_wire(torch.device("cpu")) for _ in values]
     for value, wire in zip(values, wires, strict=True):
@@ -148,12 +149,15 @@ def test_lengths_and_directions_by_hand() -> None:
 def test_no_bucket_cuts_a_tensor() -> None:
     """So that it does not matter how large buckets are."""
     model = Model(0)
-    flat = flatten(model.named_parameters(), embeddings_of(model))
+    flat = flatten(model.named_parameters(), embeddings=embeddings_of(model))
     assert flat.embeddings == {"table.weight"}
-    cut = make_buckets(flat, num_fragments=1, bucket_bytes=64, num_ranks=1, with_grad=False, grain=2**62)
-    assert [[s.name for s in b.layout.spans] for b in cut] == [[NAMES[0]], [*NAMES[1:]]]
-    assert [s.embedding for b in cut for s in b.layout.spans] == [True, False, False]
-    assert len(make_buckets(flat, num_fragments=1, bucket_bytes=64, num_ranks=1, with_grad=False, grain=64)) > 2
+    row = resolve("decoupled_diloco", {"bucket_bytes": 64}, 2)
+    found = cut(row, flat, num_ranks=1, with_grad=False)
+    assert [[s.name for s in b.layout.spans] for b in found] == [[NAMES[0]], [*NAMES[1:]]]
+    assert [s.embedding for b in found for s in b.layout.spans] == [True, False, False]
+    long = flatten([("x", nn.Parameter(torch.zeros(3 * GRAIN)))])
+    assert len(cut(row, long, num_ranks=1, with_grad=False)) == 1
+    assert len(cut(resolve("diloco", {"bucket_bytes": 64}, 2), long, num_ranks=1, with_grad=False)) == 3
     for one, two in zip(run(2, 0, 9), run(2, 0, 9, bucket_bytes=64), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[0][-1], two[0][-1], strict=True))
 
