@@ -18,6 +18,7 @@ from dtrain.config import parse_job
 from dtrain.connect import Connection, connect_local
 from dtrain.launch.checks import check_answers
 from dtrain.optim import AccumAdamW
+from dtrain.plan.candidates import candidates
 from dtrain.plan.sent import sent
 from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import RECIPES, resolve
@@ -211,6 +212,11 @@ def test_other_recipes_have_no_moments_and_islands_one_rank() -> None:
     check_ranks(RECIPES["desloc"], 1)
     with pytest.raises(ValueError, match=r'^islands.ranks = 2: sync.recipe = "desloc" averages the moments of one rank'):
         check_ranks(RECIPES["desloc"], 2)
+
+
+def test_it_is_no_candidate_of_a_job_with_several_ranks() -> None:
+    one, two = ({r.name for r in candidates(RECIPES["local"], 2, num_ranks=ranks)} for ranks in (1, 2))
+    assert one - two == {"desloc"}
 
 
 def test_a_simulation_by_plain_sgd_refuses_it() -> None:
