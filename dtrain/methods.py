@@ -55,7 +55,7 @@ _REPLICAS = "changes replicas by one mean gradient"
 _UNKNOWN = "may keep what all islands share"
 
 RULES: Mapping[AlgorithmName, Rules] = {
-    "local": Rules(_CHOSEN, ("none",)),
+    "local": Rules(_CHOSEN | {"bucket_bytes"}, ("none",)),
     "allreduce": Rules(_ROUNDS, _ALL, rewrites_gradients=True, needs_same_start=_REPLICAS),
     "dpsgd": Rules(_PLAIN | _SERVER, ("neighbours", *_ALL), fuses=True),
     "push_sum": Rules(_PLAIN, moves=True),

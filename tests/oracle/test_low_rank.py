@@ -240,7 +240,7 @@ def test_join_refuses_a_rank_for_no_matrix() -> None:
 
 
 LR, EVERY, ROUNDS, RANK = 0.125, 4, 5, 3
-OUTER = {"outer_lr": 0.5, "outer_momentum": 0.6}
+OUTER = {"outer_lr": 0.4, "outer_momentum": 0.6}
 
 
 class Problem(NamedTuple):
