@@ -98,10 +98,9 @@ def check_answers(job: Job, how: How) -> None:
     if how == "sim":
         _check_sim(job)
         if job.islands.ranks != 1:
-            engine = " and islands.engine=ddp" if job.islands.engine != "ddp" else ""
+            more = " and islands.engine=ddp" if job.islands.engine != "ddp" else ""
             raise ValueError(
-                f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1"
-                f"{engine}"
+                f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1{more}"
             )
     else:
         check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)

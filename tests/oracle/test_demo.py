@@ -131,7 +131,7 @@ def test_a_job_steps_by_sgd_and_decays_matrices_alone() -> None:
     assert groups == [(0.01, 0.3, 0, 1), (0.01, 0.0, 0, 1)]
     with pytest.raises(ValueError, match=r'^train.moments_every = 1 is of AdamW, and sync.recipe = "demo" is defined with SGD'):
         resolved(parse_job({"sync": {"recipe": "demo"}, "train": {"moments_every": 1}}))
-    with pytest.raises(ValueError, match=r'^train.optimizer = "adamw" takes SGD from sync.recipe = "demo", which is defined with it'):
+    with pytest.raises(ValueError, match=r'^train.optimizer = "adamw" takes SGD from sync.recipe = "demo", which is defined'):
         optimizer_of(RECIPES["demo"], "adamw")
 
 
