@@ -135,7 +135,7 @@ class Sync(Section):
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
         None,
-        description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", with a block size: "int4:64" (64 when left out), '
+        description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", with a block size: "int4:64", '
         '"int4:64:stochastic" rounds at random; "topk:64/4096:2": 64 of 4096, 2 bits each; "codebook8": 256 means for 4096; '
         '"dct:32/64": 32 cosines of 64 x 64; or FILE.py:NAME',
     )
