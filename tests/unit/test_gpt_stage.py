@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.checkpoint import load_optimizers, optimizers_tensors
 from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage, blocks_of
-from dtrain.optim import decay_groups
+from dtrain.optim import decay_groups, muon_adamw
 from tests.unit.test_gpt import LARGER, trained_like
 
 TOKENS = torch.arange(2 * 30).view(2, 30) * 7 % LARGER.vocab
@@ -58,3 +59,24 @@ def test_blocks_are_dealt_out_evenly_and_first_to_the_first() -> None:
     assert [blocks_of(stage, 2, 2) for stage in range(2)] == [range(1), range(1, 2)]
     with pytest.raises(ValueError, match="a GPT of 2 blocks cannot be cut into 3 stages; use 2 or fewer"):
         blocks_of(0, 3, 2)
+
+
+def test_muon_steps_on_stages_what_it_steps_on_the_whole_to_the_bit() -> None:
+    """The middle one of three has matrices alone, and AdamW nothing to do; its state is kept and loaded as any."""
+    whole, cut = trained_like(LARGER), trained_like(LARGER)
+    models = [whole, *stages_of(cut, 3)]
+    optimizers = [muon_adamw(model, lr=0.01, weight_decay=0.1) for model in models]
+    assert [[len(group["params"]) for group in adamw.param_groups] for _, adamw in optimizers[1:]] == [[0, 1], [0, 0], [1, 0]]
+    for p, q in zip(whole.parameters(), cut.parameters(), strict=True):
+        p.grad = torch.sin(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
+        q.grad = p.grad.clone()
+    for each in optimizers:
+        for optimizer in each:
+            optimizer.step()
+    for p, q in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.equal(p, q)
+    saved = optimizers_tensors(optimizers[2], "stage1.")
+    again = muon_adamw(models[2], lr=0.01, weight_decay=0.1)
+    load_optimizers(again, saved, "stage1.")
+    assert optimizers_tensors(again, "stage1.").keys() == saved.keys()
+    assert all(torch.equal(value, optimizers_tensors(again, "stage1.")[key]) for key, value in saved.items())
