@@ -2,7 +2,8 @@
 
 INTELLECT-1 (arXiv 2412.01152): the int8 payload of its all-reduce. Of each block, mu and sigma its mean and standard deviation,
     bin(x) = clamp(floor((x - mu) / w) + 128, 0, 255),   w = 12 sigma / 256;   decoded: mu + mean of x - mu over the bin.
-So values are clipped at +-6 sigma, but the outermost bins' means are of the values themselves; and the sum of a block is kept.
+So values are clipped at +-6 sigma, but the outermost bins' means are of the values themselves; and the sum of a block is kept,
+but for bf16's rounding of the means.
 Of 256 bins a block of n elements has no more than n: its codebook holds min(256, n) means, those of the bins that hold any in
 rising order, and a code is a place in it. Wires: ``kernels/WIRE.md``."""
 

@@ -34,6 +34,8 @@ def mean(num_nodes: int) -> Combine:
 
 _NO_LENGTH = 1e-30
 """Below it a tensor has no direction: 1 / length would be no fp32 any more."""
+_NO_DIRECTION = 1e-6
+"""Below it a mean of unit vectors is what rounding left of none, 1e-7 in fp32."""
 _TILE = 2**20
 
 
@@ -56,13 +58,13 @@ def radial(layout: Layout, num_nodes: int) -> Combine:
                 one[part].mul_(_ratio(1.0, length))
             out.add_(one, alpha=1 / num_nodes)
         for part, length in zip(matrices, lengths, strict=True):
-            out[part].mul_(_ratio(length, _length(out[part])))
+            out[part].mul_(_ratio(length, _length(out[part]), least=_NO_DIRECTION))
 
     return combine
 
 
-def _ratio(above: Tensor | float, below: Tensor) -> Tensor:
-    return torch.where(below > _NO_LENGTH, above / below, 0.0).float()
+def _ratio(above: Tensor | float, below: Tensor, *, least: float = _NO_LENGTH) -> Tensor:
+    return torch.where(below > least, above / below, 0.0).float()
 
 
 def _length(x: Tensor) -> Tensor:

@@ -322,6 +322,10 @@ class Sync:
         self._launch(flights)
         self._wait_for(flights)
         with span("gradients"):
+            if self.core.plan.signs:  # of what was dropped or not begun too; a sign's sign is itself
+                for b in self.buckets:
+                    assert b.g is not None
+                    b.g.sign_()
             self._ranks.refresh(self.buckets, gradients=True)
             self._gradients.write()
 

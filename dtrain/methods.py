@@ -82,5 +82,5 @@ RULES: Mapping[AlgorithmName, Rules] = {
         _ROUNDS | {"moments"}, _ALL, needs_same_start=_ANCHOR, one_rank="averages the moments of one rank's optimizer",
     ),
     # What islands do not share would step by its gradient, by the length of a sign's.
-    "demo": Rules(_ROUNDS - _CHOSEN, _ALL, rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),
+    "demo": Rules(_ROUNDS - _CHOSEN, ("gather",), rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),
 }

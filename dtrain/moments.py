@@ -28,7 +28,11 @@ class _Part:
     def moment(self, name: str) -> Tensor | None:
         """The bucket's part of it, flat; None before the optimizer has made it, at the parameter's first gradient."""
         state = self.optimizer.state.get(self.parameter, {})
-        return state[name].view(-1)[self.inside] if name in state else None
+        if name not in state:
+            return None
+        if not state[name].is_contiguous():  # of a model that was channels_last before join
+            state[name] = state[name].contiguous()
+        return state[name].view(-1)[self.inside]
 
 
 class AdamMoments:
@@ -64,7 +68,7 @@ def with_moments(recipe: str, buckets: Sequence[Bucket], flat: Flat, optimizers:
     """The buckets with the moments of their elements; raises ValueError for a loop whose optimizers have none."""
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     starts: dict[str, int] = {}
-    at = 0
+    at = flat.first
     for members in flat.order:
         for i in members:
             starts[flat.names[i]] = at

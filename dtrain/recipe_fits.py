@@ -62,7 +62,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("feedback_decay", _is_number(r.feedback_decay) and 0 < r.feedback_decay <= 1, _DECAY),
         ("outer_lr", _is_number(r.outer_lr) and 0 < r.outer_lr < math.inf, "a number above 0"),
         ("outer_momentum", _is_number(r.outer_momentum) and 0 <= r.outer_momentum < 1, "0 or more and less than 1"),
-        ("alpha", _is_number(r.alpha) and 0 <= r.alpha <= 1, "0 to 1"),
+        ("alpha", _is_number(r.alpha) and 0 <= r.alpha < 1, "0 or more and less than 1: the mean has a share of 1 - alpha"),
         ("gamma", _is_number(r.gamma) and 0 < r.gamma <= 1, _STABLE_GAMMA),
         ("sam_rho", r.sam_rho is None or (_is_number(r.sam_rho) and 0 < r.sam_rho < math.inf), "a number above 0"),
         ("optimizer", r.optimizer in ("muon", None), '"muon", or None'),
@@ -251,6 +251,11 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError(
             f'the row of sync.recipe = "{r.name}" says combine = "radial", of whole tensors and of all islands together: use '
             'it with sync.algorithm = "diloco", sync.reduce = "gather" and sync.landing = "keep", or use sync.recipe = "diloco"'
+        )
+    if r.algorithm == "demo" and not r.error_feedback and r.codec != "identity":
+        raise ValueError(
+            f'sync.error_feedback = false with sync.codec = "{r.codec}": what demo does not send is its momentum, and would be '
+            "lost; leave error_feedback out, or use codec=identity"
         )
     if r.algorithm == "desloc" and r.moments is None:
         raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')

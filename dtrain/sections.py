@@ -157,7 +157,7 @@ class Sync(Section):
     landing: Literal["keep", "eager", "pure", "blend"] | None = Field(
         None, description="what becomes of progress made in flight"
     )
-    alpha: float | None = Field(None, ge=0, le=1, description="of landing = \"blend\": the share that local parameters keep")
+    alpha: float | None = Field(None, ge=0, lt=1, description="of landing = \"blend\": the share that local parameters keep")
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )

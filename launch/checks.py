@@ -103,7 +103,13 @@ def check_answers(job: Job, how: How) -> None:
                 f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1{more}"
             )
     else:
-        check_ranks(of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.islands.ranks)
+        recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+        check_ranks(recipe, job.islands.ranks)
+        if job.islands.engine == "pipeline" and (recipe.include or recipe.exclude):
+            raise ValueError(
+                f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "pipeline" '
+                "may have none of them; use islands.engine=ddp"
+            )
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":

@@ -297,7 +297,8 @@ def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) ->
     optimizer = optimizer_of(recipe, asked.train.optimizer, asked.train.moments_every)
     with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as folder:
         other = [text for text in overrides if not text.startswith("sync.")]
-        alone = ("sync.recipe=local", "train.sam_rho=0", f"train.optimizer={optimizer}")
+        steps_by = () if optimizer == "sgd" else (f"train.optimizer={optimizer}",)  # AdamW's step is next to none of it either
+        alone = ("sync.recipe=local", "train.sam_rho=0", *steps_by)
         changes = [*other, *alone, f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
         with open_run(job_file, changes, Choice()) as opened:
             outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console)

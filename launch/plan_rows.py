@@ -61,7 +61,7 @@ def planned(setting: Setting, job: Job, num_islands: int) -> Planned:
     shared = None if setting.stages else model_flat(setting.shapes, torch.device("meta"), asked).numel
     looked_at = candidates(
         asked, num_islands, per_host=setting.per_host, sam_rho=setting.sam_rho, steps=steps, shapes=setting.shapes,
-        optimizer=setting.optimizer, num_ranks=setting.num_ranks,
+        optimizer=setting.optimizer, num_ranks=setting.num_ranks, moments_every=setting.moments_every,
     )
     rows = [planner.row(recipe, num_islands) for recipe in _told(looked_at, num_islands)]
     found = verdict(planner, rows, steps)

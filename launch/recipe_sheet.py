@@ -7,11 +7,11 @@ from pathlib import Path
 import dtrain
 from dtrain import schedule
 from dtrain.assemble import assemble
-from dtrain.config import Job
+from dtrain.config import Job, toml_value
 from dtrain.methods import RULES
 from dtrain.plan.sent import sent
 from dtrain.recipe_fits import idle_axes, used_axes
-from dtrain.recipes import Recipe, resolve, with_steps
+from dtrain.recipes import Recipe, answer_of, resolve, with_steps
 
 ISLANDS = 4
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -50,12 +50,8 @@ def sheet(name: str) -> list[list[str]]:
 def _answer(r: Recipe, keys: tuple[str, ...]) -> str:
     silent = r.payload == "none"
     said = [key for key in keys if key in _FOLLOWS or (key in used_axes(r) and key not in idle_axes(r))]
-    shown = [f"{key} = {_toml(value)}" for key in said if (value := getattr(r, key)) is not None]
+    shown = [f"{key} = {toml_value(value)}" for key in said if (value := answer_of(r, key)) is not None]
     return ", ".join(shown) if shown and not (silent and keys == ("combine",)) else "-"
-
-
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def _file_of(r: Recipe) -> str:
@@ -65,8 +61,13 @@ def _file_of(r: Recipe) -> str:
 
 
 def _optimizer(r: Recipe) -> str:
-    moments = "" if r.moments_every is None else f"AccumAdamW, train.moments_every = {r.moments_every}"
-    return moments if r.sam_rho is None else f"SAM, train.sam_rho = {r.sam_rho}"
+    if r.sam_rho is not None:
+        return f"SAM, train.sam_rho = {r.sam_rho}"
+    if r.moments_every is not None:
+        return f"AccumAdamW, train.moments_every = {r.moments_every}"
+    if r.optimizer == "muon":
+        return 'Muon, train.optimizer = "muon"'
+    return "SGD without momentum" if RULES[r.algorithm].signs else "AdamW" if r.moments is not None else ""
 
 
 def _costs(r: Recipe, steps: int) -> list[list[str]]:

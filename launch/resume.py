@@ -34,7 +34,7 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     old, new = (with_absolute_paths(read_job(run / "job.toml", changes)) for changes in ((), overrides))
     if not runs_a_script(old):
         _refuse_another_budget(old, new)
-        new = resolved(new)
+        old, new = resolved(old), resolved(new)  # a run's file may be older than a key
     for section in Job.model_fields:
         before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
         for key in before:

@@ -7,6 +7,7 @@ With a delay the round flies while training goes on, and what the island did mea
     blend:  (arXiv 2501.18512) x_i <- alpha x_i + (1 - alpha) theta'; what alpha takes of that progress stays in the next delta_i.
     eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
             g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
+            What the others did in the last round is not applied: it lands when training is over.
     pure:   (DiLoCoX, arXiv 2506.21263) the whole round is applied a round later,
             delta_i^t = theta - x_i;   theta <- Outer(theta, delta^{t-1});   x_i <- theta, and delta_i^t is sent.
             The first has no round before it, and x_i goes on where it is; the second's delta_i^t is counted from there.
@@ -64,6 +65,7 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
             own = state["own"]
             payload.pseudo_gradients(b, state, own)
             outer.update(state["anchor"], state["late"].add_(own, alpha=share), state)
+            state["late"].zero_()  # a round that is dropped leaves nothing to be applied again
             b.x.copy_(state["anchor"])
             yield from path.run(own, state["delta"], state, link)
 
@@ -93,8 +95,9 @@ def diloco_pure(reduce: Reduce, outer: Outer) -> Method:
             if late:
                 b.x.copy_(state["anchor"])
             begun.copy_(b.x)
-            state["before"].fill_(1)
+            state["before"].zero_()
             yield from path.run(delta, delta, state, link)
+            state["before"].fill_(1)  # a round that is dropped leaves this island's own delta alone, which none applies
 
         return Algorithm(init=init, send=send)
 

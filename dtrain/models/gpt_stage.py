@@ -24,7 +24,9 @@ class GPTStage(nn.Module):
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
         if self.is_first:
             self.embedding = model.embedding
-        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in own})
+        self.blocks = nn.ModuleList()
+        for index in own:  # by its name in the whole model
+            self.blocks.add_module(str(index), model.blocks[index])
         if self.is_last:
             self.head = model.head
         for name in ("cos", "sin"):
@@ -35,7 +37,7 @@ class GPTStage(nn.Module):
         cos, sin = self.get_buffer("cos")[:num_tokens], self.get_buffer("sin")[:num_tokens]  # (T, 1, 1, D / 2) each
         if self.is_first:
             x = norm(self.embedding(x))
-        for block in self.blocks.values():
+        for block in self.blocks:
             x = block(x, cos, sin)
         return self.head(norm(x)).float() if self.is_last else x
 

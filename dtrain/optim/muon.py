@@ -38,10 +38,9 @@ def muon_adamw(
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained 2-D parameters inside an nn.ModuleList, or an nn.ModuleDict as a stage's blocks are, each once; no embedding,
-    nor what is tied to one. A head is outside."""
+    """The trained 2-D parameters inside an nn.ModuleList, each once; no embedding, nor what is tied to one. A head is outside."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) for p in m.parameters()} - embeddings
+    inside = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()} - embeddings
     return [p for p in model.parameters() if id(p) in inside and p.requires_grad and p.ndim == 2]
 
 

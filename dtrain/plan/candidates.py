@@ -12,6 +12,7 @@ from functools import cache
 from itertools import product
 from typing import Any, Literal
 
+from dtrain import chosen
 from dtrain import topology as topologies
 from dtrain.codec_fits import refused
 from dtrain.matrices import highest, rank_of
@@ -37,19 +38,23 @@ _FEW_BITS = ("int4:64",)
 def candidates(
     asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None, optimizer: Literal["adamw", "muon"] | None = None, num_ranks: int = 1,
+    moments_every: int | None = None,
 ) -> list[Recipe]:  # fmt: skip
-    """The recipe that the job asks for, first; then all others, each once. ``sam_rho``, ``steps`` and ``optimizer`` are the job's
-    own; outer loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out, and rows with a rank that no
-    parameter of ``shapes`` is sent by."""
+    """The recipe that the job asks for, first; then all others, each once. ``sam_rho``, ``steps``, ``optimizer`` and
+    ``moments_every`` are the job's own; outer loops that have fewer than ``FEWEST_ROUNDS`` rounds in so many steps are left out,
+    and rows with a rank that no shared parameter of ``shapes`` is sent by."""
     check_plannable(asked)
     check_ranks(asked, num_ranks)
+    if shapes is not None:
+        kept = chosen.shared(list(shapes), asked.include, asked.exclude)
+        shapes = {name: shape for name, shape in shapes.items() if name in kept}
     found = {_key(asked): asked}
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
         if (row.sam_rho is not None and sam_rho == 0) or (RULES[row.algorithm].one_rank is not None and num_ranks > 1):
             continue
-        if not _steps_with(row, optimizer, asked):
+        if not _steps_with(row, optimizer, asked) or (moments_every is not None and RULES[row.algorithm].signs):
             continue
         if row.rank is not None and shapes is not None and not any(rank_of(n, s, highest(row.rank)) for n, s in shapes.items()):
             continue

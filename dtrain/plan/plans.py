@@ -98,7 +98,7 @@ class Planner:
             island = replace(island, step_s=2 * island.step_s)
         time = step_time(counted, when, island, s.link)
         inner = optimizer_of(recipe, s.optimizer, s.moments_every)
-        accumulates = (s.moments_every or recipe.moments_every or 1) > 1
+        accumulates = inner == "adamw" and (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
             num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,

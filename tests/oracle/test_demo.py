@@ -113,6 +113,23 @@ def test_what_is_clipped_goes_in_and_signs_come_out_of_one_island_too() -> None:
     assert not torch.equal(alone, demo(1)), "it clips"
 
 
+def test_steps_are_by_signs_when_the_others_have_left_too() -> None:
+    def island(connection: Connection) -> Tensor:
+        model = Model(connection.node)
+        optimizer, seen = torch.optim.SGD(model.parameters(), lr=LR), [torch.cat([p.detach().reshape(-1) for p in model.parts])]
+        with dtrain.join(model, optimizer, recipe="demo", link=connection):
+            for _ in range(3 + 2 * connection.node):
+                optimizer.zero_grad()
+                model().backward()
+                optimizer.step()
+                seen.append(torch.cat([p.detach().reshape(-1) for p in model.parts]))
+        return torch.stack(seen)
+
+    _, longer = run_islands(2, island)
+    moved = (longer[-2:] - longer[-3:-1]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, LR), rtol=0, atol=1e-5)
+
+
 def test_a_loop_must_step_by_plain_sgd() -> None:
     model = Model(0)
     for optimizer, said in (

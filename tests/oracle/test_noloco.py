@@ -201,7 +201,14 @@ def test_the_growth_is_that_of_all_matchings(n: int, settings: tuple[float, floa
             maps = [m @ np.kron(np.eye(3), np.eye(n) - 1 / n) for m in maps]
         mean = sum((np.kron(m, m) for m in maps), np.zeros((9 * n * n, 9 * n * n))) / len(maps)
         radii.append(np.abs(np.linalg.eigvals(mean)).max())
-    assert growth(alpha, gamma, beta, n, flown=flown) == pytest.approx(max(radii), rel=1e-6)
+    found = growth(alpha, gamma, beta, n, flown=flown)
+    assert found == pytest.approx(max(radii), rel=1e-6)
+    assert growth(alpha, gamma, beta, n, flown=flown, lost=0.9) >= found
+
+
+def test_what_a_codec_loses_makes_pairs_grow() -> None:
+    lossless, half, most = (growth(0.5, 0.7, 0.7, 16, lost=lost) for lost in (0.0, 0.5, 0.9))
+    assert lossless < half < most
 
 
 def distance_after(rounds: int, **answers: Any) -> float:

@@ -142,6 +142,8 @@ def test_lengths_and_directions_by_hand() -> None:
     assert combine([[3.0, 0.0], [0.0, 4.0]], embedding=True) == [1.5, 2.0]
     assert combine([[3.0, -4.0], [3.0, -4.0]]) == pytest.approx([3.0, -4.0], rel=1e-6)
     assert combine([[1.0, 2.0], [-1.0, -2.0]]) == [0.0, 0.0], "no direction"
+    for scale in (0.3, 0.7, 1.1, 3.0, 1e-3, 7e5):
+        assert combine([[1.0, 2.0], [-scale, -2 * scale]]) == [0.0, 0.0], "but for rounding"
     assert combine([[2.0, 0.0], [0.0, 0.0]]) == pytest.approx([1.0, 0.0], rel=1e-6)
     assert combine([[0.0, 0.0], [0.0, 0.0]]) == [0.0, 0.0]
 
