@@ -134,8 +134,8 @@ def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
     assert f"at 4x it is {-percent:.2f} % +- {within:.2f} better than `decent_adam`" in text
     plain = "choco+codec=identity+train.lr=2.4e-2"
     eight, four = (beside(f"choco{codec}+train.lr=2.4e-2", plain) for codec in ("", "+codec=int4:64"))
-    assert f"8 bits {eight[0]:+.2f} % +- {eight[1]:.2f} and 4 bits {four[0]:+.2f} % +- {four[1]:.2f} (four paired" in text
-    assert eight[2] == four[2] == 4
+    assert f"8 bits {eight[0]:+.2f} % +- {eight[1]:.2f} and 4 bits {four[0]:+.2f} % +- {four[1]:.2f} (five paired" in text
+    assert eight[2] == four[2] == 5
     bits = {row.entry: row.bits_per_byte for row in rows if row.seed == 3}
     slow, slower = bits["allreduce+train.lr=6e-3"], bits[f"accum_adam{pairs}1.2e-2"]
     assert f"all-reduce with 6e-3 reaches {slow:.4f} and `accum_adam` with 1.2e-2 {slower:.4f}" in text
