@@ -1,4 +1,4 @@
-"""What does an outer loop keep of a round that never came through? Nothing that would be applied again, here or after a resume."""
+"""What does an outer loop keep of a round that never came through? Nothing that is applied again, here or after a resume."""
 
 from __future__ import annotations
 
