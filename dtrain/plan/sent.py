@@ -233,7 +233,7 @@ class _Alike:
 
     def __init__(self, buckets: Sequence[Bucket], recipe: Recipe) -> None:
         by_shape = recipe.codec.startswith("dct")
-        self._kind_of = [(_kind_of(b, recipe), _shapes_of(b) if by_shape else None) for b in buckets]
+        self._kind_of: list[object] = [(_kind_of(b, recipe), _shapes_of(b) if by_shape else None) for b in buckets]
         self._places = [(b.fragment, b.owner) for b in buckets]
         self._many = Counter(self._kind_of)
         first: dict[object, Bucket] = {}
