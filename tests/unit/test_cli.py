@@ -123,6 +123,9 @@ def test_a_recipe_shown_says_its_answers_and_what_they_cost() -> None:
     assert shown["when?"] == 'every = 100, fragments = 1, schedule = "every"'
     assert shown["how is it applied?"] == 'outer = "nesterov", outer_lr = 0.7, outer_momentum = 0.9'
     assert shown["how late does it land?"] == 'delay = 0, landing = "keep"', "alpha would have no effect"
+    wants = {name: dict(sheet(name)).get("optimizer") for name in ("diloco", "muloco", "demo", "desloc", "accum_adam")}
+    muon, accumulates = 'Muon, train.optimizer = "muon"', "AccumAdamW, train.moments_every = 4"
+    assert list(wants.values()) == [None, muon, "SGD without momentum", "AdamW", accumulates]
     assert shown["bytes a parameter a step"] == "0.06, sent by each of 4 islands"
     assert shown["memory"].startswith("20 bytes a parameter")
     streaming = dict(sheet("streaming_diloco"))

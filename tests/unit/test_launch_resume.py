@@ -36,6 +36,17 @@ def test_resume_goes_on_from_the_newest_commit_and_cuts_the_metrics_back() -> No
     assert "kept as the run has it, not as the job file says: train.lr" in again.notes
 
 
+def test_a_run_goes_on_whose_file_is_older_than_a_key() -> None:
+    run = opened().run
+    commit(run, 5, 2)
+    file = run / "job.toml"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("alpha =", "feedback_decay =", "landing ="))]
+    assert len(kept) == len(lines) - 3
+    file.write_text("".join(kept), encoding="utf-8")
+    assert opened(resume=True).resume_step == 5
+
+
 def test_a_checkpoint_that_all_islands_wrote_counts_though_the_launcher_died_before_it_said_so() -> None:
     run = opened().run
     for island in range(2):

@@ -23,12 +23,13 @@ from dtrain.launch.plan_table import COLUMNS, table_lines
 from dtrain.plan import sent
 from dtrain.plan.candidates import candidates
 from dtrain.plan.ends import ends
+from dtrain.plan.model import Island
 from dtrain.plan.order import FEWEST_ROUNDS, MEASURED, ORDER, loss_order, measured, rank
 from dtrain.plan.plans import Planner, Row, Setting, time_text
 from dtrain.plan.verdict import Verdict, alone_tokens_per_s, verdict
 from dtrain.recipes import Recipe, of_section, resolve
 from tests.unit.small_run import refused, write_job_file
-from tests.unit.test_plan import SAID, WORK, setting
+from tests.unit.test_plan import SAID, SHAPES, WORK, setting
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 FEW = ("allreduce", "dpsgd", "delayed_diloco", "local")
@@ -70,6 +71,9 @@ def test_where_nothing_fits_it_says_what_is_too_large_and_what_helps() -> None:
         assert not found.taken
         assert said in found.why
         assert f"activations {m.activations / 1e6:.3g} MB" in found.why
+    of_two, room = Island(0.03, 0.02, 1e10, num_ranks=2), m.model - 1
+    tight = replace(setting(1e8), gpu="h100", gpu_bytes=room, num_ranks=2, stages=(SHAPES, SHAPES), island=lambda codec: of_two)
+    assert "Each rank holds a stage of the model: more of them, islands.ranks" in judged(tight, names=["dpsgd", "local"]).why
 
 
 def test_talking_that_costs_more_than_it_brings_is_not_recommended() -> None:

@@ -57,11 +57,30 @@ def test_a_row_of_another_inner_optimizer_than_the_jobs_is_not_looked_at() -> No
     assert names("muloco", None) & every == every
 
 
+def test_rows_that_the_job_would_refuse_are_not_looked_at() -> None:
+    """One sends matrices by a rank that none that islands share has; one steps by SGD, which has no moments."""
+    shapes = {"blocks.0.weight": (256, 256), "head.weight": (256, 64)}
+    both = {"dilocox", "demo"}
+
+    def names(axes: dict[str, object], moments_every: int | None = None) -> set[str]:
+        asked = resolve("diloco", axes, 2)
+        return {r.name for r in candidates(asked, 2, shapes=shapes, moments_every=moments_every)} & both
+
+    assert names({}) == both
+    assert names({}, moments_every=4) == {"dilocox"}
+    assert names({"include": ["blocks.*"]}) == {"dilocox"}
+    assert names({"include": ["head.*"]}) == set()
+
+
 @pytest.mark.parametrize(
-    ("words", "measured"), [((), "adamw"), (("sync.recipe=muloco",), "muon"), (("train.optimizer=muon",), "muon")]
+    ("words", "measured"),
+    [
+        ((), "adamw"), (("sync.recipe=muloco",), "muon"), (("train.optimizer=muon",), "muon"),
+        (("sync.recipe=demo",), None),  # SGD, which no key says
+    ],
 )
 def test_a_step_is_measured_with_the_jobs_optimizer(
-    job: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], measured: str
+    job: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], measured: str | None
 ) -> None:
     def look(ran: Job, *_: object, **__: object) -> None:
         raise ValueError(f"by {ran.train.optimizer}")
