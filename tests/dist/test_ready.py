@@ -21,7 +21,7 @@ def test_a_run_ends_and_its_report_counts_meetings(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     meetings = summary["meetings"]
     assert isinstance(meetings, int)
-    assert 10 <= meetings <= 3 * STEPS // 2, "an island meets at most once a step"
+    assert 0 < meetings <= 3 * STEPS // 2, "an island meets at most once a step; how often depends on who is ready when"
     # Each of two sends its fp32 parameters, of 3 islands in the mean; checksums and headers add little.
     each = 2 * meetings / 3 * 4 * summary["parameters"]
     assert each <= summary["wire_bytes_sent"] <= 1.01 * each

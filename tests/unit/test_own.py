@@ -158,6 +158,18 @@ QUICK = ("dpsgd", "push_sum", "accum_adam", "muloco")
 CHECKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES if name != "dadao"]
 
 
+@pytest.mark.slow
+def test_a_resume_is_the_same_bits_with_fewer_threads_than_cores(capsys: pytest.CaptureFixture[str]) -> None:
+    """dilocox multiplies matrices where its rounds are carried."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        status, lines, err = said(capsys, "check", "dilocox")
+    finally:
+        torch.set_num_threads(before)
+    assert (status, err) == (0, ""), lines
+
+
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_projects_own_recipes_keep_them_too(capsys: pytest.CaptureFixture[str], name: str) -> None:
     status, lines, err = said(capsys, "check", name)
