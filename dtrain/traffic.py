@@ -97,7 +97,7 @@ class Traffic:
         self._transport.close(drain_s=drain_s, left=left)
 
     def _run(self) -> None:
-        # A new thread multiplies matrices with as many threads as there are cores until torch tells it otherwise, which this does:
+        # A new thread multiplies matrices with as many threads as there are cores, until torch tells it otherwise. This does so:
         # products have other bits with another number, and a resumed round would have other ones than one that was not.
         torch.get_num_threads()
         while True:
