@@ -31,15 +31,9 @@ class FusedSteps:
 
     def __init__(self, core: Core, optimizer: AccumAdamW, flat: Flat, ranks: Island) -> None:
         self._core, self._optimizer, self._joined = core, optimizer, ranks.joined
-        starts: dict[str, int] = {}
-        at = flat.first
-        for members in flat.order:
-            for i in members:
-                starts[flat.names[i]] = at
-                at += flat.parameters[i].numel()
         named = dict(zip(flat.names, flat.parameters, strict=True))
         self._places: list[list[Place]] = [
-            [(named[s.name], s.global_offset - starts[s.name], s.numel) for s in lane.bucket.layout.spans] for lane in core.lanes
+            [(named[s.name], s.offset, s.numel) for s in lane.bucket.layout.spans] for lane in core.lanes
         ]
         self._trained = flat.trained
         self._inside = {id(p) for p in flat.parameters}

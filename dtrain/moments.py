@@ -67,20 +67,15 @@ class Unmade:
 def with_moments(recipe: str, buckets: Sequence[Bucket], flat: Flat, optimizers: Sequence[Optimizer]) -> list[Bucket]:
     """The buckets with the moments of their elements; raises ValueError for a loop whose optimizers have none."""
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    starts: dict[str, int] = {}
-    at = flat.first
-    for members in flat.order:
-        for i in members:
-            starts[flat.names[i]] = at
-            at += flat.parameters[i].numel()
-            _check(recipe, flat.names[i], owner.get(id(flat.parameters[i])))
     named = dict(zip(flat.names, flat.parameters, strict=True))
+    for name, p in named.items():
+        _check(recipe, name, owner.get(id(p)))
 
     def of(bucket: Bucket) -> AdamMoments:
         parts = []
         for s in bucket.layout.spans:
-            p, first = named[s.name], s.global_offset - starts[s.name]
-            parts.append(_Part(p, owner[id(p)], slice(first, first + s.numel), s.start, s.stop))
+            p = named[s.name]
+            parts.append(_Part(p, owner[id(p)], slice(s.offset, s.offset + s.numel), s.start, s.stop))
         return AdamMoments(parts)
 
     return [replace(b, moments=of(b)) for b in buckets]
