@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """An entry beside the baseline, in percent of its bits a byte; positive is worse."""
+    """An entry beside a baseline, in percent of its bits a byte; positive is worse."""
 
     seeds: int
     percent: float | None
@@ -157,8 +157,8 @@ def t975(freedom: int) -> float:
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
-def table(rows: Sequence[Row], entries: Iterable[str]) -> list[list[str]]:
-    """(entry, budget, seeds, bits a byte, behind all-reduce, islands alone, MB an island), an entry and budget a row."""
+def table(rows: Sequence[Row], entries: Iterable[str], baseline: str = BASELINE) -> list[list[str]]:
+    """(entry, budget, seeds, bits a byte, behind the baseline, islands alone, MB an island), an entry and budget a row."""
     shown = []
     for entry in entries:
         for budget in sorted({row.budget for row in rows if row.entry == entry}):
@@ -167,7 +167,7 @@ def table(rows: Sequence[Row], entries: Iterable[str]) -> list[list[str]]:
                 [
                     *(entry, f"{budget:g}x", str(len(ours))),
                     _mean([row.bits_per_byte for row in ours]),
-                    _percent(behind(ours, [row for row in rows if row.entry == BASELINE and row.budget == budget])),
+                    _percent(behind(ours, [row for row in rows if row.entry == baseline and row.budget == budget])),
                     _mean([row.bits_per_byte_islands for row in ours]),
                     f"{mean(row.sent_bytes for row in ours) / 1e6:,.1f}",
                 ]

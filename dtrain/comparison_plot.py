@@ -17,7 +17,7 @@ _NOTHING_SENT_BYTES = 1e4
 """Where an entry is drawn that sends nothing: the axis is logarithmic."""
 
 
-def plot_rows(rows: Sequence[Row], entries: Sequence[str], out: Path) -> None:
+def plot_rows(rows: Sequence[Row], entries: Sequence[str], out: Path, baseline: str = BASELINE) -> None:
     """Write a PNG of 1500 x 900 pixels; seeds are points, and their mean a line from budget to budget, without those
     budgets at which a seed did not end finite; the legend says how many did not."""
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
@@ -33,7 +33,7 @@ def plot_rows(rows: Sequence[Row], entries: Sequence[str], out: Path) -> None:
         means = points(ours)
         x, y = [_drawn_at(sent_bytes) for sent_bytes, _ in means], [bits for _, bits in means]
         label = entry if len(finite) == len(ours) else f"{entry}: {len(ours) - len(finite)} of {len(ours)} not finite"
-        axes.plot(x, y, marker=shape, color=colour, lw=1, ms=8 if entry == BASELINE else 6, label=label)
+        axes.plot(x, y, marker=shape, color=colour, lw=1, ms=8 if entry == baseline else 6, label=label)
     axes.set_xscale("log")
     axes.set_xlabel(f"bytes an island sent (at {_NOTHING_SENT_BYTES:g}: nothing)")
     axes.set_ylabel("bits a byte of the merged model, on text it never saw")

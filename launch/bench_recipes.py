@@ -24,12 +24,14 @@ from dtrain.launch.checks import check_answers, check_text, read_job, resolved
 from dtrain.launch.hardware import cpu_name
 from dtrain.launch.processes import PARENT_VARIABLE
 from dtrain.methods import RULES
+from dtrain.outer_rows import OUTER
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipes import RECIPES
 from dtrain.topology import is_file
 
 JOB = Path(__file__).resolve().parent / "jobs" / "bench.toml"
-FAMILIES = ("gossip", "diloco")
+JOBS = {"gossip": JOB, "diloco": JOB.with_name("bench_diloco.toml")}
+"""Family -> its job: the outer loops' has fewer islands and a larger model, as a round is many steps and many parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,10 @@ class Failed:
 
 def family(name: str) -> list[str]:
     """All-reduce, islands that never talk, and the recipes of a family."""
-    if name not in FAMILIES:
-        raise ValueError(f"--family {name} is not known; use one of {', '.join(FAMILIES)}")
-    outer = {row.name for row in RECIPES.values() if row.algorithm in ("diloco", "noloco", "desloc")}
-    both = (BASELINE, "local")
+    if name not in JOBS:
+        raise ValueError(f"--family {name} is not known; use one of {', '.join(JOBS)}")
+    outer = {row.name for row in OUTER} | {"demo"}
+    both = (BASELINE, "local", "single_merge")
     trains = [row.name for row in RECIPES.values() if row.name not in both and RULES[row.algorithm].simulated is None]
     return [*both, *(row for row in trains if (row in outer) == (name == "diloco"))]
 

@@ -87,11 +87,12 @@ def kernels(
 
 @bench_app.command()
 def recipes(
-    job_file: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]", help="left out: launch/jobs/bench.toml")] = None,
+    job_file: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]", help="left out: launch/jobs/bench*.toml")] = None,
     names: Annotated[
         str | None, typer.Option("--recipes", metavar="A,B,...", help="names, FILE.py:ROW, with keys: choco+codec=int4:64")
     ] = None,
-    family: Annotated[str | None, typer.Option("--family", metavar="gossip|diloco", help="all recipes of one")] = None,
+    family: Annotated[str | None, typer.Option("--family", metavar="gossip|diloco", help="all of one, and its job")] = None,
+    baseline: Annotated[str, typer.Option("--baseline", metavar="ENTRY", help="what the others are compared with")] = "allreduce",
     seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,...", help="of weights and batches")] = "0",
     budgets: Annotated[str, typer.Option("--budgets", metavar="1,2,...", help="times the job's steps")] = "1",
     num_islands: Annotated[int | None, typer.Option("--islands", help="islands.count", min=1, show_default=False)] = None,
@@ -102,7 +103,7 @@ def recipes(
     """Train the same model by several recipes, and compare.
 
     Each run is a "dtrain sim"; its result is a line of the rows file as soon as it is
-    there, so the command goes on where it was stopped. All-reduce with the same seeds is
+    there, so the command goes on where it was stopped. The baseline with the same seeds is
     what the others are compared with; it is always run.
 
     Example: dtrain bench recipes --recipes mine.py:row,dpsgd,choco --seeds 0,1 --out both.png
@@ -115,8 +116,8 @@ def recipes(
     if (names is None) == (family is None):
         raise ValueError("say which recipes: --recipes A,B,... or --family gossip|diloco, and not both")
     listed = names.split(",") if names is not None else bench.family(family or "")
-    entries = [comparison.parse_entry(name) for name in dict.fromkeys([comparison.BASELINE, *listed])]
-    job = job_file or bench.JOB
+    entries = [comparison.parse_entry(name) for name in dict.fromkeys([baseline, *listed])]
+    job = job_file or bench.JOBS.get(family or "", bench.JOB)
     done = comparison.read_rows(rows_file)
     each = _numbers("--budgets", budgets, float, 0.0), _numbers("--seeds", seeds, int, -1)
     digest_of = bench.digests(job, entries, num_islands)
@@ -130,12 +131,12 @@ def recipes(
     count = num_islands or bench.read_job(job, ()).islands.count
     read = comparison.read_rows(rows_file)
     rows = [row for row in read if row.job == digest_of.get(row.entry) and row.islands == count]
-    header = ["recipe", "budget", "seeds", "bits a byte", "against all-reduce", "islands alone", "MB an island"]
-    console.print(table(header, comparison.table(rows, [entry.name for entry in entries])))
+    header = ["recipe", "budget", "seeds", "bits a byte", f"against {baseline}", "islands alone", "MB an island"]
+    console.print(table(header, comparison.table(rows, [entry.name for entry in entries], baseline)))
     if out is not None:
         from dtrain.comparison_plot import plot_rows
 
-        plot_rows(rows, [entry.name for entry in entries], out)
+        plot_rows(rows, [entry.name for entry in entries], out, baseline)
         console.print(Text(f"drawn: {out}"), soft_wrap=True)
     if failed:
         raise typer.Exit(1)

@@ -86,6 +86,8 @@ def test_a_table_compares_within_a_budget() -> None:
         ["choco", "1x", "1", "1.1000", "+10.00 %", "2.5000", "3.0"],
         ["choco", "4x", "2", "not finite", "not finite", "not finite", "3.0"],
     ]
+    (first, _) = table(rows, ["allreduce"], "choco")
+    assert first[4] == "-9.09 %", "of another baseline"
 
 
 def test_rows_come_back_and_other_lines_are_refused(tmp_path: Path) -> None:
@@ -219,9 +221,9 @@ def test_families_share_what_they_are_compared_with() -> None:
     trained = {row.name for row in RECIPES.values() if RULES[row.algorithm].simulated is None}
     assert set(gossip) | set(diloco) == trained
     assert "dadao" not in trained
-    assert set(gossip) & set(diloco) == {"allreduce", "local"}
+    assert set(gossip) & set(diloco) == {"allreduce", "local", "single_merge"}
     assert "choco" in gossip
-    assert "delayed_diloco" in diloco
+    assert {"delayed_diloco", "local_sgd", "noloco", "demo"} <= set(diloco)
 
 
 def test_a_run_in_the_file_is_not_wanted_again() -> None:
