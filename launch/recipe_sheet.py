@@ -76,8 +76,8 @@ def _costs(r: Recipe, steps: int) -> list[list[str]]:
     found, numel = sent(r, {"matrix": (_SIDE, _SIDE)}, ISLANDS), _SIDE * _SIDE
     budget = schedule.parse(r.schedule)
     rounds_a_step = 1 / r.every if budget is None else budget.rounds(steps) / steps
-    kept = (found.state_bytes + found.wire_bytes) / numel
+    kept, wires = found.kept_bytes / numel, found.wire_bytes / numel
     return [
         ["bytes a parameter a step", f"{found.mean_round_bytes * rounds_a_step / numel:.3g}, sent by each of {ISLANDS} islands"],
-        ["memory", f"{kept:.3g} bytes a parameter, beside the optimizer's; wires in flight among them"],
+        ["memory", f"{kept:.3g} bytes a parameter kept between steps, beside the optimizer's; {wires:.3g} for wires under way"],
     ]

@@ -19,9 +19,16 @@ class Memory:
     model: int
     """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
     weights."""
-    sync: int
-    """State of the recipe and its wires under way, all of an island's: its ranks share it."""
+    kept: int
+    """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
+    once, the buckets' gradients. All but these are the island's: its ranks share them."""
+    wires: int
+    """Buffers for wires under way, shared too."""
     activations: int
+
+    @property
+    def sync(self) -> int:
+        return self.kept + self.wires
 
     @property
     def total(self) -> int:
@@ -39,6 +46,7 @@ def memory(
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     return Memory(
         model=work.parameters * (8 + 8 * moments + 4 * accumulates + 4 * sam) - 4 * by_muon,
-        sync=(sent.state_bytes + sent.wire_bytes) // num_ranks,
+        kept=(sent.state_bytes + sent.room_bytes) // num_ranks + sent.gradient_bytes,
+        wires=sent.wire_bytes // num_ranks,
         activations=layers + logits,
     )

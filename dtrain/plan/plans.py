@@ -223,7 +223,7 @@ def as_json(row: Row) -> Mapping[str, object]:
         "unequal_wait_s": t.unequal_s,
         "work_s": t.work_s,
         "wire_bytes_per_step": row.bytes_per_step,
-        "memory_bytes": {"model": m.model, "sync": m.sync, "activations": m.activations},
+        "memory_bytes": {"model": m.model, "kept": m.kept, "wires": m.wires, "activations": m.activations},
         "tokens_per_s": row.tokens_per_s,
         "lambda2": row.lambda2,
     }
