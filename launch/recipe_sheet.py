@@ -21,7 +21,7 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("how is it encoded?", ("codec", "error_feedback", "feedback_decay")),
     ("by what path?", ("reduce", "rank")),
     ("how is it combined?", ("combine",)),
-    ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "gamma", "gossip_steps")),
+    ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "outer_state", "gamma", "gossip_steps")),
     ("how late does it land?", ("delay", "landing", "alpha")),
 )
 """And what answers each: keys of [sync], and two words that follow from the algorithm."""

@@ -121,7 +121,7 @@ def test_a_recipe_shown_says_its_answers_and_what_they_cost() -> None:
     assert shown["from"] == RECIPES["diloco"].paper
     assert shown["equations"] == "dtrain/algorithms/diloco.py"
     assert shown["when?"] == 'every = 100, fragments = 1, schedule = "every"'
-    assert shown["how is it applied?"] == 'outer = "nesterov", outer_lr = 0.7, outer_momentum = 0.9'
+    assert shown["how is it applied?"] == 'outer = "nesterov", outer_lr = 0.7, outer_momentum = 0.9, outer_state = "device"'
     assert shown["how late does it land?"] == 'delay = 0, landing = "keep"', "alpha would have no effect"
     wants = {name: dict(sheet(name)).get("optimizer") for name in ("diloco", "muloco", "demo", "desloc", "accum_adam")}
     muon, accumulates = 'Muon, train.optimizer = "muon"', "AccumAdamW, train.moments_every = 4"
