@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
 
 from dtrain import codec as codecs
 from dtrain import combine as combines
@@ -34,6 +37,7 @@ from dtrain.low_rank import low_rank
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.matrices import adapts, check_rank, highest, rank_of
 from dtrain.methods import RULES
+from dtrain.on_host import on_host
 from dtrain.outer import Outer
 from dtrain.own_codec import codec_of
 from dtrain.own_name import is_own
@@ -78,11 +82,13 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     """Raises ValueError for a recipe that is only simulated."""
     check_trains(recipe)
     rules = RULES[recipe.algorithm]
+    moves = rules.moves or recipe.landing in ("eager", "pure")
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
     mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
+    method = _method(recipe, mixed)
     return Plan(
         recipe=recipe,
-        method=_method(recipe, mixed),
+        method=method if recipe.outer_state == "device" else on_host(method, moves=moves),
         topology=mixed.rows,
         when=when_of(recipe),
         control=Control(every=recipe.every),
@@ -90,11 +96,17 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         edges=_edges(recipe, seed, num_islands),
         rewrites_gradients=RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients",
         sends=recipe.algorithm not in ("local", "allreduce", "demo"),
-        moves=rules.moves or recipe.landing in ("eager", "pure"),
+        moves=moves,
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
         signs=rules.signs,
     )
+
+
+def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None]) -> None:
+    """So that no round waits for them: those of the recipe's codec, and of the exact merge."""
+    for place in {device, torch.device("cpu")} if recipe.outer_state == "host" else (device,):
+        codecs.prepare_kernels(recipe.codec, place, say)
 
 
 def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:

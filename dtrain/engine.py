@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.assemble import assemble, cut
+from dtrain.assemble import assemble, cut, prepare_kernels
 from dtrain.bucket import embeddings_of, flatten
-from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
 from dtrain.core import Core, Flight
 from dtrain.corrected import moments
@@ -73,7 +72,7 @@ class Sync:
         flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
         self._flat = replace(flat, first=self._ranks.before(flat.numel))
         device = self._flat.storages[0].device
-        prepare_kernels(recipe.codec, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
+        prepare_kernels(recipe, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_replicas, with_grad=plan.rewrites_gradients)
         if recipe.moments is not None:
             self.buckets = with_moments(recipe.name, self.buckets, self._flat, optimizers)
@@ -354,6 +353,7 @@ def join(
     outer: str | None = None,
     outer_lr: float | None = None,
     outer_momentum: float | None = None,
+    outer_state: str | None = None,
     gamma: float | None = None,
     gossip_steps: int | None = None,
     landing: str | None = None,
@@ -385,7 +385,7 @@ def join(
         "every": every, "schedule": schedule, "moments": moments, "delay": delay,
         "codec": codec, "error_feedback": error_feedback, "feedback_decay": feedback_decay,
         "topology": topology, "graph": graph, "server": server, "reduce": reduce, "rank": rank,
-        "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
+        "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum, "outer_state": outer_state,
         "gamma": gamma, "gossip_steps": gossip_steps, "landing": landing, "alpha": alpha,
         "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }

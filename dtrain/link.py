@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dtrain.codec import BoundCodec
@@ -64,6 +65,8 @@ class Link:
     """peer -> what raises WireError where its wire is not what was agreed; run before anyone sees the wire."""
     inbox: dict[int, Tensor] = field(default_factory=dict)
     rooms: Rooms = _OWN
+    wires_on: torch.device | None = None
+    """Where wires that come are to lie; None: where the parameters are."""
 
     def others(self) -> list[int]:
         """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""

@@ -46,6 +46,7 @@ _GOSSIP = _ROUNDS | {"topology", "graph"}
 _SERVER = frozenset({"server"})
 _PLAIN = _GOSSIP - _FEEDBACK
 _OUTER = frozenset({"outer", "outer_lr", "outer_momentum"})
+_HOST = frozenset({"outer_state"})
 _ALL = ("gather", "all_to_all")
 _MEANS = (*_ALL, "low_rank")
 """Of what is small beside the parameters, so that a part of it may be left for later."""
@@ -74,12 +75,12 @@ RULES: Mapping[AlgorithmName, Rules] = {
         _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN,
         moves=True,
     ),
-    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
+    "diloco": Rules(_ROUNDS | _OUTER | _HOST | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
     "noloco": Rules(
-        _ROUNDS - _FEEDBACK - {"schedule"} | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
+        _ROUNDS - _FEEDBACK - {"schedule"} | _HOST | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
     ),
     "desloc": Rules(
-        _ROUNDS | {"moments"}, _ALL, needs_same_start=_ANCHOR, one_rank="averages the moments of one rank's optimizer",
+        _ROUNDS | _HOST | {"moments"}, _ALL, needs_same_start=_ANCHOR, one_rank="averages the moments of one rank's optimizer",
     ),
     # What islands do not share would step by its gradient, by the length of a sign's.
     "demo": Rules(_ROUNDS - _CHOSEN, ("gather",), rewrites_gradients=True, signs=True, needs_same_start=_REPLICAS),

@@ -18,11 +18,6 @@ def parameters(b: Bucket, state: State, out: Tensor) -> None:
     out.copy_(b.x)
 
 
-def gradients(b: Bucket, state: State, out: Tensor) -> None:
-    assert b.g is not None
-    out.copy_(b.g)
-
-
 def pseudo_gradients(b: Bucket, state: State, out: Tensor) -> None:
     """anchor - x: how far the island has come since the last round, with a gradient's sign."""
     torch.sub(state["anchor"], b.x, out=out)

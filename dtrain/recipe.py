@@ -31,6 +31,9 @@ class Recipe:
     outer: Literal["copy", "sgd", "nesterov"] = "copy"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    outer_state: Literal["device", "host"] = "device"
+    """Where the anchor, the outer momentum, residuals and all other state of an outer loop lie: beside the parameters, or in CPU
+    memory (``on_host.py``)."""
     gamma: float = 1.0
     gossip_steps: int = 1
     delay: int | Literal["round"] = 0

@@ -18,6 +18,7 @@ from dtrain.bucket import Layout
 from dtrain.codec import BoundCodec, Codec, State
 from dtrain.combine import Combine, mean
 from dtrain.link import Link, Peers
+from dtrain.spans import room
 
 
 class BoundReduce(NamedTuple):
@@ -103,7 +104,7 @@ def encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
 
     def encode(x: Tensor, state: State) -> Tensor:
         if not made:
-            made.append(codec.new_wire(x.device))
+            made.append(room(codec.new_wire(x.device)))
         codec.encode(x, made[0], state)
         return made[0]
 
@@ -119,7 +120,7 @@ class Scratch:
 
     def on(self, device: torch.device) -> Tensor:
         if self._made is None:
-            self._made = torch.empty(self._numel, device=device)
+            self._made = room(torch.empty(self._numel, device=device))
         return self._made
 
 

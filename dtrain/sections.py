@@ -149,6 +149,9 @@ class Sync(Section):
     outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
     outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\", and of noloco")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\", and of noloco")
+    outer_state: Literal["device", "host"] | None = Field(
+        None, description="where an outer loop's anchor, momentum and residuals lie: beside the parameters, or in CPU memory"
+    )
     gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer, deepsqueeze, noloco")
     delay: int | Literal["round"] | None = Field(
         None, description='optimizer steps a round may fly before it lands; "round" means every'

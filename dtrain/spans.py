@@ -43,6 +43,8 @@ class Recorder:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.marks: list[Mark] = []
+        self.rooms: list[int] = []
+        """Bytes of buffers that were made once, and stay."""
         self.annotates = False
         """Whether torch.profiler runs, and is told the names too."""
         # One clock that never jumps, laid on the wall clock once.
@@ -78,6 +80,13 @@ def mark(kind: int, number: int, bucket: int, *, sent_bytes: int, received_bytes
     """Say how far a flight is: it has posted the wires of a phase, or it is done."""
     if _recorder is not None:
         _recorder.marks.append(Mark(_recorder.now_ns(), kind, number, bucket, sent_bytes, received_bytes, done))
+
+
+def room(x: Tensor) -> Tensor:
+    """Say of a buffer that it was made once and stays, beside State; returns it."""
+    if _recorder is not None:
+        _recorder.rooms.append(x.element_size() * x.numel())
+    return x
 
 
 class _Open(AbstractContextManager[None]):

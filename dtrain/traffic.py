@@ -34,7 +34,8 @@ class Traffic:
         self._transport = transport
         self._inbox = transport.inbox
         self._device = device
-        self._staging, self._on_device = Pool(transport.wires_on), Pool(device)
+        self._staging = Pool(transport.wires_on)
+        self._taken = {place: Pool(place) for place in (device, torch.device("cpu"))}
         # What the caller queued on its stream is done before a wire is read, and it reads what this thread decoded after it.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._active: list[Flight] = []
@@ -153,8 +154,8 @@ class Traffic:
             flight.done = True
 
     def _take(self, flight: Flight, peer: int) -> Tensor:
-        """A wire that arrived, on this rank's device; raises WireError before anyone has seen it where it is not what was
-        agreed."""
+        """A wire that arrived, on this rank's device or where the link wants it; raises WireError before anyone has seen it
+        where it is not what was agreed."""
         wire = self._inbox.pop(peer, flight.tag())
         if peer in flight.link.checks:
             host = wire.cpu()
@@ -162,9 +163,10 @@ class Traffic:
                 flight.link.checks[peer](host)
             except WireError as e:
                 raise WireError(f"island {peer} sent, for bucket {flight.bucket}, {e}") from None
-        if wire.device == self._device:
+        place = flight.link.wires_on or self._device
+        if wire.device == place:
             return wire
-        there = self._on_device.take(wire.numel()) if flight.kind == ROUND else torch.empty_like(wire, device=self._device)
+        there = self._taken[place].take(wire.numel()) if flight.kind == ROUND else torch.empty_like(wire, device=place)
         return there.copy_(wire)
 
     def _post(self, flight: Flight) -> None:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain import checkpoint
+from dtrain.assemble import prepare_kernels
 from dtrain.build import build_model, build_optimizers, build_recipe, moved_bytes
 from dtrain.clock import Clock
-from dtrain.codec import prepare_kernels
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
 from dtrain.data.corpus import Corpus, load_corpus
@@ -63,7 +63,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    prepare_kernels(build_recipe(job).codec, device, lambda: status.update("compiling", 0))
+    prepare_kernels(build_recipe(job), device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.

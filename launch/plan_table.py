@@ -28,6 +28,7 @@ def table_lines(plan: Planned, width: int | None, *, show_all: bool) -> list[str
         left_out += 1
     lines = [_line({name: name for name in COLUMNS}, wide), *(_line(row, wide) for row in cells)]
     used = [f"{mark} {said}" for mark, said in MARKS.items() if any(mark in row["recipe"].split()[0] for row in cells)]
+    used += ["memory +: the host's"] if any("+" in row["memory"] for row in cells) and "memory" in wide else []
     legend = ", ".join(used)
     hidden = f"{', '.join(_LESSER[:left_out])}: in a wider terminal, or a pipe" if left_out else ""
     return [*lines, *(text for text in (legend, hidden) if text)]
@@ -55,6 +56,12 @@ def _line(row: dict[str, str], wide: dict[str, int]) -> str:
     return " ".join(f"{row[name]:<{w}}" if name in _LEFT else f"{row[name]:>{w}}" for name, w in wide.items()).rstrip()
 
 
+def _memory(row: Row) -> str:
+    """``12.3GB``, or with what lies in the host's beside it ``8.2GB+4.1GB``."""
+    parts = [row.memory.total] if not row.memory.host else [row.memory.total, row.memory.host]
+    return "+".join(units.show_bytes(part).replace(" ", "") for part in parts)
+
+
 def _cells(row: Row, plan: Planned) -> list[str]:
     r = row.recipe
     talks = r.payload != "none"
@@ -67,7 +74,7 @@ def _cells(row: Row, plan: Planned) -> list[str]:
         time_text(row.time.step_s).replace(" ", ""),
         f"{row.time.waits:.1%}",
         units.show_bytes(row.bytes_per_step).replace(" ", ""),
-        units.show_bytes(row.memory.total).replace(" ", ""),
+        _memory(row),
         speed_text(row.tokens_per_s),
         "-" if row.lambda2 is None else f"{row.lambda2:.3f}",
     ]

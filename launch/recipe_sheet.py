@@ -21,7 +21,7 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("how is it encoded?", ("codec", "error_feedback", "feedback_decay")),
     ("by what path?", ("reduce", "rank")),
     ("how is it combined?", ("combine",)),
-    ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "gamma", "gossip_steps")),
+    ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "outer_state", "gamma", "gossip_steps")),
     ("how late does it land?", ("delay", "landing", "alpha")),
 )
 """And what answers each: keys of [sync], and two words that follow from the algorithm."""
@@ -76,8 +76,8 @@ def _costs(r: Recipe, steps: int) -> list[list[str]]:
     found, numel = sent(r, {"matrix": (_SIDE, _SIDE)}, ISLANDS), _SIDE * _SIDE
     budget = schedule.parse(r.schedule)
     rounds_a_step = 1 / r.every if budget is None else budget.rounds(steps) / steps
-    kept = (found.state_bytes + found.wire_bytes) / numel
+    kept, wires = found.kept_bytes / numel, found.wire_bytes / numel
     return [
         ["bytes a parameter a step", f"{found.mean_round_bytes * rounds_a_step / numel:.3g}, sent by each of {ISLANDS} islands"],
-        ["memory", f"{kept:.3g} bytes a parameter, beside the optimizer's; wires in flight among them"],
+        ["memory", f"{kept:.3g} bytes a parameter kept between steps, beside the optimizer's; {wires:.3g} for wires under way"],
     ]

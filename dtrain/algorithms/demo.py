@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from dtrain import payload
 from dtrain.algorithm import Algorithm, Method
 from dtrain.bucket import Bucket, Layout
 from dtrain.codec import State
@@ -26,13 +23,12 @@ def demo(reduce: Reduce) -> Method:
         path = reduce(layout, peers)
 
         def init(b: Bucket) -> State:
-            return {"mean": torch.zeros(b.x.numel(), device=b.x.device)} | path.init(b.x.device)
+            return path.init(b.x.device)
 
         def grad(b: Bucket, state: State, link: Link) -> Iterator[None]:
             assert b.g is not None
-            payload.gradients(b, state, state["mean"])
-            yield from path.run(state["mean"], state["mean"], state, link)
-            torch.sign(state["mean"], out=b.g)
+            yield from path.run(b.g, b.g, state, link)
+            b.g.sign_()
 
         return Algorithm(init=init, grad=grad)
 

@@ -61,9 +61,15 @@ def candidates(
         for overrides in _variants(row, num_islands, per_host, steps):
             if refused(replace(row, **overrides), num_islands) is not None:  # 4 bits and this gamma, say, over this topology
                 continue
-            recipe = resolve(row.name, overrides | {"include": asked.include, "exclude": asked.exclude}, num_islands)
+            recipe = resolve(row.name, overrides | _of_job(asked, row), num_islands)
             found.setdefault(_key(recipe), recipe)
     return list(found.values())
+
+
+def _of_job(asked: Recipe, row: Recipe) -> dict[str, Any]:
+    """What the job says of any recipe: what islands share, and where an outer loop's state lies."""
+    state = {"outer_state": asked.outer_state} if "outer_state" in RULES[row.algorithm].axes else {}
+    return {"include": asked.include, "exclude": asked.exclude} | state
 
 
 def _steps_with(row: Recipe, optimizer: Literal["adamw", "muon"] | None, asked: Recipe) -> bool:
@@ -157,6 +163,6 @@ def _times(row: Recipe, steps: int | None) -> list[tuple[int, int | str]]:
 def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.alpha, recipe.fragments)
     coded = (recipe.error_feedback, recipe.feedback_decay, recipe.reduce, recipe.rank)
-    more = (*coded, recipe.gossip_steps, recipe.bucket_bytes, recipe.moments)
+    more = (*coded, recipe.gossip_steps, recipe.bucket_bytes, recipe.moments, recipe.outer_state)
     talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
     return (recipe.name, *talks, *own, *more)

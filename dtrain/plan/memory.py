@@ -14,14 +14,23 @@ arXiv 2205.05198: 34 C bytes of two-byte numbers)."""
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank, on what computes; on a CPU host memory is the same memory."""
 
     model: int
     """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
     weights."""
-    sync: int
-    """State of the recipe and its wires under way, all of an island's: its ranks share it."""
+    kept: int
+    """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
+    once, the buckets' gradients. All but these are the island's: its ranks share them."""
+    wires: int
+    """Buffers for wires under way, shared too."""
     activations: int
+    host: int = 0
+    """What the recipe holds in the host's memory instead, wires under way among it."""
+
+    @property
+    def sync(self) -> int:
+        return self.kept + self.wires
 
     @property
     def total(self) -> int:
@@ -30,15 +39,18 @@ class Memory:
 
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
-    micro_batches: int, by_muon: int = 0,
+    micro_batches: int, by_muon: int = 0, on_host: bool = False,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
-    steps."""
+    steps; ``on_host``: whether the recipe's state lies there."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * _KEPT_PER_LAYER * number_bytes
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
+    kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + sent.gradient_bytes, sent.wire_bytes // num_ranks
     return Memory(
         model=work.parameters * (8 + 8 * moments + 4 * accumulates + 4 * sam) - 4 * by_muon,
-        sync=(sent.state_bytes + sent.wire_bytes) // num_ranks,
+        kept=0 if on_host else kept,
+        wires=0 if on_host else wires,
         activations=layers + logits,
+        host=kept + wires if on_host else 0,
     )

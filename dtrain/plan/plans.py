@@ -21,6 +21,10 @@ from dtrain.topology.consensus import consensus
 MOST_LAMBDA2 = 64
 """Islands up to which eigenvalues are found: it is a column beside the point."""
 
+HOST_BYTES_PER_S = 1e10
+"""At which a round moves bytes whose state lies on the host of a GPU: a few cores' kernels and copies over PCIe, both of this
+order. A machine that is slower itself stays so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -93,6 +97,8 @@ class Planner:
         counted = self._count(recipe, num_islands)
         when = When(recipe.every, recipe.delay_steps, recipe.fragments)
         island = replace(s.island(recipe.codec), factors=s.factors(num_islands))
+        if recipe.outer_state == "host":
+            island = replace(island, memory_bytes_per_s=min(island.memory_bytes_per_s, HOST_BYTES_PER_S))
         sam = rho_of(recipe, s.sam_rho) > 0
         if sam:  # forward and backward twice
             island = replace(island, step_s=2 * island.step_s)
@@ -102,6 +108,7 @@ class Planner:
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
             num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
+            on_host=recipe.outer_state == "host",
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))
@@ -223,7 +230,7 @@ def as_json(row: Row) -> Mapping[str, object]:
         "unequal_wait_s": t.unequal_s,
         "work_s": t.work_s,
         "wire_bytes_per_step": row.bytes_per_step,
-        "memory_bytes": {"model": m.model, "sync": m.sync, "activations": m.activations},
+        "memory_bytes": {"model": m.model, "kept": m.kept, "wires": m.wires, "activations": m.activations, "host": m.host},
         "tokens_per_s": row.tokens_per_s,
         "lambda2": row.lambda2,
     }

@@ -7,12 +7,10 @@ own runs on zeros in memory, because it may look at values."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,41 +23,12 @@ from dtrain.link import Peers
 from dtrain.moments import Unmade
 from dtrain.own_name import is_own
 from dtrain.own_topology import mixing_of
-from dtrain.plan.company import Company, Talks, everyone, neighbours, num_rounds
+from dtrain.plan.company import Company, Talks, everyone, neighbours
+from dtrain.plan.kinds import Degrees, Kind, Seen, kinds_of
 from dtrain.recipes import Recipe
-from dtrain.topology import Round
 
-MOST_EXACT = 4
-"""Islands up to which each is counted; of more, one of each kind."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameters of fp32 by name, in the model's order."""
-
-
-Degrees = tuple[int, int, int, int]
-"""Wires that go, near and far, and that come, near and far."""
-
-
-class Seen(NamedTuple):
-    """A round of an island, and where it was seen."""
-
-    degrees: Degrees
-    number: int
-    node: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Islands that are alike."""
-
-    node: int
-    """One of them."""
-    how_many: int
-    period: tuple[Seen, ...]
-    shares: Mapping[Seen, Fraction]
-    """Of all its rounds, in expectation."""
-
-    def mean(self, of: Callable[[Seen], int]) -> Fraction:
-        return sum((share * of(seen) for seen, share in self.shares.items()), Fraction(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +68,8 @@ class Flown:
     """Of its island, that carries the bucket."""
     values_bytes: int = 0
     """The bucket's own numbers, which the island's other ranks get from it."""
+    room_bytes: int = 0
+    """Of buffers that it was the first to need, and that stay."""
 
     @property
     def sent_bytes(self) -> int:
@@ -136,11 +107,20 @@ class Sent:
     mean_round_bytes: float
     """What an island sends in a round, the mean over islands and rounds."""
     state_bytes: int
-    """Kept between rounds: residuals, anchors, arrived wires."""
+    """Of all State: anchors, momenta, residuals, public copies, arrived wires. What a checkpoint holds."""
     wire_bytes: int
     """Buffers for wires under way."""
     company: Company
     """Who waits for whom."""
+    room_bytes: int = 0
+    """Of buffers beside State that are made once and stay: encoded wires, parts and factors that are combined."""
+    gradient_bytes: int = 0
+    """Of the buckets' gradients, of which each rank has all."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What lies in memory between two steps, because of the recipe, while nothing is under way; of an island of one rank."""
+        return self.state_bytes + self.room_bytes + self.gradient_bytes
 
 
 def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None) -> Flat:
@@ -165,7 +145,7 @@ def sent(
 
     talks = recipe.topology, recipe.graph, seed, recipe.server
     mixed = mixing_of(*talks)
-    kinds = _kinds(talks, num_islands, per_host)
+    kinds = kinds_of(talks, num_islands, per_host)
     cores = {kind.node: make(kind.node) for kind in kinds}
     if mixed.drawn:
         roomy = max(range(num_islands), key=lambda node: mixed.in_degree(node, num_islands))
@@ -189,10 +169,11 @@ def sent(
     return Sent(
         period=tuple(exchange(seen, turn) for turn in turns for seen in busiest.period),
         mean_round_bytes=float(whole / num_islands),
-        state_bytes=max(map(alike.state_bytes, cores.values()))
-        + (sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0),
+        state_bytes=max(map(alike.state_bytes, cores.values())),
         wire_bytes=max(_in_flight(exchange(seen, turn)) for seen in busiest.shares for turn in turns),
         company=_company(recipe, talks, num_islands, per_host),
+        room_bytes=max(_rooms(e for (node, _, _), e in done.items() if node == one) for one in {node for node, _, _ in done}),
+        gradient_bytes=sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0,
     )
 
 
@@ -210,6 +191,8 @@ def together(stages: Sequence[Sent]) -> Sent:
         state_bytes=sum(s.state_bytes for s in stages),
         wire_bytes=sum(s.wire_bytes for s in stages),
         company=stages[0].company,
+        room_bytes=sum(s.room_bytes for s in stages),
+        gradient_bytes=max(s.gradient_bytes for s in stages),
     )
 
 
@@ -290,6 +273,7 @@ def _watched() -> Iterator[spans.Recorder]:
 def _fly(core: Core, flight: Flight, recorder: spans.Recorder, per_host: int, *, lands: bool) -> Flown:
     lane = next(lane for lane in core.lanes if lane.bucket.index == flight.bucket)
     link, phases = flight.link, []
+    recorder.rooms.clear()
     while True:
         recorder.spans.clear()
         flight.advance()
@@ -312,11 +296,16 @@ def _fly(core: Core, flight: Flight, recorder: spans.Recorder, per_host: int, *,
         lane.algorithm.land(lane.bucket, lane.state)
     lane.flight, lane.land_step = None, -1
     b = lane.bucket
-    return Flown(b.fragment, tuple(phases), _moved(recorder), b.owner, 4 * b.x.numel())
+    return Flown(b.fragment, tuple(phases), _moved(recorder), b.owner, 4 * b.x.numel(), sum(recorder.rooms))
 
 
 def _moved(recorder: spans.Recorder) -> int:
     return sum(s.moved_bytes for s in recorder.spans)
+
+
+def _rooms(exchanges: Iterable[Exchange]) -> int:
+    """Of one island; a later exchange finds those that an earlier one has made."""
+    return sum(f.room_bytes for e in exchanges for f in (*e.gradients, *e.rounds))
 
 
 def _in_flight(exchange: Exchange) -> int:
@@ -325,73 +314,6 @@ def _in_flight(exchange: Exchange) -> int:
         max((p.heard_bytes + (p.far_bytes + p.near_bytes) // max(1, p.wires) for p in f.phases), default=0)
         for f in (*exchange.gradients, *exchange.rounds)
     )
-
-
-def _degrees(row: Round, node: int, per_host: int) -> Degrees:
-    """How many wires go and come, near and far: rounds in which these are equal send as much."""
-    near = sum(peer // per_host == node // per_host for peer in row.sends)
-    heard = sum(peer // per_host == node // per_host for peer, _ in row.recvs)
-    return near, len(row.sends) - near, heard, len(row.recvs) - heard
-
-
-@cache
-def _kinds(talks: Talks, num_islands: int, per_host: int) -> Sequence[Kind]:
-    """Islands whose rounds are alike, those that are drawn in expectation.
-
-    What an island does in drawn rounds is taken from all islands' draws together that are as likely: K of n islands meet in every
-    round with a server, and as many pairs in each of random_pairs, so that their means are exact; of random_edges they are those
-    of 64 or 8 rounds of all islands that meet as often. Of one's own topology nothing is known: each island is its own draws."""
-    topology, graph, seed, server = talks
-    mixed, base = mixing_of(*talks), mixing_of(topology, graph, seed, None)
-    rounds = num_rounds(mixed, num_islands)
-    chances = base.chances(num_islands) if base.chances is not None else {}
-    meets = [Fraction(0)] * num_islands
-    for pair, chance in chances.items():
-        for node in pair:
-            meets[node] += Fraction(chance)
-
-    def lot(index: int, node: int) -> str | None:
-        """Rounds of one lot are draws of the same chances; None is not drawn."""
-        if server is not None and index % mixed.turn == mixed.turn - 1:
-            return "server"
-        return f"meets {float(meets[node]):.9f}" if chances else None
-
-    each = {
-        node: [
-            (lot(i, node), Seen(_degrees(mixed.rows(i, node, num_islands), node, per_host), i, node)) for i in range(rounds)
-        ]
-        for node in range(num_islands)
-    }
-    lots: dict[str, dict[Degrees, tuple[Seen, int]]] = {}
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for node, row in each.items():
-        for name, seen in row:
-            if name is not None:
-                first, count = lots.setdefault(name, {}).get(seen.degrees, (seen, 0))
-                lots[name][seen.degrees] = first, count + 1
-        key = tuple(seen.degrees if name is None else name for name, seen in row)
-        alike.setdefault((*key, node) if num_islands <= MOST_EXACT and not mixed.drawn else key, []).append(node)
-    return [_kind(each[nodes[0]], nodes, {name: dict(of.values()) for name, of in lots.items()}) for nodes in alike.values()]
-
-
-def _kind(row: Sequence[tuple[str | None, Seen]], nodes: Sequence[int], lots: Mapping[str, Mapping[Seen, int]]) -> Kind:
-    """Drawn rounds stand in the period in proportion, to one of each sort, and in the shares exactly."""
-    owed = {name: dict.fromkeys(of, 0) for name, of in lots.items()}
-    shares: dict[Seen, Fraction] = {}
-    period = []
-    for name, seen in row:
-        of = {seen: 1} if name is None else lots[name]
-        total = sum(of.values())
-        for one, count in of.items():
-            shares[one] = shares.get(one, Fraction(0)) + Fraction(count, total * len(row))
-        if name is not None:
-            due = owed[name]
-            for one, count in of.items():
-                due[one] += count
-            seen = max(due, key=lambda one: due[one])
-            due[seen] -= total
-        period.append(seen)
-    return Kind(nodes[0], len(nodes), tuple(period), shares)
 
 
 def _company(recipe: Recipe, talks: Talks, num_islands: int, per_host: int) -> Company:

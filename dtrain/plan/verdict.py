@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain import units
+from dtrain.methods import RULES
 from dtrain.plan.accelerators import ACCELERATORS
 from dtrain.plan.order import FEWEST_ROUNDS, NEAR_BEST, ORDER, recommend
 from dtrain.plan.plans import Planner, Row, Setting, baseline, said, speed_text
@@ -76,7 +77,9 @@ def _too_large(setting: Setting, row: Row) -> str:
         gpus = f"a GPU that leaves some for activations ({', '.join(larger)})" if larger else "a larger GPU than all known"
         return f"{parts}. Each rank holds the whole model, whatever their number and the batch: a smaller model, or {gpus}"
     if left <= 0:
-        return f"{parts}. Only the recipe's state is shared among the ranks of an island: more ranks, or a smaller model"
+        moved = "outer_state" in RULES[row.recipe.algorithm].axes and not m.host
+        host = ", sync.outer_state=host, which keeps it in the host's memory" if moved else ""
+        return f"{parts}. Only the recipe's state is shared among the ranks of an island: more ranks{host}, or a smaller model"
     sequences = setting.work.tokens // setting.work.context
     for micro_batches in range(setting.micro_batches + 1, sequences + 1):
         if sequences % micro_batches == 0 and m.activations * setting.micro_batches / micro_batches <= left:

@@ -16,6 +16,7 @@ from tests.gpu.checks import Check, Outcome, hardware, run, write
 CHECKS: tuple[Check, ...] = (
     kernels.same_bytes_as_cpu,
     islands.two_islands_equal_cpu,
+    islands.outer_state_leaves_the_gpu,
     overlap.rounds_overlap_compute,
     speed.kernels_timed,
     kernels.numba_same_bytes,

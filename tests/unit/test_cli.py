@@ -115,19 +115,19 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_recipe_shown_says_its_answers_and_what_they_cost() -> None:
     """All-to-all of four: each sends 3/4 and again 3/4 of what there is, in fp32 6 bytes a parameter and round. The outer loop
-    keeps four vectors of fp32, and wires of one more fly; e3m0:64 makes 0.5 + 2 / 64 bytes of 4. A wire's header is 0.2 % at most
-    beside so many parameters."""
+    keeps four vectors of fp32, and its path the encoded parts, an island's own part and that encoded, 16 + 4 + 1 + 1; e3m0:64
+    makes 0.5 + 2 / 64 bytes of 4. A wire's header is 0.2 % at most beside so many parameters."""
     shown = dict(sheet("diloco"))
     assert shown["from"] == RECIPES["diloco"].paper
     assert shown["equations"] == "dtrain/algorithms/diloco.py"
     assert shown["when?"] == 'every = 100, fragments = 1, schedule = "every"'
-    assert shown["how is it applied?"] == 'outer = "nesterov", outer_lr = 0.7, outer_momentum = 0.9'
+    assert shown["how is it applied?"] == 'outer = "nesterov", outer_lr = 0.7, outer_momentum = 0.9, outer_state = "device"'
     assert shown["how late does it land?"] == 'delay = 0, landing = "keep"', "alpha would have no effect"
     wants = {name: dict(sheet(name)).get("optimizer") for name in ("diloco", "muloco", "demo", "desloc", "accum_adam")}
     muon, accumulates = 'Muon, train.optimizer = "muon"', "AccumAdamW, train.moments_every = 4"
     assert list(wants.values()) == [None, muon, "SGD without momentum", "AdamW", accumulates]
     assert shown["bytes a parameter a step"] == "0.06, sent by each of 4 islands"
-    assert shown["memory"].startswith("20 bytes a parameter")
+    assert shown["memory"].startswith("22 bytes a parameter kept between steps")
     streaming = dict(sheet("streaming_diloco"))
     assert streaming["how late does it land?"] == 'delay = 5, landing = "blend", alpha = 0.5'
     sent = float(streaming["bytes a parameter a step"].partition(",")[0])

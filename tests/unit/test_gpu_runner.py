@@ -153,6 +153,22 @@ def test_the_two_island_check_holds_between_two_cpu_runs() -> None:
     assert "bit-equal" in islands.two_islands_equal_cpu(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("of_host", "fails"), [(0, False), (512, True)])
+def test_a_copy_that_is_left_on_the_gpu_is_seen(monkeypatch: pytest.MonkeyPatch, of_host: int, fails: bool) -> None:
+    """Of what islands hold, which a CPU does not tell."""
+    kept = {"host": of_host, "device": 2 * 12 * islands.NUMEL}
+    monkeypatch.setattr(islands, "_held_bytes", lambda device, axes: 4096 + kept.get(axes.get("outer_state", ""), 0))
+    outcome = run(islands.outer_state_leaves_the_gpu, CPU)
+    assert outcome.passed is not fails
+    assert ("512 bytes of two islands' outer state lie on the GPU" in outcome.detail) is fails
+
+
+def test_what_a_gpu_holds_is_read_while_both_islands_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter((100, 350))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(told))
+    assert islands._held_bytes(CPU, {"recipe": "fedavg", "every": 6, "outer_state": "host"}) == 250
+
+
 def test_rounds_that_fly_overlap_compute_and_rounds_that_are_waited_for_do_not() -> None:
     found = overlap.overlap(CPU, overlap.CPU)
     assert found.data["flights"] > 0

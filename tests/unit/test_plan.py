@@ -65,11 +65,11 @@ def test_a_gpus_step_by_hand() -> None:
 
 
 def test_memory_by_hand() -> None:
-    """16 bytes a parameter, 4 more for an accumulator and 4 for SAM's copy; state and wires over two ranks; of two micro-batches
-    one lies in memory."""
-    sent = Sent((), 0.0, state_bytes=1000, wire_bytes=200, company=everyone(2, 1))
+    """16 bytes a parameter, 4 for an accumulator, 4 for SAM's copy; state, buffers and wires over two ranks, which both have all
+    gradients; of two micro-batches one."""
+    sent = Sent((), 0.0, state_bytes=700, wire_bytes=200, company=everyone(2, 1), room_bytes=300, gradient_bytes=50)
     found = memory(sent, WORK, vocab=256, number_bytes=4, moments=True, accumulates=True, sam=True, num_ranks=2, micro_batches=2)
-    assert (found.model, found.sync, found.activations) == (24 * NUMEL, 600, 256 * (2 * 64 * 17 * 4 + 256 * 8))
+    assert (found.model, found.kept, found.wires, found.activations) == (24 * NUMEL, 550, 100, 256 * (2 * 64 * 17 * 4 + 256 * 8))
     assert found.total == found.model + found.sync + found.activations
 
 

@@ -101,6 +101,8 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("diloco", {"fragments": 101}, "sync.fragments = 101 cannot take turns within sync.every = 100"),
         ("dpsgd", {"gamma": 0.5}, 'sync.gamma = 0.5 has no effect with sync.algorithm = "dpsgd"'),
         ("dpsgd", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.algorithm = "dpsgd"'),
+        ("dpsgd", {"outer_state": "host"}, "sync.outer_state = 'host' has no effect with sync.algorithm ="),
+        ("diloco", {"outer_state": "disk"}, "outer_state = 'disk' is not known; use one of device, host"),
         ("fedavg", {"outer_lr": 0.5}, 'sync.outer_lr = 0.5 has no effect with sync.outer = "copy"'),
         ("diloco", {"outer": "sgd", "outer_momentum": 0.5}, 'sync.outer_momentum = 0.5 has no effect with sync.outer = "sgd"'),
         ("delayed_diloco", {"feedback_decay": 0.0}, "feedback_decay = 0.0 is not allowed; use more than 0 and at most 1"),
