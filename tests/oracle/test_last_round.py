@@ -1,6 +1,6 @@
 """Is the last round of eager and pure in the exact average? As an outer optimizer has it that is given all rounds in time.
 
-The renderings run in float64 and keep every delta: what the islands are averaged to is torch's SGD on the means of all deltas, and
+The renderings run in float64 and keep all deltas: what the islands are averaged to is torch's SGD on the means of these, and
 on top the mean of what the islands have done since."""
 
 from __future__ import annotations
