@@ -71,7 +71,10 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["run", "job.toml", "train.sam_rho=inf"], "job.toml: train.sam_rho = inf is not allowed: Input should be a finite"),
         (["run", "job.toml", "train.merge=variance_corrected"], 'train.merge = "variance_corrected" stretches the mean of'),
         (
-            ["run", "job.toml", "islands.start=own", "sync.recipe=local", "train.merge=variance_corrected", "train.eval_merged=1"],
+            [
+                *("sim", "job.toml", "sync.recipe=local", "islands.start=own"),
+                *("train.merge=variance_corrected", "train.eval_merged=true"),
+            ],
             'train.eval_merged = true is of the mean, and train.merge = "variance_corrected" ends with another; leave it out',
         ),
         (["sim", "job.toml", "train.merge=variance_corrected"], 'train.merge = "variance_corrected" stretches the mean of'),
