@@ -188,7 +188,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
             return demo(_reduce(r))
         case "desloc":
             assert r.moments is not None, "check_together"
-            return desloc(_reduce(r), _reduce(replace(r, codec="identity", error_feedback=False)), schedule.multiples(r.moments))
+            uncoded = _reduce(replace(r, codec="identity", error_feedback=False))
+            return desloc(_reduce(r), uncoded, schedule.multiples(r.moments), r.delay_steps)
         case "noloco":
             return noloco(codec_of(r.codec, error_feedback=False), r.outer_lr, r.outer_momentum, r.gamma)
 

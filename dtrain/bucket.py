@@ -123,6 +123,15 @@ class Moments(Protocol):
         """Put ``values`` (fp32, as long as the bucket) in its place."""
         ...
 
+    def updates(self) -> Tensor:
+        """(spans) int64: how often the optimizer has stepped each of the bucket's parameters."""
+        ...
+
+    def carry(self, name: str, sent: Tensor, mean: Tensor, since: Tensor) -> None:
+        """Put ``mean`` in the place of ``sent`` (fp32, as long as the bucket), which the moment was when ``updates`` were
+        ``since``: what the optimizer has added to it stays, and ``mean`` decays as ``sent`` has."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:

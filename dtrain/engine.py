@@ -160,12 +160,14 @@ class Sync:
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """The exact average of all islands in the model while the block runs; all islands enter it after the same
-        number of steps."""
+        """The exact average of all islands in the model while the block runs, rounds in flight apart; all islands enter it after
+        the same number of steps. Its waiting is not counted."""
+        waited_s = self._wait.waited_s
         self.settle()
         restore = self._exact.keep(self.core)
         try:
             self._average()
+            self._wait.waited_s = waited_s
             yield self._model
         finally:
             restore()

@@ -39,6 +39,7 @@ class MetricsWriter:
         lr: float,
         time_s: float,
         eval_loss: float | None = None,
+        eval_loss_merged: float | None = None,
         consensus_distance: float | None = None,
     ) -> None:
         """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
@@ -55,10 +56,10 @@ class MetricsWriter:
             "lr": lr,
             "time_s": time_s,
         }
-        if eval_loss is not None:
-            content["eval_loss"] = eval_loss
-        if consensus_distance is not None:
-            content["consensus_distance"] = consensus_distance
+        measured = {
+            "eval_loss": eval_loss, "eval_loss_merged": eval_loss_merged, "consensus_distance": consensus_distance,
+        }  # fmt: skip
+        content |= {name: value for name, value in measured.items() if value is not None}
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
 
@@ -180,7 +181,7 @@ class Part:
     wire_bytes_start: int
     wire_bytes_merge: int
     wire_bytes_consensus: int
-    """Of measuring the consensus distance on the way."""
+    """Of exact averages on the way: for the consensus distance, and the mean model's loss."""
     eval_loss: float | None
     eval_loss_island: float | None
     eval_tokens: int

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dtrain.bucket import Bucket, Flat
+from dtrain.bucket import MOMENTS, Bucket, Flat
 from dtrain.optim.accum_adam import AccumAdamW
 
 
@@ -34,6 +34,17 @@ class _Part:
             state[name] = state[name].contiguous()
         return state[name].view(-1)[self.inside]
 
+    @property
+    def updates(self) -> int:
+        """By the optimizer, so far."""
+        return int(self.optimizer.state.get(self.parameter, {}).get("step", 0))
+
+    def left(self, name: str, since: int) -> float:
+        """Of what the moment was after ``since`` updates: b to the power of how often it has decayed."""
+        group = next(g for g in self.optimizer.param_groups if any(p is self.parameter for p in g["params"]))
+        every = group.get("every", 1)  # AccumAdamW's moments decay once in so many updates
+        return float(group["betas"][MOMENTS.index(name)]) ** (self.updates // every - since // every)
+
 
 class AdamMoments:
     """``bucket.Moments`` of one bucket. A moment that was not made yet is read as 0, and stays unmade."""
@@ -53,15 +64,34 @@ class AdamMoments:
             if moment is not None:
                 moment.copy_(values[part.start : part.stop])
 
+    def updates(self) -> Tensor:
+        return torch.tensor([part.updates for part in self._parts])
+
+    def carry(self, name: str, sent: Tensor, mean: Tensor, since: Tensor) -> None:
+        for part, before in zip(self._parts, since.tolist(), strict=True):
+            moment = part.moment(name)
+            if moment is not None:
+                left = part.left(name, before)
+                moment.sub_(sent[part.start : part.stop], alpha=left).add_(mean[part.start : part.stop], alpha=left)
+
 
 class Unmade:
     """``bucket.Moments`` where nothing trains: 0, and written nowhere."""
+
+    def __init__(self, num_spans: int) -> None:
+        self._num_spans = num_spans
 
     def read(self, name: str, out: Tensor) -> None:
         out.zero_()
 
     def write(self, name: str, values: Tensor) -> None:
         """There is nothing to write to."""
+
+    def updates(self) -> Tensor:
+        return torch.zeros(self._num_spans, dtype=torch.int64)
+
+    def carry(self, name: str, sent: Tensor, mean: Tensor, since: Tensor) -> None:
+        """As ``write``."""
 
 
 def with_moments(recipe: str, buckets: Sequence[Bucket], flat: Flat, optimizers: Sequence[Optimizer]) -> list[Bucket]:

@@ -19,6 +19,9 @@ class Outer(NamedTuple):
     """(anchor, pseudo-gradient, state): the anchor moves against the pseudo-gradient."""
     land: Callable[[Tensor, Tensor, Tensor, Tensor, State], None]
     """(x, sent, anchor, pseudo-gradient, state): update, then x <- (x - sent) + anchor."""
+    catch_up: Callable[[Tensor, Tensor, Tensor, int, State], None]
+    """(anchor, late, own, n, state): the last update had own / n, and late is to come. The anchors' mean over n islands goes to
+    where it would be if nothing had ever been late (derived in ``algorithms/diloco.py``)."""
 
 
 def copy() -> Outer:
@@ -37,7 +40,10 @@ def sgd(lr: float) -> Outer:
         # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
         x.sub_(sent).add_(anchor)
 
-    return Outer(lambda anchor: {}, update, land)
+    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, num_nodes: int, state: State) -> None:
+        update(anchor, late, state)
+
+    return Outer(lambda anchor: {}, update, land, catch_up)
 
 
 def nesterov(lr: float, momentum: float) -> Outer:
@@ -54,4 +60,11 @@ def nesterov(lr: float, momentum: float) -> Outer:
     def land(x: Tensor, sent: Tensor, anchor: Tensor, delta: Tensor, state: State) -> None:
         operations(x.device).outer_step(x, sent, anchor, state["momentum"], delta, lr, momentum)
 
-    return Outer(init, update, land)
+    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, num_nodes: int, state: State) -> None:
+        u, others = state["momentum"], num_nodes - 1
+        # An island alone waits for no one: what is late there is what a codec lost.
+        of_late = u.sub(own, alpha=1 / num_nodes).mul_(others / (others + momentum) if others else 0.0)
+        anchor.add_(late, alpha=-lr * (1 + momentum)).add_(of_late, alpha=-lr * momentum**2)
+        u.add_(late).add_(of_late, alpha=momentum - 1)
+
+    return Outer(init, update, land, catch_up)

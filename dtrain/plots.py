@@ -30,6 +30,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _INK, _GRID, _STAR = "#333333", "#E3E3E3", "#F0C000"
 # Up to here each island has a legend entry and its raw loss; with more the raw lines are one smear.
 _FEW = 4
+# Of metrics.jsonl, in the order of a Curve's fields.
+_COLUMNS = ("step", "time_s", "wire_bytes_sent", "loss", "eval_loss", "eval_loss_merged")
 _LOSS = "training loss (nats a token)"
 
 
@@ -42,6 +44,7 @@ class Curve:
     sent_bytes: Array
     loss: Array
     eval_loss: Array
+    eval_loss_merged: Array
 
 
 def plot_run(metrics: Sequence[dict[str, Any]], summary: dict[str, Any], out: Path) -> None:
@@ -61,6 +64,7 @@ def plot_run(metrics: Sequence[dict[str, Any]], summary: dict[str, Any], out: Pa
                 _island_name(island, index, len(islands)),
                 raw=few,
             )
+            _stars_on_the_way(panel, x_of(curve), curve)
         _star(panel, max((_last(x_of(curve)) for curve in curves.values()), default=0.0), summary)
     _label(by_step, "step", _LOSS)
     _label(by_time, f"training time ({time_unit})", None)
@@ -80,6 +84,7 @@ def plot_compare(runs: Sequence[RunRecord], out: Path) -> None:
     for panel, x_of in ((by_step, _step), (by_time, _time(seconds))):
         for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
             _draw(panel, x_of(curve), curve, _colour(index, len(runs)), run.name, raw=False)
+            _stars_on_the_way(panel, x_of(curve), curve, _colour(index, len(runs)))
             _star(panel, _last(x_of(curve)), run.summary, colour=_colour(index, len(runs)))
     for index, run in enumerate(runs):
         _cost(by_bytes, run, _colour(index, len(runs)))
@@ -116,16 +121,15 @@ def _curve(lines: Sequence[dict[str, Any]]) -> Curve:
     def column(name: str) -> Array:
         return np.array([line.get(name) for line in lines], dtype=np.float64)  # None becomes NaN
 
-    return Curve(column("step"), column("time_s"), column("wire_bytes_sent"), column("loss"), column("eval_loss"))
+    return Curve(*map(column, _COLUMNS))
 
 
 def _mean_curve(lines: Sequence[dict[str, Any]]) -> Curve:
     by_step: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         by_step.setdefault(line["step"], []).append(line)
-    names = ("step", "time_s", "wire_bytes_sent", "loss", "eval_loss")
     return _curve(
-        [{name: _mean(line.get(name) for line in by_step[step]) for name in names} for step in sorted(by_step)]
+        [{name: _mean(line.get(name) for line in by_step[step]) for name in _COLUMNS} for step in sorted(by_step)]
     )
 
 
@@ -183,6 +187,13 @@ def _star(panel: Axes, x: float, summary: dict[str, Any], colour: str = _STAR) -
         panel.scatter(
             [x], [summary["eval_loss"]], s=150, marker="*", color=colour, edgecolors=_INK, linewidths=0.9, zorder=5
         )
+
+
+def _stars_on_the_way(panel: Axes, x: Array, curve: Curve, colour: str = _STAR) -> None:
+    """What a merge would have given there."""
+    merged = np.isfinite(curve.eval_loss_merged)
+    style = {"markersize": 8, "markeredgewidth": 0.7, "markerfacecolor": colour, "markeredgecolor": _INK}
+    panel.plot(x[merged], curve.eval_loss_merged[merged], "*", zorder=4, **style)
 
 
 def _cost(panel: Axes, run: RunRecord, colour: str) -> None:
@@ -250,7 +261,8 @@ def _worth_seeing(curve: Curve) -> Iterator[Array]:
     settled = loss[min(len(loss) // 20, len(loss) - 1) :] if len(loss) else loss
     if len(settled):
         yield np.percentile(settled, [0.2, 99.8])
-    yield curve.eval_loss[np.isfinite(curve.eval_loss)]
+    for held_out in (curve.eval_loss, curve.eval_loss_merged):
+        yield held_out[np.isfinite(held_out)]
 
 
 def _bits_axis(panel: Axes, summary: dict[str, Any]) -> None:

@@ -259,11 +259,6 @@ def check_together(r: Recipe, num_islands: int) -> None:
         )
     if r.algorithm == "desloc" and r.moments is None:
         raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')
-    if r.algorithm == "desloc" and r.delay_steps != 0:
-        raise ValueError(
-            f"sync.delay = {r.delay}: what AdamW does in flight decays its moments, and desloc's means of them would land as if "
-            'it had not; use delay = 0, or sync.recipe = "fedavg"'
-        )
     if r.landing != "keep":
         check_landing(r)
     if r.algorithm in ("allreduce", "demo") and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):

@@ -167,7 +167,10 @@ def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]
         ("time", lambda s: units.show_seconds(s["wall_s"])),
     ]
     header = ["", *(names if unique else [str(run.path) for run in runs])]
-    return header, [[label, *(show(run.summary) for run in runs)] for label, show in cells]
+    rows = [[label, *(show(run.summary) for run in runs)] for label, show in cells]
+    if any("eval_loss_merged" in line for run in runs for line in run.lines):
+        rows.insert(6, ["best merge on the way", *(_best_on_the_way(run.lines) for run in runs)])
+    return header, rows
 
 
 def refuse_different_corpora(runs: Sequence[RunRecord]) -> None:
@@ -192,6 +195,12 @@ def _merged(summary: Summary) -> str:
     if summary["eval_loss"] is None:
         return "not a finite number: training diverged"
     return f"{summary['eval_loss']:.4f} nats a token = {summary['eval_bits_per_byte']:.4f} bits per byte"
+
+
+def _best_on_the_way(lines: Sequence[dict[str, Any]]) -> str:
+    """What an exact merge would have given, where it was looked at; every island has the same model there."""
+    losses = [(line["eval_loss_merged"], line["step"]) for line in lines if line.get("eval_loss_merged") is not None]
+    return f"{min(losses)[0]:.4f} after step {min(losses)[1]:,}" if losses else "-"
 
 
 def _alone(summary: Summary) -> str:

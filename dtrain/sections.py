@@ -96,6 +96,9 @@ class Train(Section):
     eval_every: int = Field(
         250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
     )
+    eval_merged: bool = Field(
+        False, description="evaluate the islands' mean too, each time: what a merge would give; an exact average, waited for"
+    )
     consensus_every: int = Field(
         0, ge=0, description="steps between measurements of how far apart the islands are; each is an exact average, waited for"
     )

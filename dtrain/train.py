@@ -5,6 +5,7 @@ virtual island."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -32,6 +33,7 @@ from dtrain.island.device import own_device
 from dtrain.island.replicas import Island as Ranks
 from dtrain.island.replicas import Replicas
 from dtrain.island.stages import Stages
+from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
 from dtrain.models.gpt_stage import GPTStage
@@ -247,8 +249,7 @@ def _loop(island: _Island, observe: Observe) -> None:
             set_lr(optimizer, lr)
         loss = _step(island, step)
         ended = clock.train_s()
-        distance = _consensus_aside(island, step + 1)
-        eval_loss = _evaluate_aside(island, step + 1)
+        seen = look(job, sync, island.inside, clock, step + 1, functools.partial(_say, island))
         if metrics is not None:
             stats = sync.stats()
             metrics.line(
@@ -261,8 +262,9 @@ def _loop(island: _Island, observe: Observe) -> None:
                 wait_s=stats.wait_s,
                 lr=lr,
                 time_s=clock.time_s(),
-                eval_loss=eval_loss,
-                consensus_distance=distance,
+                eval_loss=seen.eval_loss,
+                eval_loss_merged=seen.eval_loss_merged,
+                consensus_distance=seen.consensus_distance,
             )
         _checkpoint_aside(island, step + 1)
         began = ended
@@ -294,28 +296,9 @@ def _gradient(island: _Island, step: int) -> float:
     return total
 
 
-def _evaluate_aside(island: _Island, step: int) -> float | None:
-    """The island's own model on the held-out sequences, on evaluation steps; the last step is evaluated at the
-    end."""
-    every = island.job.train.eval_every
-    if not every or step % every or step == island.job.train.steps:
-        return None
-    with island.clock.aside():
-        _say(island, "evaluating", step)
-        return island.inside.evaluate()
-
-
 def _say(island: _Island, state: State, step: int) -> None:
     if island.speaks:
         island.status.update(state, step)
-
-
-def _consensus_aside(island: _Island, step: int) -> float | None:
-    every = island.job.train.consensus_every
-    if not every or step % every:
-        return None
-    with island.clock.aside():
-        return island.sync.consensus_distance()
 
 
 def _checkpoint_aside(island: _Island, step: int) -> None:

@@ -167,7 +167,7 @@ class Simulation:
             starts = [b.layout.spans[0].global_offset for b in buckets]
             buckets = [replace(b, g=g[at : at + b.x.numel()]) for at, b in zip(starts, buckets, strict=True)]
         if self._plan.recipe.moments is not None:  # nothing trains here that has any
-            buckets = [replace(b, moments=Unmade()) for b in buckets]
+            buckets = [replace(b, moments=Unmade(len(b.layout.spans))) for b in buckets]
         x.copy_(self._problem.start)
         core = Core(self._plan, buckets, Peers(node, num_islands))
         if (apart := self._problem.apart(node)) is not None:

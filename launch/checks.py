@@ -65,6 +65,10 @@ def resolved(job: Job) -> Job:
             f'train.merge = "{job.train.merge}" stretches the mean of models that were never in sync, and with islands.start = '
             f'"{job.islands.start}" they were; leave it out, or use islands.start=own'
         )
+    if job.train.eval_merged and job.train.merge != "mean":
+        raise ValueError(
+            f'train.eval_merged = true is of the mean, and train.merge = "{job.train.merge}" ends with another; leave it out'
+        )
     answers = {"recipe": recipe.name} | {axis: answer_of(recipe, axis) for axis in AXES}
     return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
 
@@ -142,10 +146,12 @@ def check_text(job: Job) -> None:
 
 
 def _refuse_barriers(job: Job) -> None:
-    recipe, every = of_section(job.sync.model_dump(exclude_none=True), job.islands.count), job.train.consensus_every
-    if recipe.schedule == schedule.READY and every:
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    every, merged = job.train.consensus_every, job.train.eval_every and job.train.eval_merged
+    if recipe.schedule == schedule.READY and (every or merged):
+        asked = f"train.consensus_every = {every}" if every else "train.eval_merged = true"
         raise ValueError(
-            f'train.consensus_every = {every}: all islands wait for each other in each exact average, and with sync.schedule = '
+            f"{asked}: all islands wait for each other in each exact average, and with sync.schedule = "
             f'"{schedule.READY}" nobody is to wait for a slow one; leave it out, or use sync.schedule=every'
         )
 
@@ -162,7 +168,7 @@ def _check_sim(job: Job) -> None:
     for axis in ("include", "exclude"):
         _refuse_changed(job, "sync", axis, f'with sim.problem = "{job.sim.problem}", whose parameters have no names')
     sim = f'sim.problem = "{job.sim.problem}"'
-    for section, key in (("islands", "start"), ("train", "merge")):
+    for section, key in (("islands", "start"), ("train", "merge"), ("train", "eval_merged")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
     for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")

@@ -20,6 +20,7 @@ _MAY_CHANGE = {
     ("train", "checkpoint_every"),
     ("train", "keep"),
     ("train", "eval_every"),
+    ("train", "eval_merged"),
     ("train", "consensus_every"),
     ("islands", "count"),
     ("islands", "max_restarts"),

@@ -7,12 +7,21 @@ With a delay the round flies while training goes on, and what the island did mea
     blend:  (arXiv 2501.18512) x_i <- alpha x_i + (1 - alpha) theta'; what alpha takes of that progress stays in the next delta_i.
     eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
             g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
-            What the others did in the last round is not applied: it lands when training is over.
+            What the others did in the last round is applied before an exact average.
     pure:   (DiLoCoX, arXiv 2506.21263) the whole round is applied a round later,
             delta_i^t = theta - x_i;   theta <- Outer(theta, delta^{t-1});   x_i <- theta, and delta_i^t is sent.
             The first has no round before it, and x_i goes on where it is; the second's delta_i^t is counted from there.
-            The last one's is not applied: it lands when training is over.
-Without delay, keep is DiLoCo to the bit, and so is blend with alpha = 0; with one island, eager is."""
+            The last one's is applied before an exact average.
+Without delay, keep is DiLoCo to the bit, and so is blend with alpha = 0; with one island, eager is.
+
+An exact average that takes the parameters' place (``rest``) comes after a round that eager and pure have not applied. It is then,
+theta -> theta', and x_i <- theta' + (x_i - theta), so that the average has every delta_i^s once, s = 1 ... t, as an Outer has
+that is given all delta^s in time. Of pure that is one more update: theta' = Outer(theta, delta^t). Of eager each late part,
+l_i^s = delta^s - delta_i^s / n, has come an update late, and with Nesterov's u and mu in time means
+    theta_i' = theta_i - lr ((1 + mu) l_i^t + mu^2 L_i),   u_i' = u_i + l_i^t - (1 - mu) L_i,   L_i = sum_s<t mu^(t-1-s) l_i^s.
+L_i is not kept. As mean_i l_i^s = (1 - 1/n) delta^s its mean is that of (n - 1) / (n - 1 + mu) (u_i - delta_i^t / n), which the
+average takes as well (where no round was dropped, and but for what a codec loses). One more update would be wrong by
+mu^2 u: all momentum, an island's own part once too often. In flight a round is no part of it, nor after it was dropped."""
 
 from __future__ import annotations
 
@@ -72,7 +81,14 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
         def land(b: Bucket, state: State) -> None:
             torch.sub(state["delta"], state["own"], alpha=share, out=state["late"])
 
-        return Algorithm(init=init, send=send, land=land)
+        def rest(b: Bucket, state: State) -> None:
+            if bool(state["late"].any()):
+                b.x.sub_(state["anchor"])
+                outer.catch_up(state["anchor"], state["late"], state["own"], peers.num_nodes, state)
+                b.x.add_(state["anchor"])
+                state["late"].zero_()
+
+        return Algorithm(init=init, send=send, land=land, rest=rest)
 
     return bind
 
@@ -99,7 +115,13 @@ def diloco_pure(reduce: Reduce, outer: Outer) -> Method:
             yield from path.run(delta, delta, state, link)
             state["before"].fill_(1)  # a round that is dropped leaves this island's own delta alone, which none applies
 
-        return Algorithm(init=init, send=send)
+        def rest(b: Bucket, state: State) -> None:
+            if bool(state["before"]):
+                outer.land(b.x, state["begun"], state["anchor"], state["delta"], state)
+                state["begun"].copy_(state["anchor"])
+                state["before"].zero_()  # what follows is a first round again
+
+        return Algorithm(init=init, send=send, rest=rest)
 
     return bind
 

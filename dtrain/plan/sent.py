@@ -137,7 +137,7 @@ def sent(
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
     buckets = cut(recipe, model_flat(shapes, device, recipe), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
     if recipe.moments is not None:
-        buckets = [replace(b, moments=Unmade()) for b in buckets]
+        buckets = [replace(b, moments=Unmade(len(b.layout.spans))) for b in buckets]
     alike = _Alike(buckets, recipe)
 
     def make(node: int) -> Core:

@@ -120,16 +120,17 @@ def test_moments_are_not_coded_with_the_parameters() -> None:
         assert (got[node].v >= 0).all()
 
 
-@pytest.mark.parametrize("at", [4, 7, 10])
-def test_a_resume_knows_which_round_is_next(at: int) -> None:
-    """In new objects, from what was saved after a round of u, and between rounds."""
+@pytest.mark.parametrize(("at", "delay"), [(4, 0), (7, 0), (10, 0), (4, 2), (7, 2)])
+def test_a_resume_knows_which_round_is_next(at: int, delay: int) -> None:
+    """In new objects, saved after a round of u, and between rounds; with a delay while one of u or v is in flight."""
     p, n = problem(2), 2
+    axes = {"every": EVERY, "moments": SAID, "delay": delay}
 
     def run(first: int, last: int, saved: list[Any] | None) -> list[Any]:
         def island(connection: Connection) -> Any:
             model = Quadratic(p.start, p.a[connection.node], p.c[connection.node], CUT)
             optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-            with dtrain.join(model, optimizer, recipe="desloc", every=EVERY, moments=SAID, link=connection) as sync:
+            with dtrain.join(model, optimizer, recipe="desloc", link=connection, **axes) as sync:
                 if saved is not None:
                     x, inner, state = saved[connection.node]
                     model.set_flat(x)
@@ -193,7 +194,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"moments": "0:6"}, "moments = '0:6' is not allowed"),
     ({"moments": "3:x"}, "moments = '3:x' is not allowed"),
     ({"moments": 3}, "moments = '3' is not allowed"),
-    ({"delay": 1}, "sync.delay = 1: what AdamW does in flight decays its moments"),
+    ({"delay": 51}, "sync.delay = 51 is longer than sync.every = 50"),
     ({"landing": "eager"}, "sync.landing = 'eager' has no effect"),
     ({"outer": "nesterov"}, "sync.outer = 'nesterov' has no effect"),
 ]

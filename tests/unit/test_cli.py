@@ -70,6 +70,13 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
         (["report", "runs/none", "--out", "not/there.png"], "--out not/there.png: there is no folder not; make it first"),
         (["run", "job.toml", "train.sam_rho=inf"], "job.toml: train.sam_rho = inf is not allowed: Input should be a finite"),
         (["run", "job.toml", "train.merge=variance_corrected"], 'train.merge = "variance_corrected" stretches the mean of'),
+        (
+            [
+                *("sim", "job.toml", "sync.recipe=local", "islands.start=own"),
+                *("train.merge=variance_corrected", "train.eval_merged=true"),
+            ],
+            'train.eval_merged = true is of the mean, and train.merge = "variance_corrected" ends with another; leave it out',
+        ),
         (["sim", "job.toml", "train.merge=variance_corrected"], 'train.merge = "variance_corrected" stretches the mean of'),
         (["run", "job.toml", "islands.start=own", "--", "job.toml"], "islands.start = 'own' has no effect on a script"),
         (["run", "job.toml", "train.merge=variance_corrected", "--", "job.toml"], "train.merge = 'variance_corrected' has no"),

@@ -44,6 +44,7 @@ warmup = 2
 weight_decay = 0
 clip = 0
 eval_every = 5
+eval_merged = true
 checkpoint_every = 0
 keep = 1
 consensus_every = 5

@@ -54,6 +54,7 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),
     ("delayed_diloco", {"every": 2, "delay": 1, "exclude": ["last"]}),
     ("dpsgd", {"include": ["l*"], "exclude": ["left"]}),
+    ("desloc", {"every": 2, "delay": 2, "moments": "2:1"}),
 ]
 
 

@@ -173,6 +173,7 @@ def test_pairs_may_meet_when_both_are_ready_and_then_no_length_is_asked_for() ->
         ("sim", {"sim": {"step_s": 0.1}}, "a clock of steps has none; use sim.clock=poisson"),
         ("run", {"train": {"consensus_every": 5}}, "train.consensus_every = 5: all islands wait for each other"),
         ("sim", {"train": {"consensus_every": 5}}, "train.consensus_every = 5: all islands wait for each other"),
+        ("run", {"train": {"eval_merged": True}}, "train.eval_merged = true: all islands wait for each other"),
     ],
 )
 def test_where_nobody_can_be_ready_is_said_before_anything_starts(how: How, changes: dict[str, object], said: str) -> None:

@@ -78,6 +78,7 @@ def write_run(run: Path, parts: list[Part], steps: int = 50) -> Path:
                 lr=1e-3,
                 time_s=part.wall_s * step / steps,
                 eval_loss=1.2 if step % 25 == 0 else None,
+                eval_loss_merged=1.1 if step % 25 == 0 else None,
             )
         writer.close()
     return run
@@ -222,6 +223,14 @@ def test_runs_stand_side_by_side() -> None:
     assert ["waited for the link", "1.5 s, 15.0 %", "1.5 s, 15.0 %"] in rows, "of training, as the closing table says"
     assert ["above the best", "best", "+2.00 %"] in rows
     assert {len(row) for row in rows} == {3}
+
+
+def test_a_merge_that_would_have_been_better_is_shown() -> None:
+    losses = {25: 1.25, 50: 1.0, 75: 1.5}
+    lines = [{"step": step, "island": 1, "eval_loss": 2.0, "eval_loss_merged": loss} for step, loss in losses.items()]
+    looked = replace(record("one"), lines=[*lines, {"step": 100, "island": 1, "loss": 0.5}])
+    assert ["best merge on the way", "1.0000 after step 50", "-"] in report.compare_rows([looked, record("two")])[1]
+    assert "best merge on the way" not in [row[0] for row in report.compare_rows([record("two")])[1]]
 
 
 def test_runs_of_one_name_are_shown_by_their_paths() -> None:

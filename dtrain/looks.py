@@ -1,0 +1,48 @@
+"""What does an island look at on the way, off its clock? Its own loss, the islands' mean's, how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dtrain.clock import Clock
+from dtrain.config import Job
+from dtrain.engine import Sync
+from dtrain.inside import Inside
+from dtrain.metrics import State
+
+
+class Seen(NamedTuple):
+    """None where it was not due."""
+
+    eval_loss: float | None
+    """The island's own model on the held-out sequences, in nats a token."""
+    eval_loss_merged: float | None
+    """What the exact mean of all islands has there, rounds in flight apart; the same on all of them."""
+    consensus_distance: float | None
+
+
+def look(job: Job, sync: Sync, inside: Inside, clock: Clock, step: int, say: Callable[[State, int], None]) -> Seen:
+    """After optimizer step ``step``; leaves the trajectory alone. All islands call it after the same steps, and all ranks of
+    an island together."""
+    distance = _distance(job, sync, clock, step)
+    every = job.train.eval_every
+    if not every or step % every or step == job.train.steps:  # the last step is evaluated at the end
+        return Seen(None, None, distance)
+    with clock.aside():
+        say("evaluating", step)
+        own = inside.evaluate()
+        return Seen(own, _merged(sync, inside) if job.train.eval_merged else None, distance)
+
+
+def _merged(sync: Sync, inside: Inside) -> float:
+    with sync.merged():
+        return inside.evaluate()
+
+
+def _distance(job: Job, sync: Sync, clock: Clock, step: int) -> float | None:
+    every = job.train.consensus_every
+    if not every or step % every:
+        return None
+    with clock.aside():
+        return sync.consensus_distance()

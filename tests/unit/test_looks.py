@@ -1,0 +1,71 @@
+"""What is seen on the way of a run: is it what it says, and does looking leave the run alone?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import checkpoint
+from dtrain.build import build_model
+from dtrain.data.corpus import load_corpus
+from dtrain.data.sampler import heldout_sequences
+from dtrain.evaluate import evaluate
+from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of, write_texts
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A run sets the threads of its process; what is evaluated beside it must have as many."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "texts")
+
+
+@pytest.mark.parametrize("sync", ['sync.recipe="local"', 'sync.recipe="delayed_diloco" sync.every=2 sync.delay=2'])
+def test_a_merge_is_looked_at_on_the_way_and_changes_nothing(texts: Path, tmp_path: Path, sync: str) -> None:
+    """At step 3 the weights of each island's checkpoint, averaged by hand, have the loss that all islands write down."""
+    job = job_of(texts, "islands.count=3", "train.eval_every=3", "train.checkpoint_every=3", *sync.split())
+    looking = job_of(
+        texts, "islands.count=3", "train.eval_every=3", "train.checkpoint_every=3", "train.eval_merged=true", *sync.split()
+    )
+    plain, run = train(job, tmp_path / "plain"), train(looking, tmp_path / "run")
+    kept = [checkpoint.load_island(run, 3, island) for island in range(3)]
+    names = [name for name in kept[0] if name.startswith("model.")]
+    model, corpus = build_model(job, load_corpus(str(texts))), load_corpus(str(texts))
+    mean = {name: torch.stack([each[name].double() for each in kept]).mean(dim=0).float() for name in names}
+    model.load_state_dict({name.removeprefix("model."): value for name, value in mean.items()})
+    expected = evaluate(model, heldout_sequences(corpus, 16))
+    for island in range(3):
+        looks = {line["step"]: line["eval_loss_merged"] for line in lines_of(run, island) if "eval_loss_merged" in line}
+        assert list(looks) == [3], "the end's is in the summary"
+        assert looks[3] == lines_of(run, 0)[2]["eval_loss_merged"] == pytest.approx(expected, rel=1e-6)
+        assert looks[3] != lines_of(run, island)[2]["eval_loss"]
+        assert same(weights_of(run, island), weights_of(plain, island))
+        one, other = part_of(run, island), part_of(plain, island)
+        assert one.eval_loss == other.eval_loss
+        assert (one.wire_bytes_sent, one.wire_bytes_merge) == (other.wire_bytes_sent, other.wire_bytes_merge)
+        assert one.wire_bytes_consensus == one.wire_bytes_merge
+        assert other.wire_bytes_consensus == 0
+
+
+def test_a_run_that_goes_on_looks_again_and_is_the_same(texts: Path, tmp_path: Path) -> None:
+    sync = ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=2")
+    often = ("train.eval_every=2", "train.eval_merged=true", "train.checkpoint_every=3", *sync)
+    whole, run = train(job_of(texts, *often), tmp_path / "whole"), tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", run / "checkpoints")
+    train(job_of(texts, *often), run, resume_step=3)
+    for island in range(2):
+        assert same(weights_of(run, island), weights_of(whole, island))
+        again, at_first = ([line.get("eval_loss_merged") for line in lines_of(of, island)[-3:]] for of in (run, whole))
+        assert again == at_first == [at_first[0], None, None]
+        assert again[0] is not None
