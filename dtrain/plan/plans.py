@@ -160,8 +160,8 @@ def said(r: Recipe) -> str:
 def adapting(r: Recipe) -> str:
     """How rounds of an H that adapts are reckoned."""
     return (
-        f"{r.name} is reckoned with the rank and the {r.every} steps of its first rounds: as the rank falls, fewer bytes go after "
-        "fewer steps, so that matrices take as many bytes a step as before, and what goes whole more"
+        f"{r.name} is reckoned with the rank and the {r.every} steps of its first rounds: as the rank falls, fewer bytes go "
+        "after fewer steps, so that matrices take as many bytes a step as before, and what goes whole more"
     )
 
 
