@@ -32,8 +32,9 @@ from dtrain.algorithms.multi_gossip import chebyshev, multi_gossip
 from dtrain.algorithms.noloco import noloco
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.bucket import Bucket, Flat, Span, make_buckets
+from dtrain.codec import State
 from dtrain.events.graph_constants import rates_of_rounds
-from dtrain.low_rank import low_rank
+from dtrain.low_rank import columns_now, low_rank
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.matrices import adapts, check_rank, highest, rank_of
 from dtrain.methods import RULES
@@ -70,6 +71,8 @@ class Plan:
     """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
+    columns: Callable[[State], int] | None
+    """Of a bucket's state: columns of all factors of its next round, which H follows; None where H stays as it is."""
     signs: bool
     """Whether what is exchanged before an update leaves signs in the place of gradients."""
 
@@ -99,6 +102,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         moves=moves,
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
+        columns=columns_now if recipe.every_adapts and recipe.reduce == "low_rank" else None,
         signs=rules.signs,
     )
 

@@ -2,11 +2,17 @@
 
 traffic.py carries its flights, over a real link or in one process; the steps are the same, so the bits are. For a
 round that starts after step t with a delay of d steps: d = 0 lands at once; d > 0 lands before the update of step t
-+ d. Where pairs meet when both are ready (``meetings.py``) d says nothing: a round lands as soon as all of it is here."""
++ d. Where pairs meet when both are ready (``meetings.py``) d says nothing: a round lands as soon as all of it is here.
+
+Where H adapts (DiLoCoX, arXiv 2506.21263), round t, which is sent with r_t columns, starts H_t steps before round t + 1:
+    alpha_t = r_t / r_1;   H_t = alpha_t H_1, rounded up.
+r_t counts those of all matrices of an island's model. Round t - 1 leaves it, on all islands alike (``low_rank.py``), and has
+landed when round t starts, so that H_t is known by then. A shorter exchange hides behind fewer steps; what goes whole in it, as
+embeddings do, is as long as before, and may have to be waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +22,7 @@ from dtrain.assemble import Plan
 from dtrain.bucket import Bucket
 from dtrain.codec import State, Update
 from dtrain.link import Link, Peers
+from dtrain.schedule import Control
 from dtrain.transport.base import ROUND, Tag
 from dtrain.wire import same_header
 
@@ -81,13 +88,21 @@ class Lane:
 class Core:
     """All lanes that this rank carries, and the step count."""
 
-    def __init__(self, plan: Plan, buckets: Sequence[Bucket], peers: Peers) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Plan, buckets: Sequence[Bucket], peers: Peers,
+        island_sum: Callable[[Sequence[float]], Sequence[float]] = tuple,
+    ) -> None:  # fmt: skip
+        """``island_sum``: element by element over the ranks of the island, which all call it; of one rank the values."""
+        self.plan, self.control = plan, plan.control
         self.peers = peers
         self.step = 0
         self.lanes = [Lane(b, plan.method(b.layout, peers)) for b in buckets]
         if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
             raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
+        self._island_sum = island_sum
+        self._columns_at_first = self._columns = 0
+        self.adapt()
+        self._columns_at_first = self._columns
 
     def start_gradients(self) -> list[Flight]:
         """The exchange that rewrites the gradients of step + 1; one flight a bucket, finished before the update."""
@@ -104,17 +119,32 @@ class Core:
 
     def start_rounds(self) -> list[Flight]:
         """The rounds that start now, after step ``self.step``."""
+        if self.plan.columns is not None and self.begun(self.step):
+            every = -(-self.plan.control.every * self._columns // self._columns_at_first)
+            self.control = Control(max(self.plan.recipe.least_every, every), self.step)
         return [self.start(lane, self.step) for lane in self.lanes if self.starts(lane, self.step)]
+
+    @property
+    def delay_steps(self) -> int:
+        """Of the rounds that started last."""
+        whole = self.plan.columns is not None and self.plan.recipe.delay == "round"
+        return self.control.every if whole else self.plan.delay_steps
+
+    def adapt(self) -> None:
+        """What was due has landed, on each rank of the island: H of the rounds that start next follows from it."""
+        if self.plan.columns is not None:
+            own = sum(self.plan.columns(lane.state) for lane in self.lanes)
+            self._columns = int(self._island_sum([own])[0])
 
     def begun(self, step: int) -> set[int]:
         """The fragments of which rounds start after ``step``, on whatever rank: each finds the same answer without asking."""
-        return {f for f in range(self.plan.recipe.fragments) if self.plan.when(step, f, self.plan.control)}
+        return {f for f in range(self.plan.recipe.fragments) if self.plan.when(step, f, self.control)}
 
     def starts(self, lane: Lane, step: int) -> bool:
         """Whether a round of the lane starts after ``step``."""
         if self.plan.graph is not None and lane.land_step >= 0:
             return False
-        return lane.algorithm.send is not None and self.plan.when(step, lane.bucket.fragment, self.plan.control)
+        return lane.algorithm.send is not None and self.plan.when(step, lane.bucket.fragment, self.control)
 
     def lands(self, lane: Lane, step: int) -> bool:
         """Whether a round that was not dropped lands before the update of ``step``."""
@@ -136,7 +166,7 @@ class Core:
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
         if self.plan.graph is None:
-            lane.land_step = step + self.plan.delay_steps
+            lane.land_step = step + self.delay_steps
         else:  # its number comes with its partner, whose steps are others
             lane.land_step, lane.flight.matched, lane.flight.step = step, False, 0
         lane.round += 1
@@ -180,7 +210,7 @@ class Core:
         """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each
         step."""
         numbers = {"step": self.step, "edges": self.plan.edges, "total_steps": self._total, "ready": self._ready}
-        out = {key: torch.tensor(n) for key, n in numbers.items()}
+        out = {key: torch.tensor(n) for key, n in (numbers | self._spacing()).items()}
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             out[f"{name}.round"] = torch.tensor(lane.round)
@@ -225,6 +255,9 @@ class Core:
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
         self._refuse_crossing(saved)
         self.step = int(saved["step"])
+        if self.plan.columns is not None:
+            self.control = Control(int(saved["every"]), int(saved["since"]))
+            self._columns = int(saved["columns"])
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
             lane.round = int(saved[f"{name}.round"])
@@ -235,7 +268,7 @@ class Core:
 
     def _refuse_crossing(self, saved: dict[str, Tensor]) -> None:
         """Another ``every`` is fine, unless a round would start while one of its bucket still flies."""
-        if self.plan.graph is not None:  # nothing starts there while something flies
+        if self.plan.graph is not None or self.plan.columns is not None:  # nothing starts there while something flies
             return
         for lane in self.lanes:
             land_step = int(saved[f"bucket{lane.bucket.index}.land_step"])
@@ -243,9 +276,15 @@ class Core:
             if early:
                 raise ValueError(
                     f"the saved state has a round of bucket {lane.bucket.index} that lands before update {land_step}, "
-                    f"and sync.every = {self.plan.control.every} starts the next after step {early[0]}; resume with the every "
+                    f"and sync.every = {self.control.every} starts the next after step {early[0]}; resume with the every "
                     "that it was saved with"
                 )
+
+    def _spacing(self) -> dict[str, int]:
+        """Of rounds whose H adapts: of the last that started, and of the next."""
+        if self.plan.columns is None:
+            return {}
+        return {"every": self.control.every, "since": self.control.since, "columns": self._columns}
 
     @property
     def _ready(self) -> int:

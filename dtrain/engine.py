@@ -90,7 +90,7 @@ class Sync:
             self._exact.align(recipe, seed, plan.edges)
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes))
+        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes), self._ranks.total)
         self._fused = fused_steps(self.core, optimizers, self._flat, self._ranks)
         if plan.graph is not None:
             self._meetings = Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
@@ -144,10 +144,10 @@ class Sync:
             if self._wait.peer_left:
                 return
             self._launch(self.core.start_rounds() if self._meetings is None else self._meetings.after_step())
-            if self._ranks.num_ranks > 1 and self.core.plan.moves and self.core.plan.delay_steps:  # else landing does it
+            if self._ranks.num_ranks > 1 and self.core.plan.moves and self.core.delay_steps:  # else landing does it
                 begun = self.core.begun(self.step)
                 self._ranks.refresh([b for b in self.buckets if b.fragment in begun], gradients=False)
-        if self.core.plan.delay_steps == 0:
+        if self.core.delay_steps == 0:
             self._land_due(self.step)
 
     # ---- what a loop may ask for
@@ -217,7 +217,7 @@ class Sync:
     def drain(self) -> None:
         """Wait for all rounds in flight and land them now, in the order of their steps."""
         self.settle()
-        for step in range(self.step, self.step + self.core.plan.delay_steps + 1):
+        for step in range(self.step, self.step + self.core.delay_steps + 1):
             self._land_due(step)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -306,13 +306,14 @@ class Sync:
                 self.core.land(lane)
             # After a drop ranks may differ in which rounds landed; this makes them equal again.
             self._ranks.refresh([b for b in self.buckets if b.fragment in fragments], gradients=False)
+            self.core.adapt()
 
     def _fragments_due(self, step: int) -> set[int]:
         """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without
         asking."""
         if self._ranks.num_ranks == 1:
             return {lane.bucket.fragment for lane in self.core.due(step)}
-        begun = step - self.core.plan.delay_steps
+        begun = step - self.core.delay_steps
         return self.core.begun(begun) if self.core.plan.sends and begun > 0 else set()
 
     def _exchange_gradients(self) -> None:
@@ -341,7 +342,7 @@ def join(
     optimizers: Optimizer | Sequence[Optimizer] | SAM,
     *,
     recipe: str | None = None,
-    every: int | None = None,
+    every: int | str | None = None,
     schedule: str | None = None,
     moments: str | None = None,
     delay: int | Literal["round"] | None = None,

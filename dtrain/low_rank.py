@@ -10,7 +10,8 @@ What is no matrix rides in the first wire and has the same feedback: e <- x + e 
 
 With ``adapts`` a matrix has as many columns as its results needed of late, and never more than before: DiLoCoX's mean of the
 last c = WINDOW rounds' effective ranks, rounded up to a multiple of ADAPT_BY. A result's is how many of its directions hold
-ENOUGH of its squared size; its singular values are Q's, as P is orthonormal. The steps between rounds stay as many as they are.
+ENOUGH of its squared size; its singular values are Q's, as P is orthonormal. Island 0 finds them and tells the others in a wire
+of its own, so that all have the same, whatever their machines make of Q. (``core.py``: the steps between rounds may follow.)
 
 Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing. All
 islands end with the same bits where their linear algebra rounds alike; else they differ as two machines' products do."""
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dtrain.bucket import Layout, Span
-from dtrain.codec import BoundCodec, Codec, State
+from dtrain.codec import BoundCodec, Codec, State, plain
 from dtrain.combine import mean
 from dtrain.link import Link, Peers
 from dtrain.reduce import BoundReduce, Reduce, Scratch, encoder, split
@@ -44,6 +45,9 @@ WINDOW = 5
 ADAPT_BY = 8
 """Columns; also the fewest."""
 ENOUGH = 0.95
+
+_TELLS = 0
+"""The island that says which ranks the next round has."""
 
 
 class _Matrix(NamedTuple):
@@ -100,6 +104,11 @@ class _Laid(NamedTuple):
     second: _Wire
 
 
+def columns_now(state: State) -> int:
+    """Of the factors of all matrices of a bucket, in its next round; of a path that ``adapts``."""
+    return int(state["ranks"].sum())
+
+
 def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, adapts: bool = False) -> Reduce:
     """``codec`` is without error feedback: what it loses of a factor is a part of what the product lacks. ``feedback_decay``:
     ``codec.ErrorFeedback``'s beta, by which e_i is multiplied before x_i comes to it; None: without feedback. With ``adapts``
@@ -116,6 +125,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
             return _Laid(cut, _Wire(first, peers), _Wire(second, peers))
 
         cut, first, second = laid(at_first)
+        told = _Told([a.place for a in cut.matrices], peers) if adapts else None
         room, unsent = Scratch(max(cut.first.numel, cut.second.numel)), Scratch(layout.numel)
 
         def init(device: torch.device) -> State:
@@ -171,8 +181,13 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
                 for a, p in zip(cut.matrices, bases, strict=True):
                     torch.mm(p.T, a.q_of(values), out=a.of(out))
                     _scaled(a.q_of(values), of["warm"][a.name][: a.rank])
-            if adapts and not x.is_meta:
+            if told is None:
+                return
+            if peers.node == _TELLS and not x.is_meta:
                 _adapt(cut, values, state)
+            told.post(state["ranks"], x.device, link)
+            yield
+            told.take(state["ranks"], link)
 
         return BoundReduce(init, run)
 
@@ -205,6 +220,31 @@ class _Wire:
         self._combine(values, wires, self.codec)
 
 
+class _Told:
+    """The wire by which one island tells the others a few whole numbers, each below 2^24 and so itself in fp32."""
+
+    def __init__(self, places: Sequence[int], peers: Peers) -> None:
+        span = Span("ranks", (len(places),), 0, 0, len(places))
+        self._places = list(places)
+        self._codec = plain("identity").bind(Layout((span,)), peers.node)
+        self._encode = encoder(self._codec)
+
+    def post(self, numbers: Tensor, device: torch.device, link: Link) -> None:
+        """Of ``numbers``, int64 on the CPU, those at the places."""
+        if link.node != _TELLS:
+            link.expect(_TELLS, self._codec.wire_bytes, self._codec.check)
+            return
+        wire = self._encode(numbers[self._places].to(device, torch.float32), {})
+        for peer in link.others():
+            link.post(peer, wire)
+
+    def take(self, numbers: Tensor, link: Link) -> None:
+        if link.node != _TELLS and not (wire := link.received(_TELLS)).is_meta:
+            heard = torch.zeros(len(self._places), device=wire.device)
+            self._codec.decode_add(wire, heard, weight=1.0)
+            numbers[self._places] = heard.cpu().long()
+
+
 def _orthonormal(p: Tensor) -> Tensor:
     """(r, m) -> (r, m): orthonormal rows, the first j of which span p's first j; where p has fewer directions than rows, any
     others stand in. Signs differ from one library to another; these make what a row adds to those before it positive."""
@@ -213,7 +253,7 @@ def _orthonormal(p: Tensor) -> Tensor:
 
 
 def _adapt(cut: _Cut, values: Tensor, state: State) -> None:
-    """Note what this round needed, and find the next one's ranks: from numbers that all islands have alike."""
+    """Note what this round needed, and find the next one's ranks."""
     rounds, needed, ranks = state["rounds"], state["needed"], state["ranks"]
     for a in cut.matrices:
         needed[int(rounds) % WINDOW, a.place] = _needed(a.q_of(values))

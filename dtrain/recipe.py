@@ -17,6 +17,7 @@ class Recipe:
     algorithm: AlgorithmName
     payload: Literal["none", "gradients", "parameters", "differences", "pseudo_gradients"]
     every: int
+    """H: optimizer steps between two rounds; where it adapts, those at first, the most."""
     reduce: Literal["none", "neighbours", "gather", "all_to_all", "low_rank"] = "all_to_all"
     topology: str = "complete"
     graph: str | None = None
@@ -63,7 +64,16 @@ class Recipe:
     """Whether all islands start from island 0's parameters; never said in a row."""
     total_steps: int | None = None
     """Of the run, where the schedule has to know; never said in a row."""
+    every_adapts: bool = False
+    """Whether H falls as the rank does: sync.every = "adaptive:H"."""
 
     @property
     def delay_steps(self) -> int:
         return self.every if self.delay == "round" else self.delay
+
+    @property
+    def least_every(self) -> int:
+        """H at least: a round lands before the next starts, and where it flies for all of its period, that is one step."""
+        if not self.every_adapts:
+            return self.every
+        return 1 if self.delay == "round" else self.delay + 1

@@ -10,7 +10,7 @@ from dtrain import codec_name, schedule
 from dtrain import topology as topologies
 from dtrain.codec_fits import NO_FEEDBACK, check_codec_fits
 from dtrain.landing_fits import check_landing, check_stable
-from dtrain.matrices import check_word
+from dtrain.matrices import adapts, check_word
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
 from dtrain.own_topology import check_kind, check_topology
@@ -182,6 +182,26 @@ def _check_ready(r: Recipe) -> None:
         )
 
 
+def _check_adapts(r: Recipe) -> None:
+    said = f'sync.every = "{schedule.adaptive(r.every)}"'
+    if r.reduce != "low_rank" or r.rank is None or not adapts(r.rank):
+        what = f"sync.rank = {r.rank!r}" if r.reduce == "low_rank" else f'sync.reduce = "{r.reduce}"'
+        raise ValueError(
+            f'{said} follows the ranks of sync.reduce = "low_rank", and those of {what} do not change; use sync.rank = '
+            f'"adaptive:32" with sync.recipe = "dilocox", or sync.every = {r.every}'
+        )
+    if r.fragments != 1:
+        raise ValueError(
+            f"{said} is one period for the whole model, and sync.fragments = {r.fragments} would take turns in it; use "
+            f"fragments = 1, or sync.every = {r.every}"
+        )
+    if r.delay != "round" and r.delay >= r.every:
+        raise ValueError(
+            f"sync.delay = {r.delay} leaves {said} no step to fall by, as a round lands before the next starts; use at most "
+            f'{r.every - 1}, or "round"'
+        )
+
+
 def check_together(r: Recipe, num_islands: int) -> None:
     regular = r.schedule == schedule.EVERY
     if r.schedule == schedule.READY:
@@ -195,6 +215,8 @@ def check_together(r: Recipe, num_islands: int) -> None:
             f"sync.delay = {r.delay} is longer than sync.every = {r.every}: a round must land before the next starts; "
             f'use at most {r.every}, or "round"'
         )
+    if r.every_adapts:
+        _check_adapts(r)
     if r.algorithm == "push_sum" and is_own(r.topology):
         raise ValueError(
             f"push_sum is for links that go one way, and of sync.topology = {r.topology!r} rows and columns sum to one, as of "

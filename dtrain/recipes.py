@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule
 from dtrain.methods import RULES
@@ -23,7 +23,7 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
 _NO_AXES = (
     *("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "optimizer", "start"),
-    "total_steps",
+    *("total_steps", "every_adapts"),
 )
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
@@ -38,7 +38,7 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     unknown = sorted(set(changes) - set(AXES))
     assert not unknown, unknown
-    recipe = replace(row, **changes)
+    recipe = replace(row, **_in_fields(changes))
     if (recipe.algorithm == "own") != callable(recipe.method):
         raise ValueError(
             'sync.algorithm = "own" is for a row of your own file that has a method, and for nothing else; use sync.recipe = '
@@ -50,9 +50,19 @@ def resolve(name: str | None, overrides: Mapping[str, object], num_islands: int)
     return replace(recipe, combine=combine_of(recipe))
 
 
+def _in_fields(changes: Mapping[str, object]) -> dict[str, Any]:
+    every = changes.get("every")
+    if every is None:
+        return dict(changes)
+    steps = schedule.steps_at_first(every) if isinstance(every, str) else every
+    return {**changes, "every": steps, "every_adapts": isinstance(every, str)}
+
+
 def answer_of(recipe: Recipe, axis: str) -> object:
     """As a job file says it."""
     value = getattr(recipe, axis)
+    if axis == "every" and recipe.every_adapts:
+        return schedule.adaptive(recipe.every)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,6 +1,7 @@
 """When does a fragment start a round? Pure functions of the optimizer step.
 
-``every`` H steps; or by a budget: R rounds in a run of T steps, few early and many late, with a density that grows as t^p:
+``every`` H steps, which "adaptive:H" makes fewer as the rank falls; or by a budget: R rounds in a run of T steps, few early and
+many late, with a density that grows as t^p:
     a round starts after step t  <=>  floor(R (t / T)^(p+1)) > floor(R ((t - 1) / T)^(p+1)),    the last one after step T.
 Late rounds are worth more, and one exact merge at the end makes up for most that were left out (arXiv 2507.06542).
 Or "ready": after every H-th step at which nothing of an island flies, it looks for a peer that is ready too (``meetings.py``)."""
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 EVERY = "every"
 READY = "ready"
+_ADAPTIVE = "adaptive:"
 MOST_GROWTH = 8
 
 
@@ -20,6 +22,8 @@ class Control(NamedTuple):
 
     every: int
     """H: optimizer steps between two rounds of a fragment."""
+    since: int = 0
+    """The step after which a round started last, where H changes."""
 
 
 When = Callable[[int, int, Control], bool]
@@ -28,7 +32,7 @@ When = Callable[[int, int, Control], bool]
 
 def every(step: int, fragment: int, control: Control) -> bool:
     """All fragments together, after every H-th step."""
-    return step % control.every == 0
+    return (step - control.since) % control.every == 0
 
 
 def staggered(num_fragments: int) -> When:
@@ -66,6 +70,19 @@ def parse(name: str) -> Budget | None:
             f'ever denser; a :p from 0 to {MOST_GROWTH} behind it says how much, 1 when left out; or "ready", of pairs'
         )
     return Budget(int(amount), rest[0].endswith("%"), int(growth))
+
+
+def steps_at_first(every: str) -> int:
+    """``"adaptive:125"`` -> 125; raises ValueError for any other text."""
+    steps = every.removeprefix(_ADAPTIVE)
+    if steps == every or not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f'every = {every!r} is not known; use 1 or more, or "adaptive:125": 125 at first, then fewer')
+    return int(steps)
+
+
+def adaptive(every: int) -> str:
+    """``steps_at_first``'s text."""
+    return f"{_ADAPTIVE}{every}"
 
 
 def multiples(name: str) -> tuple[int, int]:

@@ -126,7 +126,9 @@ class Sync(Section):
         description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
         '"sampled:K:H" for themselves, "all:K:H" for all',
     )
-    every: int | None = Field(None, ge=1, description="H: optimizer steps between two rounds")
+    every: int | str | None = Field(
+        None, description='H: optimizer steps between two rounds; "adaptive:H": H at first, fewer as rank = "adaptive:R" falls'
+    )
     schedule: str | None = Field(
         None,
         description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
@@ -207,6 +209,15 @@ class Sync(Section):
             check_word(value)
         elif value is not None and value < 1:
             raise ValueError(f'rank = {value} is not allowed; use 1 or more, or "adaptive:32"')
+        return value
+
+    @field_validator("every")
+    @classmethod
+    def _every_is_some(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            schedule.steps_at_first(value)
+        elif value is not None and value < 1:
+            raise ValueError(f'every = {value} is not allowed; use 1 or more, or "adaptive:125"')
         return value
 
     @field_validator("moments")

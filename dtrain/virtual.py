@@ -223,12 +223,13 @@ class Simulation:
         if _waits(island, core.in_flight()):
             yield _WAIT
         account.ended_s = self.clock.now_s
-        for step in range(core.step, core.step + self._plan.delay_steps + 1):
+        for step in range(core.step, core.step + core.delay_steps + 1):
             self._land(island, core.due(step))
 
     def _land(self, island: _Island, due: Sequence[Lane]) -> None:
         for lane in due:
             island.core.land(lane)
+        island.core.adapt()
         island.account.rounds += len(due)
 
     def _go_on(self, island: _Island) -> None:

@@ -16,7 +16,7 @@ from dtrain.config import Job
 from dtrain.plan.candidates import candidates
 from dtrain.plan.ends import Ends, ends
 from dtrain.plan.order import FEWEST_ROUNDS, rank
-from dtrain.plan.plans import Planner, Row, Setting, as_json, factors, jitter_line, said, speed_text, topology_lines
+from dtrain.plan.plans import Planner, Row, Setting, adapting, as_json, factors, jitter_line, said, speed_text, topology_lines
 from dtrain.plan.sent import model_flat
 from dtrain.plan.unequal import unequal_lines
 from dtrain.plan.verdict import Verdict, enough_rounds, verdict
@@ -99,7 +99,8 @@ def as_sentences(plan: Planned) -> list[str]:
     own = f"{n} islands, the job's {said(asked.recipe)}: {speed_text(asked.tokens_per_s)} tokens/s"
     if not enough_rounds(asked, plan.steps):
         own += f"; {plan.steps} steps have fewer than the {FEWEST_ROUNDS} rounds that an outer loop needs to come into its own"
-    return [own, *plan.lines, _ends_line(plan), plan.verdict.why]
+    how = [adapting(asked.recipe)] if asked.recipe.every_adapts else []
+    return [own, *how, *plan.lines, _ends_line(plan), plan.verdict.why]
 
 
 def _ends_line(plan: Planned) -> str:

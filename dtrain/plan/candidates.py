@@ -164,5 +164,6 @@ def _key(recipe: Recipe) -> tuple[object, ...]:
     own = (recipe.outer, recipe.outer_lr, recipe.outer_momentum, recipe.gamma, recipe.landing, recipe.alpha, recipe.fragments)
     coded = (recipe.error_feedback, recipe.feedback_decay, recipe.reduce, recipe.rank)
     more = (*coded, recipe.gossip_steps, recipe.bucket_bytes, recipe.moments, recipe.outer_state)
-    talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, recipe.every, recipe.delay_steps)
+    when = (recipe.every, recipe.every_adapts, recipe.delay_steps)
+    talks = (recipe.topology, recipe.graph, recipe.server, recipe.codec, *when)
     return (recipe.name, *talks, *own, *more)

@@ -159,9 +159,17 @@ def said(r: Recipe) -> str:
     if r.payload == "none":
         return r.name
     over = f" over {where(r)}" if r.reduce == "neighbours" else ""
-    steps = "every step" if r.every == 1 else f"every {r.every} steps"
+    steps = "every step" if r.every == 1 else f"every {r.every} steps{' or fewer' if r.every_adapts else ''}"
     late = "waited for" if r.delay_steps == 0 else "a step late" if r.delay_steps == 1 else f"{r.delay_steps} steps late"
     return f"{r.name}, {r.codec}{over}, {steps}, {late}"
+
+
+def adapting(r: Recipe) -> str:
+    """How rounds of an H that adapts are reckoned."""
+    return (
+        f"{r.name} is reckoned with the rank and the {r.every} steps of its first rounds: as the rank falls, fewer bytes go "
+        "after fewer steps, so that matrices take as many bytes a step as before, and what goes whole more"
+    )
 
 
 def where(r: Recipe) -> str:

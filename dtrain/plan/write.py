@@ -28,7 +28,7 @@ def answers(recipe: Recipe, num_islands: int, called: str | None = None) -> Mapp
     ValueError where a job file has no words for the recipe."""
     row = own.load(recipe.name) if is_own(recipe.name) else RECIPES[recipe.name]
     name = called if called is not None and is_own(called) and own.load(called).name == recipe.name else recipe.name
-    changed = {axis: answer_of(recipe, axis) for axis in AXES if getattr(recipe, axis) != getattr(row, axis)}
+    changed = {axis: answer_of(recipe, axis) for axis in AXES if answer_of(recipe, axis) != answer_of(row, axis)}
     if resolve(name, changed, num_islands) != recipe:
         raise ValueError(f'a job file has no words for "{recipe.name}" with {changed}: one of them takes a key away from its row')
     return {"recipe": name} | changed

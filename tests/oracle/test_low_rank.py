@@ -145,8 +145,9 @@ def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:
     assert states[0]["ranks"].tolist() == states[1]["ranks"].tolist() == [0, 8, 0, 12]
     kept = (states[0]["residual"] + states[1]["residual"]) / 2
     assert float((total + kept - given).abs().max()) <= rounds * 3 * 14 * 16 * U
-    # Four columns of 40 numbers and two scales each, and of 16 and one.
-    assert lengths == 5 * [lengths[0]] + 4 * [[lengths[0][0] - 4 * 44, lengths[0][1] - 4 * 18]]
+    # Four columns of 40 numbers and two scales each, and of 16 and one; and what island 0 says of two matrices.
+    assert lengths[0][2] == HEADER_BYTES + 4 * 2
+    assert lengths == 5 * [lengths[0]] + 4 * [[lengths[0][0] - 4 * 44, lengths[0][1] - 4 * 18, lengths[0][2]]]
 
 
 @pytest.mark.parametrize("codec", ["identity", "int4:64"])

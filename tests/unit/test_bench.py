@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.bench import overlap, quality, runs
+from dtrain.config import load_job
+from dtrain.launch.checks import resolved
+from tests.bench import overlap, quality, runs, stages
 
 
 def write_metrics(run: Path, islands: dict[int, list[tuple[float, float]]]) -> None:
@@ -53,6 +55,47 @@ def test_overlap_prints_and_keeps_its_table(
     assert all(line.endswith("| 1000 | 970 | 97.0% | 800 | 2.00 s, 20% | 2.00 s | 100% |") for line in table)
     rows = json.loads((tmp_path / "results" / "overlap.json").read_text())["rows"]
     assert [row["of_local"] for row in rows] == [0.97] * 3
+
+
+def test_stages_prints_what_each_part_of_dilocox_buys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of H = 10, a step of two islands is 2 x 8 tokens in 0.1 s. One of dilocox's last three rounds takes 20 s more, which the
+    median leaves out, and 4.6 of these 23 s are waited; all-reduce's steps take 2 s. The last two rounds land 5 steps apart."""
+
+    def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+        (steps,) = (int(text.partition("=")[2]) for text in overrides if text.startswith("train.steps="))
+        resolved(load_job(runs.JOB, [text for text in overrides if not text.startswith("train.steps=")]))
+        slow = 2.0 if name.startswith("all-reduce") else 0.1
+        lines = [
+            {
+                "step": step,
+                "island": island,
+                "tokens": 8,
+                "time_s": slow * step + (20.0 if step > 85 and name.startswith("dilocox") else 0.0),
+                "wait_s": 4.6 if step > 85 and name.startswith("dilocox") else 0.0,
+                "wire_bytes_sent": step // 10 * 100 + (100 if step > 84 else 0),
+            }
+            for island in range(2)
+            for step in range(1, steps + 1)
+        ]
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {"parameters": 7, "wire_bytes_sent": 1000 * steps}
+
+    monkeypatch.setattr(stages, "run_job", run_job)
+    monkeypatch.setattr(stages, "planned_every", lambda rate: 10)
+    monkeypatch.setattr(stages, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    stages.main(["1mbit"], quick=False)
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table[1] == ["| local: islands never talk", "160", "100.0%", "0.0%", "0", "20", "- |"]
+    assert table[2][1:] == ["160", "100.0%", "20.0%", "1.00", "20", "5 |"]
+    assert table[-1][1:] == ["8", "5.0%", "0.0%", "1.00", "1", "- |"]
+    assert [row["variant"] for row in json.loads((tmp_path / "results" / "stages.json").read_text())["links"][0]["rows"]] == [
+        "dilocox", "no-overlap", "no-compression", "no-adaptation", "all-reduce",
+    ]  # fmt: skip
 
 
 def test_quality_compares_paired_seeds_with_the_best_rate_of_all_reduce(

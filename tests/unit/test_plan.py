@@ -19,7 +19,7 @@ from dtrain.launch.cli import run_command
 from dtrain.launch.cli_plan import check_text
 from dtrain.launch.plan_job import Said, setting_of
 from dtrain.launch.plan_rows import other_sizes
-from dtrain.plan import accelerators
+from dtrain.plan import accelerators, plans
 from dtrain.plan.accelerators import ACCELERATORS, Work
 from dtrain.plan.candidates import candidates
 from dtrain.plan.company import LinkSpeed, everyone
@@ -54,6 +54,17 @@ PLANNER = Planner(setting(None))
 def planned(where: Setting, num_islands: int) -> list[Row]:
     PLANNER.setting = where
     return [PLANNER.row(r, num_islands) for r in candidates(resolve(None, {}, num_islands), num_islands)]
+
+
+def test_an_h_that_adapts_is_reckoned_as_at_first() -> None:
+    rank: dict[str, object] = {"rank": "adaptive:32"}
+    adapts, fixed = (resolve("dilocox", rank | {"every": every}, 2) for every in ("adaptive:50", 50))
+    planner = Planner(setting(1e6))
+    rows = [planner.row(r, 2) for r in (adapts, fixed)]
+    assert [(r.time.step_s, r.bytes_per_step) for r in rows] == [(rows[0].time.step_s, rows[0].bytes_per_step)] * 2
+    assert plans.said(adapts) == "dilocox, int4:64, every 50 steps or fewer, 50 steps late"
+    assert "with the rank and the 50 steps of its first rounds" in plans.adapting(adapts)
+    assert candidates(adapts, 2)[0] == adapts
 
 
 def test_a_gpus_step_by_hand() -> None:

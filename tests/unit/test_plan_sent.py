@@ -49,6 +49,7 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("push_sum", {"graph": "random_out:2", "codec": "lut4:64"}),
     ("diloco", {"every": 2, "reduce": "low_rank", "rank": 8, "fragments": 2}),
     ("dilocox", {"every": 2, "delay": 2, "rank": "adaptive:3"}),
+    ("dilocox", {"every": "adaptive:2", "rank": "adaptive:3"}),
     ("diloco", {"every": 6, "fragments": 2, "codec": "e3m0:64", "delay": 3, "landing": "eager", "outer_lr": 0.4}),
     ("diloco", {"every": 2, "delay": "round", "landing": "pure", "outer_lr": 0.2}),
     ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),

@@ -15,8 +15,9 @@ from dtrain.config import dump_job, parse_job
 from dtrain.launch.checks import How, check_answers
 from dtrain.launch.run_folder import resolved
 from dtrain.methods import RULES
+from dtrain.plan.write import answers as answers_written
 from dtrain.recipe_fits import check_ranks, check_values
-from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, of_join, of_section, resolve, with_steps
+from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, answer_of, of_join, of_section, resolve, with_steps
 from dtrain.sections import Sync
 
 TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
@@ -55,6 +56,9 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
     """A run's job.toml holds every answer; none of them may be taken for one that has no effect."""
     row = RECIPES[name]
     assert resolve(name, {axis: getattr(row, axis) for axis in AXES}, 4) == row
+
+
+ADAPTS: dict[str, object] = {"rank": "adaptive:32", "every": "adaptive:50"}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,14 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("dilocox", {"rank": 0}, 'rank = 0 is not allowed; use 1 or more, or "adaptive:32"'),
         ("dilocox", {"rank": "adaptive"}, "rank = 'adaptive' is not known; use 1 or more, or"),
         ("dilocox", {"rank": "adaptive:0"}, "rank = 'adaptive:0' is not known; use 1 or more, or"),
+        ("dilocox", {"every": "adaptive"}, "every = 'adaptive' is not known; use 1 or more, or"),
+        ("dilocox", {"every": "adaptive:0"}, "every = 'adaptive:0' is not known; use 1 or more, or"),
+        ("dilocox", {"every": "adaptive:50"}, "and those of sync.rank = 32 do not change; use sync.rank = \"adaptive:32\" with"),
+        ("diloco", {"every": "adaptive:50"}, "and those of sync.reduce = \"all_to_all\" do not change; use sync.rank ="),
+        ("dilocox", {**ADAPTS, "fragments": 2}, "sync.every = \"adaptive:50\" is one period for the whole model, and sync.fragm"),
+        ("dilocox", {**ADAPTS, "delay": 50}, "sync.delay = 50 leaves sync.every = \"adaptive:50\" no step to fall by, as a"),
+        # Stable while H is 50, and not where it has fallen to 46.
+        ("dilocox", {**ADAPTS, "delay": 45, "landing": "keep", "outer_lr": 1.4}, "sync.outer_momentum = 0.6 is not stable with"),
         ("dpsgd", {"reduce": "low_rank"}, 'sync.reduce = "low_rank" does not fit sync.algorithm = "dpsgd"'),
         ("dilocox", {"topology": "ring"}, 'sync.topology = "ring" has no effect with sync.reduce = "low_rank"'),
         ("local", {"codec": "int8"}, 'sync.codec = \'int8\' has no effect with sync.algorithm = "local"'),
@@ -216,6 +228,18 @@ def test_a_runs_own_job_file_can_be_read_again(name: str) -> None:
     again = parse_job(tomllib.loads(dump_job(job)))
     assert again == job
     assert of_section(again.sync.model_dump(exclude_none=True), 2) == RECIPES[name]
+
+
+def test_an_h_that_adapts_has_a_text_and_is_replaced_by_a_number() -> None:
+    recipe = resolve("dilocox", ADAPTS, 2)
+    assert (recipe.every, recipe.delay_steps, recipe.every_adapts, recipe.least_every) == (50, 50, True, 1)
+    assert resolve("dilocox", {**ADAPTS, "delay": 5, "landing": "keep"}, 2).least_every == 6
+    assert resolve("dilocox", {**ADAPTS, "every": 50}, 2).least_every == 50
+    answers = {axis: answer_of(recipe, axis) for axis in AXES}
+    assert answers["every"] == "adaptive:50"
+    assert resolve("dilocox", answers, 2) == recipe
+    assert answers_written(recipe, 2)["every"] == "adaptive:50"
+    assert answers_written(replace(recipe, every=125), 2)["every"] == "adaptive:125", "though its row says 125"
 
 
 def test_every_axis_is_a_key_of_the_job_file() -> None:

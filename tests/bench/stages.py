@@ -1,0 +1,179 @@
+"""What does each part of DiLoCoX buy? Two islands of two pipeline stages on slow links, with and without each part.
+
+    python -m tests.bench.stages                  (about 20 minutes on 2 cores; goes on where it was stopped)
+    python -m tests.bench.stages 1mbit            (this link only)
+    python -m tests.bench.stages --quick          (does it run? dilocox and all-reduce for some steps; the numbers say nothing)
+
+Each stage talks to the same stage of the other island, and the two share their island's uplink. H is that of the ``dilocox``
+which ``dtrain plan`` would take for this job and link. In front of every run is one of ``local``, which never talks, as CPU
+timings drift: a share of local's speed is that of its own pair. Tokens/s are the median over windows, of H steps where rounds
+are, and waiting is of the same steps: the last rounds, by when ranks and H have adapted. rtt is zero, so that the link is its
+rate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+
+from dtrain import metrics
+from dtrain.launch.checks import read_job
+from dtrain.launch.plan_job import Said, setting_of
+from dtrain.plan.candidates import candidates
+from dtrain.plan.order import recommend
+from dtrain.plan.plans import Planner
+from dtrain.recipes import RECIPES, of_section
+from tests.bench.runs import JOB, ROOT, hardware, run_job, save
+
+RATES = ("10mbit", "1mbit")
+ISLANDS, STAGES = 2, 2
+FOLDER = ROOT / "runs" / "stages"
+COMMON = (
+    *(f"islands.count={ISLANDS}", f"islands.ranks={STAGES}", "islands.engine=pipeline", "islands.threads=1"),
+    *("model.layers=4", "model.width=72", "model.heads=4", "train.batch=4", f"train.accumulate={STAGES}"),
+    *("link.rtt=0ms", "train.checkpoint_every=0", "train.eval_every=0"),
+)
+"""286 thousand parameters, 143 thousand a stage."""
+ROUNDS, COUNTED = 9, 3
+"""Of a run, and the last ones, which are counted: the ranks of a sixth round and later ones have adapted."""
+GRADIENT_STEPS, GRADIENT_COUNTED = 8, 6
+"""All-reduce's; a step of it is a window."""
+QUICK_EVERY, QUICK = 2, ("dilocox", "all-reduce")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    said: str
+    sync: tuple[str, ...]
+    """Where ``{}`` is H."""
+
+
+_DILOCOX, _RANK = "sync.recipe=dilocox", RECIPES["dilocox"].rank
+_ADAPTS = (_DILOCOX, f"sync.rank=adaptive:{_RANK}", "sync.every=adaptive:{}")
+_PLAIN = ("sync.reduce=all_to_all", "sync.codec=identity", "sync.error_feedback=false")
+ALL_REDUCE = "all-reduce"
+VARIANTS = {
+    "dilocox": Variant("whole, 4-bit products, rank and H adapt", _ADAPTS),
+    "no-overlap": Variant("its rounds are waited for", (*_ADAPTS, "sync.delay=0", "sync.landing=keep")),
+    "no-compression": Variant("its rounds are fp32", (_DILOCOX, *_PLAIN, "sync.every={}")),
+    "no-adaptation": Variant("its rank and H stay", (_DILOCOX, f"sync.rank={_RANK}", "sync.every={}")),
+    ALL_REDUCE: Variant("fp32 gradients every step", ("sync.recipe=allreduce",)),
+}
+
+Lines = dict[int, list[dict[str, Any]]]
+"""Of each island, by step."""
+
+
+def main(rates: list[str], *, quick: bool) -> None:
+    links = [_link(rate, QUICK_EVERY if quick else planned_every(rate), quick=quick) for rate in rates]
+    for link in links:
+        print(f"{link['rate']}, H = {link['every']}")
+        print("| variant | tokens/s | of local | waited | kB an island a step | times all-reduce | H at the end |")
+        print("|---|---|---|---|---|---|---|")
+        alone, gain = link["local_tokens_per_s"], link["local_gain"]
+        print(f"| local: islands never talk | {alone:,.0f} | 100.0% | 0.0% | 0 | {gain:.3g} | - |")
+        for r in link["rows"]:
+            print(
+                f"| {r['variant']}: {r['said']} | {r['tokens_per_s']:,.0f} | {r['of_local']:.1%} | {r['waited']:.1%} | "
+                f"{r['bytes_per_step'] / 1e3:,.2f} | {r['gain']:.3g} | {r['last_every'] or '-'} |"
+            )
+    if not quick:
+        content = {"command": "python -m tests.bench.stages", "hardware": hardware(), "job": list(COMMON), "links": links}
+        print(f"written to {save('stages', content).relative_to(ROOT)}")
+
+
+def planned_every(rate: str) -> int:
+    """H of the ``dilocox`` that ``dtrain plan`` would take, were there no other recipe."""
+    overrides = [*COMMON, _DILOCOX, f"link.rate={rate}"]
+    job = read_job(JOB, overrides)
+    setting, _ = setting_of(JOB, overrides, job, Said(), Console(stderr=True))
+    asked, planner = of_section(job.sync.model_dump(exclude_none=True), ISLANDS), Planner(setting)
+    looked_at = candidates(asked, ISLANDS, shapes=setting.shapes, num_ranks=STAGES)
+    same = [planner.row(r, ISLANDS) for r in looked_at if (r.name, r.codec) == (asked.name, asked.codec)]
+    return recommend(same).recipe.every
+
+
+def _link(rate: str, every: int, *, quick: bool) -> dict[str, Any]:
+    rows = []
+    for name, variant in VARIANTS.items():
+        if quick and name not in QUICK:
+            continue
+        local, _ = _run(f"local-{name}-{rate}-{every}", ["sync.recipe=local"], rate, 2 * every, quick=quick)
+        local_speed, _ = speed(local, max(1, every // 5), every)
+        window, counted, steps = every, COUNTED * every, ROUNDS * every
+        if name == ALL_REDUCE:
+            window, counted, steps = 1, GRADIENT_COUNTED, GRADIENT_STEPS
+        sync = [text.format(every) for text in variant.sync]
+        lines, summary = _run(f"{name}-{rate}-{every}", sync, rate, steps, quick=quick)
+        tokens_per_s, waited = speed(lines, window, counted)
+        rows.append(
+            {
+                "variant": name,
+                "said": variant.said,
+                "parameters": summary["parameters"],
+                "steps": steps,
+                "tokens_per_s": tokens_per_s,
+                "local_tokens_per_s": local_speed,
+                "of_local": tokens_per_s / local_speed,
+                "waited": waited,
+                "bytes_per_step": summary["wire_bytes_sent"] / steps,
+                "last_every": None if name == ALL_REDUCE else last_every(lines),
+            }
+        )
+    (slowest,) = (row["tokens_per_s"] for row in rows if row["variant"] == ALL_REDUCE)
+    alone = median(row["local_tokens_per_s"] for row in rows)
+    gains = [{**row, "gain": row["tokens_per_s"] / slowest} for row in rows]
+    return {"rate": rate, "every": every, "local_tokens_per_s": alone, "local_gain": alone / slowest, "rows": gains}
+
+
+def _run(name: str, sync: Sequence[str], rate: str, steps: int, *, quick: bool) -> tuple[Lines, dict[str, Any]]:
+    folder = FOLDER.with_name(f"{FOLDER.name}-quick") if quick else FOLDER
+    summary = run_job(folder, name, [*COMMON, *sync, f"link.rate={rate}", f"train.steps={steps}"])
+    return lines_of(folder / name), summary
+
+
+def lines_of(run: Path) -> Lines:
+    found: Lines = {}
+    for line in metrics.newest(metrics.read(run / "metrics.jsonl")):
+        found.setdefault(line["island"], []).append(line)
+    return {island: sorted(lines, key=lambda line: line["step"]) for island, lines in found.items()}
+
+
+def speed(lines: Lines, window: int, counted: int) -> tuple[float, float]:
+    """Tokens/s of all islands, the median over windows of so many steps; and what part of the last ``counted`` steps, which they
+    cover, an island waited."""
+    last = {island: of[-counted - 1 :] for island, of in lines.items()}  # from the step before
+    rates = [
+        sum(window * of[b]["tokens"] / (of[b]["time_s"] - of[a]["time_s"]) for of in last.values())
+        for a, b in pairwise(range(0, counted + 1, window))
+    ]
+    waits = [(of[-1]["wait_s"] - of[0]["wait_s"]) / (of[-1]["time_s"] - of[0]["time_s"]) for of in last.values()]
+    return median(rates), mean(waits)
+
+
+def last_every(lines: Lines) -> int | None:
+    """Steps between the last two rounds whose bytes were counted, which they are where they land."""
+    (of, *_) = lines.values()
+    landed = [b["step"] for a, b in pairwise(of) if b["wire_bytes_sent"] > a["wire_bytes_sent"]]
+    return landed[-1] - landed[-2] if len(landed) > 1 else None
+
+
+def _asked() -> tuple[list[str], bool]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rates", nargs="*", metavar="RATE", help=f"of {', '.join(RATES)}; left out: all")
+    parser.add_argument("--quick", action="store_true", help="some steps of two variants; no result is written")
+    asked = parser.parse_args()
+    if unknown := [rate for rate in asked.rates if rate not in RATES]:
+        parser.error(f"{unknown[0]} is no rate that is measured; use {', '.join(RATES)}")
+    return asked.rates or list(RATES[:1] if asked.quick else RATES), asked.quick
+
+
+if __name__ == "__main__":
+    rates, quick = _asked()
+    main(rates, quick=quick)
