@@ -64,6 +64,17 @@ class Link:
     """peer -> what raises WireError where its wire is not what was agreed; run before anyone sees the wire."""
     inbox: dict[int, Tensor] = field(default_factory=dict)
     rooms: Rooms = _OWN
+    members: frozenset[int] | None = None
+    """Whose wires the round takes, once that is decided; None: all that are expected."""
+
+    @property
+    def left_out(self) -> bool:
+        """Whether this island's own wire is not among them."""
+        return self.members is not None and self.node not in self.members
+
+    def awaited(self) -> list[int]:
+        """The peers whose wires this phase cannot do without."""
+        return [peer for peer in self.expected if self.members is None or peer in self.members]
 
     def others(self) -> list[int]:
         """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""
