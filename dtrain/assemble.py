@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from dtrain import codec as codecs
 from dtrain import combine as combines
 from dtrain import outer as outers
+from dtrain import quorum, schedule, units
 from dtrain import reduce as reduces
-from dtrain import schedule
 from dtrain.algorithm import Method
 from dtrain.algorithms.a2cid2 import a2cid2
 from dtrain.algorithms.a2cid2_ready import a2cid2_ready
@@ -66,6 +66,9 @@ class Plan:
     """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
+    quorum: int | None
+    """The fewest islands of a round; None where each waits for all."""
+    grace_s: float
     signs: bool
     """Whether what is exchanged before an update leaves signs in the place of gradients."""
 
@@ -78,6 +81,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     """Raises ValueError for a recipe that is only simulated."""
     check_trains(recipe)
     rules = RULES[recipe.algorithm]
+    needed = quorum.size(recipe.quorum, num_islands)
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
     mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
     return Plan(
@@ -93,6 +97,8 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         moves=rules.moves or recipe.landing in ("eager", "pure"),
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
+        quorum=needed if needed < num_islands else None,
+        grace_s=units.seconds(recipe.grace),
         signs=rules.signs,
     )
 

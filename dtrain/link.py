@@ -74,7 +74,7 @@ class Link:
 
     def awaited(self) -> list[int]:
         """The peers whose wires this phase cannot do without."""
-        return [peer for peer in self.expected if self.members is None or peer in self.members]
+        return [peer for peer in tuple(self.expected) if self.members is None or peer in self.members]
 
     def others(self) -> list[int]:
         """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""

@@ -35,18 +35,25 @@ class Roll:
     """How many decided rounds in a row an island is no member of."""
 
 
+def check(said: object) -> None:
+    """Raises ValueError for what is no ``sync.quorum``."""
+    share = re.fullmatch(r"([0-9]+)%", said) if isinstance(said, str) else None
+    some = isinstance(said, int) and not isinstance(said, bool) and said >= 1
+    if said is not None and not some and not (share and 1 <= int(share[1]) <= 100):
+        raise ValueError(f'quorum = {said!r} is not allowed; use a number of islands, 1 or more, or a share of them, "60%"')
+
+
 def size(said: int | str | None, num_islands: int) -> int:
-    """Islands that a ``sync.quorum`` asks for, at least: 3, or "60%" of all, rounded up; None: all. Raises ValueError for text
-    that is no share, for none, and for more islands than there are."""
-    match = re.fullmatch(r"([0-9]+)%", said) if isinstance(said, str) else None
-    share = int(match[1]) if match else 0
-    if (isinstance(said, str) and not 1 <= share <= 100) or (isinstance(said, int) and (isinstance(said, bool) or said < 1)):
-        raise ValueError(f'quorum = {said!r} is not allowed; use a number of islands, 1 or more, or a share of them, as "60%"')
-    if isinstance(said, int) and said > num_islands:
+    """The fewest members of a round: 3, or "60%" of all islands, rounded up; None: all. Raises ValueError for more than there
+    are."""
+    check(said)
+    if isinstance(said, str):
+        return -(-int(said.removesuffix("%")) * num_islands // 100)
+    if said is not None and said > num_islands:
         raise ValueError(
-            f"sync.quorum = {said} is more than islands.count = {num_islands}; use {num_islands} at most, or a share, as \"60%\""
+            f"sync.quorum = {said} is more than islands.count = {num_islands}; use {num_islands} at most, or a share, \"60%\""
         )
-    return num_islands if said is None else said if isinstance(said, int) else -(-share * num_islands // 100)
+    return num_islands if said is None else said
 
 
 def may_say(roll: Roll, here: Set[int], gone: Set[int], *, hurry: bool) -> bool:

@@ -101,9 +101,13 @@ class RollCall:
             self._wake()
 
     def spared(self, flight: Flight, notices: Mapping[int, Notice], merges: int) -> frozenset[int]:
-        """Islands that are gone and that a flight is not going to wait for: none where no quorum is left without them."""
+        """Islands that a flight will not wait for: those that are no members; while that is open, those that are gone, unless no
+        quorum is left without them."""
+        members = flight.link.members
+        if not flight.undecided:
+            return frozenset() if members is None else frozenset(range(self._roll.num_islands)) - members
         gone = self._gone(flight.step, notices, merges)
-        return gone if flight.undecided and quorum.can_do_without(self._roll, gone) else frozenset()
+        return gone if quorum.can_do_without(self._roll, gone) else frozenset()
 
     def raise_error(self) -> None:
         if self._error is not None:
@@ -176,14 +180,17 @@ class RollCall:
                 self._roll = quorum.heard(self._roll, told)
         self._heard += len(words)
         with self._changed:
-            for step in [step for step in self._rounds if step in self._roll.members]:
-                self._traffic.decide(self._rounds.pop(step).flights, self._roll.members[step])
+            for step, one in list(self._rounds.items()):
+                if step in self._roll.members:
+                    self._traffic.decide(one.flights, self._roll.members[step])
+                if step in self._roll.members or any(flight.done for flight in one.flights):  # given up, or not finite
+                    del self._rounds[step]
 
     def _sayable(self) -> dict[int, frozenset[int]]:
         """The rounds of which this island may say the members, and who they would be."""
         found, now = dict[int, frozenset[int]](), time.monotonic()
         for step, one in self._rounds.items():
-            if one.said or any(flight.done for flight in one.flights):  # given up, or its payload is not finite
+            if one.said or any(flight.done for flight in one.flights):
                 continue
             gone = self._gone(step, self._notices, self._merges)
             here = (self._traffic.here(one.flights) | {self._node}) - gone
@@ -195,9 +202,7 @@ class RollCall:
         return found
 
 
-def agreement(
-    core: Core, connection: Connection, traffic: Traffic, wait: Wait
-) -> Meetings | RollCall | None:
+def agreement(core: Core, connection: Connection, traffic: Traffic, wait: Wait) -> Meetings | RollCall | None:
     """What decides with whom this island's rounds are, by words that all hear; None where that is not left open."""
     plan = core.plan
     if plan.graph is not None:

@@ -74,7 +74,7 @@ class Traffic:
     def here(self, flights: Sequence[Flight]) -> frozenset[int]:
         """Peers all of whose wires of these flights have arrived; each flight expects them from the same."""
         with self._inbox.changed:
-            peers = flights[0].link.expected if flights else ()
+            peers = tuple(flights[0].link.expected)
             return frozenset(p for p in peers if all(self._inbox.has(p, f.tag()) for f in flights))
 
     def decide(self, flights: Sequence[Flight], members: frozenset[int]) -> None:
