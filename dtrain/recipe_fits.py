@@ -170,8 +170,8 @@ def check_ranks(r: Recipe, num_ranks: int) -> None:
         )
     if r.quorum not in (None, "100%") and num_ranks > 1:
         raise ValueError(
-            f"islands.ranks = {num_ranks}: with sync.quorum = {r.quorum!r} each rank would look whose wires are here, and those of "
-            'an island have one model; use islands.ranks=1, or sync.quorum="100%"'
+            f"islands.ranks = {num_ranks}: with sync.quorum = {r.quorum!r} each rank would look whose wires are here, and those "
+            'of an island have one model; use islands.ranks=1, or sync.quorum="100%"'
         )
     if r.schedule == schedule.READY and num_ranks > 1:
         raise ValueError(
