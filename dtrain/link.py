@@ -72,9 +72,10 @@ class Link:
         """Whether this island's own wire is not among them."""
         return self.members is not None and self.node not in self.members
 
-    def awaited(self) -> list[int]:
+    def awaited(self) -> tuple[int, ...]:
         """The peers whose wires this phase cannot do without."""
-        return [peer for peer in tuple(self.expected) if self.members is None or peer in self.members]
+        peers = tuple(self.expected)
+        return peers if self.members is None else tuple(peer for peer in peers if peer in self.members)
 
     def others(self) -> list[int]:
         """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""

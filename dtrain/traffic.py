@@ -153,8 +153,9 @@ class Traffic:
         try:
             while not flight.done:
                 link.inbox = {peer: self._take(flight, peer) for peer in link.awaited()}
-                for peer in link.expected.keys() - link.inbox.keys():
-                    self._inbox.discard(peer, flight.tag())
+                if link.members is not None:
+                    for peer in link.expected.keys() - link.members:
+                        self._inbox.discard(peer, flight.tag())
                 received_bytes = sum(w.numel() for w in link.inbox.values())
                 self._count(self.bytes.received, flight.kind, received_bytes)
                 flight.advance()

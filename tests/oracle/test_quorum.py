@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import dtrain
+from dtrain.config import parse_job
 from dtrain.connect import Connection
 from dtrain.engine import Sync
 from dtrain.errors import PeerLost
+from dtrain.launch.checks import How, check_answers
 from dtrain.quorum import MOST_MISSED
-from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import RECIPES, resolve
 from tests.islands import Quadratic, run_islands, sgd_step
 from tests.oracle.test_diloco import CUT, LR, Problem, Settings, U, bound, islands_of_dtrain, problem, size_of
@@ -120,12 +121,12 @@ def test_with_all_islands_in_time_it_is_what_it_is_without_a_quorum_to_the_bit(d
 def test_a_slow_island_is_waited_for_after_a_few_rounds_without_it_and_as_long_as_the_grace_lasts(
     grace: str, without: int
 ) -> None:
-    """It goes on when the others have said that they wait for it."""
+    """It goes on when another has said, where it is to land the first round that is of all, that it waits for it."""
     waited = threading.Event()
 
     def island(connection: Connection) -> Island:
         def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
-            if missing == (SLOW,):
+            if missing == (SLOW,) and one.sync.step == 2 * without + 2:
                 waited.set()
 
         one = Island(replace(connection, on_wait=on_wait), problem(N), every=2, delay=1, grace=grace)
@@ -235,7 +236,15 @@ def test_what_cannot_leave_an_island_out_is_refused(axes: dict[str, Any], text: 
         resolve(axes["recipe"], {k: v for k, v in axes.items() if k != "recipe"}, N)
 
 
-def test_several_ranks_are_refused_but_where_a_round_is_of_all() -> None:
-    with pytest.raises(ValueError, match=r'^islands.ranks = 2: with sync.quorum = .60%. [^\n]* or sync.quorum="100%"$'):
-        check_ranks(RECIPES["decoupled_diloco"], 2)
-    check_ranks(resolve("decoupled_diloco", {"quorum": "100%"}, N), 2)
+@pytest.mark.parametrize(
+    ("how", "changes", "said"),
+    [
+        ("run", {"islands": {"count": 4, "ranks": 2}}, "islands.ranks = 2: with sync.quorum = '60%'"),
+        ("sim", {"islands": {"count": 4}, "sim": {"step_s": 0.1}}, "on a virtual clock each round waits for all"),
+        ("sim", {"islands": {"count": 4}, "sim": {"problem": "quadratic"}}, "on a virtual clock each round waits for all"),
+    ],
+)
+def test_where_nobody_can_be_left_out_is_said_before_anything_starts(how: How, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(said)}[^\n]*$"):
+        check_answers(parse_job({"sync": {"recipe": "decoupled_diloco"}, **changes}), how)
+    check_answers(parse_job({"sync": {"recipe": "decoupled_diloco", "quorum": "100%"}, **changes}), how)
