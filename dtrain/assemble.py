@@ -13,8 +13,8 @@ import torch
 from dtrain import codec as codecs
 from dtrain import combine as combines
 from dtrain import outer as outers
+from dtrain import quorum, schedule, units
 from dtrain import reduce as reduces
-from dtrain import schedule
 from dtrain.algorithm import Method
 from dtrain.algorithms.a2cid2 import a2cid2
 from dtrain.algorithms.a2cid2_ready import a2cid2_ready
@@ -73,6 +73,9 @@ class Plan:
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
     columns: Callable[[State], int] | None
     """Of a bucket's state: columns of all factors of its next round, which H follows; None where H stays as it is."""
+    quorum: int | None
+    """The fewest islands of a round; None where each waits for all."""
+    grace_s: float
     signs: bool
     """Whether what is exchanged before an update leaves signs in the place of gradients."""
 
@@ -86,6 +89,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     check_trains(recipe)
     rules = RULES[recipe.algorithm]
     moves = rules.moves or recipe.landing in ("eager", "pure")
+    needed = quorum.size(recipe.quorum, num_islands)
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
     mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
     method = _method(recipe, mixed)
@@ -103,6 +107,8 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
         columns=columns_now if recipe.every_adapts and recipe.reduce == "low_rank" else None,
+        quorum=needed if needed < num_islands else None,
+        grace_s=units.seconds(recipe.grace),
         signs=rules.signs,
     )
 

@@ -220,8 +220,10 @@ def _run(
         beside.set_flat(torch.zeros(sum(sizes)))
         optimizers, alone = steppers(model, row, lr), steppers(beside, row, lr)
         sam = None if row.sam_rho is None else SAM(optimizers, rho=row.sam_rho)
+        of_all = None if row.quorum is None else "100%"  # who is late is left to chance, and bits with it
         with join(
-            model, sam or optimizers, recipe=row.name, bucket_bytes=4 * max(sizes), total_steps=row.total_steps, link=connection
+            model, sam or optimizers, recipe=row.name, quorum=of_all, bucket_bytes=4 * max(sizes), total_steps=row.total_steps,
+            link=connection,
         ) as sync:
             if saved is not None:
                 model.set_flat(saved[connection.node].x)

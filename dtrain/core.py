@@ -34,6 +34,7 @@ class Flight:
 
     __slots__ = (
         *("_generator", "bucket", "done", "dropped", "error", "index", "kind", "link", "matched", "overdue", "phase", "step"),
+        "undecided",
     )
 
     def __init__(self, generator: Iterator[None], link: Link, *, kind: int, index: int, bucket: int, step: int) -> None:
@@ -47,6 +48,8 @@ class Flight:
         self.dropped = False
         self.matched = True
         """False while it waits for somebody to exchange its wires with."""
+        self.undecided = False
+        """Whether it is open whose wires it takes (``roll_call.py``)."""
         self.overdue = False
         """Whether its wires are waited for, though it may land at any step."""
         self.error: Exception | None = None
@@ -165,6 +168,7 @@ class Core:
 
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
+        lane.flight.undecided = self.plan.quorum is not None
         if self.plan.graph is None:
             lane.land_step = step + self.delay_steps
         else:  # its number comes with its partner, whose steps are others

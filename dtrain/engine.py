@@ -34,12 +34,12 @@ from dtrain.hooks import hook, take_over
 from dtrain.island.norm import clip_gradients
 from dtrain.link import Peers
 from dtrain.loop_fits import check_loop, optimizers_of
-from dtrain.meetings import Meetings
 from dtrain.membership import Notice
 from dtrain.moments import with_moments
 from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import Recipe, of_join, resolve, with_start
+from dtrain.roll_call import agreement
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import BYTE_KEYS, Stats, Wait
@@ -84,7 +84,7 @@ class Sync:
         self._base: dict[str, float] = {}
         self._prepared = self._closed = False
         self._merged_at: tuple[int, ...] = ()
-        self._meetings = None
+        self._agreement = None
         with ExitStack() as undo:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, plan.edges)
@@ -92,8 +92,7 @@ class Sync:
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes), self._ranks.total)
         self._fused = fused_steps(self.core, optimizers, self._flat, self._ranks)
-        if plan.graph is not None:
-            self._meetings = Meetings(self.core, plan.graph, connection, self._traffic, self._wait)
+        self._agreement = agreement(self.core, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
         if self._fused is not None:
             self._release = take_over(optimizers[0], self._fused_step, self._release)
@@ -143,7 +142,7 @@ class Sync:
         if self._fused is None or skipped:
             if self._wait.peer_left:
                 return
-            self._launch(self.core.start_rounds() if self._meetings is None else self._meetings.after_step())
+            self._launch(self.core.start_rounds() if self._agreement is None else self._agreement.after_step())
             if self._ranks.num_ranks > 1 and self.core.plan.moves and self.core.delay_steps:  # else landing does it
                 begun = self.core.begun(self.step)
                 self._ranks.refresh([b for b in self.buckets if b.fragment in begun], gradients=False)
@@ -209,8 +208,8 @@ class Sync:
 
     def settle(self) -> None:
         """Wait for the bytes of all rounds in flight; they land when their step comes, so this leaves the trajectory alone."""
-        if self._meetings is not None:
-            self._meetings.withdraw()
+        if self._agreement is not None:
+            self._agreement.withdraw()
         self._wait_for([lane.flight for lane in self.core.in_flight() if lane.flight is not None])
 
     @torch.no_grad()
@@ -249,8 +248,8 @@ class Sync:
     def _leave(self, step: int, *, failed: bool) -> None:
         membership = self._connection.membership
         membership.announce(Notice(step, self._exact.merges, failed=failed))
-        if self._meetings is not None:
-            self._meetings.close()
+        if self._agreement is not None:
+            self._agreement.close()
         self._traffic.close(
             drain_s=0.0 if failed else self._connection.timeout_s,
             left=lambda: {n for n, notice in membership.notices().items() if notice.final},
@@ -278,8 +277,8 @@ class Sync:
             refuse_unequal_steps(self._merged_at)
         with span("launch"):  # payload, encoding, and handing to the transport
             self._traffic.launch(flights)
-        if self._meetings is not None:
-            self._meetings.ask(flights)
+        if self._agreement is not None:
+            self._agreement.ask(flights)
 
     @torch.no_grad()
     def _fused_step(self) -> None:
@@ -346,6 +345,8 @@ def join(
     schedule: str | None = None,
     moments: str | None = None,
     delay: int | Literal["round"] | None = None,
+    quorum: int | str | None = None,
+    grace: str | None = None,
     codec: str | None = None,
     error_feedback: bool | None = None,
     feedback_decay: float | None = None,
@@ -385,7 +386,7 @@ def join(
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
-        "every": every, "schedule": schedule, "moments": moments, "delay": delay,
+        "every": every, "schedule": schedule, "moments": moments, "delay": delay, "quorum": quorum, "grace": grace,
         "codec": codec, "error_feedback": error_feedback, "feedback_decay": feedback_decay,
         "topology": topology, "graph": graph, "server": server, "reduce": reduce, "rank": rank,
         "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum, "outer_state": outer_state,

@@ -67,6 +67,18 @@ class Link:
     rooms: Rooms = _OWN
     wires_on: torch.device | None = None
     """Where wires that come are to lie; None: where the parameters are."""
+    members: frozenset[int] | None = None
+    """Whose wires the round takes, once that is decided; None: all that are expected."""
+
+    @property
+    def left_out(self) -> bool:
+        """Whether this island's own wire is not among them."""
+        return self.members is not None and self.node not in self.members
+
+    def awaited(self) -> tuple[int, ...]:
+        """The peers whose wires this phase cannot do without."""
+        peers = tuple(self.expected)
+        return peers if self.members is None else tuple(peer for peer in peers if peer in self.members)
 
     def others(self) -> list[int]:
         """All but this one, in an order that starts behind it, so that not everyone sends to island 0 first."""

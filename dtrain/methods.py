@@ -75,7 +75,9 @@ RULES: Mapping[AlgorithmName, Rules] = {
         _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN,
         moves=True,
     ),
-    "diloco": Rules(_ROUNDS | _OUTER | _HOST | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
+    "diloco": Rules(
+        _ROUNDS | _OUTER | _HOST | {"topology", "landing", "alpha", "rank", "quorum", "grace"}, _MEANS, needs_same_start=_ANCHOR,
+    ),
     "noloco": Rules(
         _ROUNDS - _FEEDBACK - {"schedule"} | _HOST | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
     ),

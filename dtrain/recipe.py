@@ -41,6 +41,10 @@ class Recipe:
     landing: Literal["keep", "eager", "pure", "blend"] = "keep"
     alpha: float = 0.5
     """Of landing = "blend": the share of the island's own parameters."""
+    quorum: int | str | None = None
+    """Islands that a round needs, or "60%" of them (``quorum.py``); None: all."""
+    grace: str = "0s"
+    """How long after a quorum's wires are here the others' are still waited for, where a round is needed before."""
     fragments: int = 1
     schedule: str = "every"
     moments: str | None = None

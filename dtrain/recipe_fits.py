@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
-from dtrain import codec_name, schedule
+from dtrain import codec_name, quorum, schedule, units
 from dtrain import topology as topologies
 from dtrain.codec_fits import NO_FEEDBACK, check_codec_fits
 from dtrain.landing_fits import check_landing, check_stable
@@ -49,6 +49,10 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
     schedule.parse(r.schedule)
     if isinstance(r.rank, str):
         check_word(r.rank)
+    quorum.check(r.quorum)
+    if not isinstance(r.grace, str):
+        raise ValueError(f'grace = {r.grace!r} is not allowed; use a time, as "2s"')
+    units.seconds(r.grace)
     if r.moments is not None:
         schedule.multiples(r.moments if isinstance(r.moments, str) else repr(r.moments))
     ranges: tuple[tuple[str, bool, str], ...] = (
@@ -101,6 +105,8 @@ def idle_axes(r: Recipe) -> dict[str, str]:
         idle["rank"] = f'reduce = "{r.reduce}"'
     if r.landing != "blend":
         idle["alpha"] = f'landing = "{r.landing}"'
+    if r.quorum in (None, "100%"):
+        idle["grace"] = 'quorum = "100%"'
     if not r.error_feedback:
         idle["feedback_decay"] = "error_feedback = false"
     if r.schedule == schedule.READY:
@@ -162,6 +168,11 @@ def check_ranks(r: Recipe, num_ranks: int) -> None:
             f'islands.ranks = {num_ranks}: sync.recipe = "{r.name}" {why}, and all ranks of an island have to stay alike; use '
             'islands.ranks=1, or sync.recipe = "fedavg"'
         )
+    if r.quorum not in (None, "100%") and num_ranks > 1:
+        raise ValueError(
+            f"islands.ranks = {num_ranks}: with sync.quorum = {r.quorum!r} each rank would look whose wires are here, and those "
+            'of an island have one model; use islands.ranks=1, or sync.quorum="100%"'
+        )
     if r.schedule == schedule.READY and num_ranks > 1:
         raise ValueError(
             f'islands.ranks = {num_ranks}: with sync.schedule = "{schedule.READY}" each rank would meet when ready, and those '
@@ -200,6 +211,16 @@ def _check_adapts(r: Recipe) -> None:
             f"sync.delay = {r.delay} leaves {said} no step to fall by, as a round lands before the next starts; use at most "
             f'{r.every - 1}, or "round"'
         )
+
+
+def _check_quorum(r: Recipe) -> None:
+    needs = (("algorithm", "diloco"), ("reduce", "gather"), ("landing", "keep"))
+    for axis, answer in needs:
+        if getattr(r, axis) != answer:
+            raise ValueError(
+                f'sync.quorum = {r.quorum!r} leaves islands out of a round, and sync.{axis} = "{getattr(r, axis)}" cannot: use '
+                f'{axis} = "{answer}", or quorum="100%"'
+            )
 
 
 def check_together(r: Recipe, num_islands: int) -> None:
@@ -281,6 +302,8 @@ def check_together(r: Recipe, num_islands: int) -> None:
         )
     if r.algorithm == "desloc" and r.moments is None:
         raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')
+    if quorum.size(r.quorum, num_islands) < num_islands:
+        _check_quorum(r)
     if r.landing != "keep":
         check_landing(r)
     if r.algorithm in ("allreduce", "demo") and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtrain.bucket import Layout
-from dtrain.codec import BoundCodec, Codec, State
+from dtrain.codec import BoundCodec, Codec, ErrorFeedback, State
 from dtrain.combine import Combine, mean
 from dtrain.link import Link, Peers
 from dtrain.spans import room
@@ -27,17 +27,22 @@ class BoundReduce(NamedTuple):
     run: Callable[[Tensor, Tensor, State, Link], Iterator[None]]
     """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out
     itself."""
+    takes_back: bool = False
+    """Whether a payload that is left out of its round (``Link.left_out``) goes out with the next one by itself."""
 
 
 Reduce = Callable[[Layout, Peers], BoundReduce]
 
 
 def gather(codec: Codec, combined: Callable[[Layout, int], Combine] = lambda layout, num_nodes: mean(num_nodes)) -> Reduce:
-    """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included."""
+    """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included. Of a round that is
+    without some islands, those of its members; an island that is none gets what it sent back into its residual, where it has one:
+    e <- e + decode(wire), as if nothing had been sent."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout, peers.node)
-        combine, encode = combined(layout, peers.num_nodes), encoder(bound)
+        of_all, encode = combined(layout, peers.num_nodes), encoder(bound)
+        takes_back = isinstance(codec, ErrorFeedback)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             own = encode(x, state)
@@ -45,9 +50,13 @@ def gather(codec: Codec, combined: Callable[[Layout, int], Combine] = lambda lay
                 link.post(peer, own)
                 link.expect(peer, bound.wire_bytes, bound.check)
             yield
-            combine(out, [own if j == link.node else link.received(j) for j in range(link.num_nodes)], bound)
+            members = range(link.num_nodes) if link.members is None else sorted(link.members)
+            combine = of_all if len(members) == peers.num_nodes else combined(layout, len(members))
+            combine(out, [own if j == link.node else link.received(j) for j in members], bound)
+            if link.left_out and takes_back:
+                bound.decode_add(own, state["residual"], weight=1.0)
 
-        return BoundReduce(bound.init, run)
+        return BoundReduce(bound.init, run, takes_back)
 
     return bind
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dtrain import schedule, topology, units
+from dtrain import quorum, schedule, topology, units
 from dtrain.matrices import check_word
 from dtrain.methods import AlgorithmName
 from dtrain.own_name import is_own
@@ -166,6 +166,12 @@ class Sync(Section):
         None, description="what becomes of progress made in flight"
     )
     alpha: float | None = Field(None, ge=0, lt=1, description="of landing = \"blend\": the share that local parameters keep")
+    quorum: int | str | None = Field(
+        None, description='islands that a round (diloco) does not go on without, or "60%" of them; left out: all'
+    )
+    grace: str | None = Field(
+        None, description='how long a needed round waits for the others once a quorum\'s wires are here: "2s"'
+    )
     bucket_bytes: int | None = Field(
         None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
     )
@@ -218,6 +224,19 @@ class Sync(Section):
             schedule.steps_at_first(value)
         elif value is not None and value < 1:
             raise ValueError(f'every = {value} is not allowed; use 1 or more, or "adaptive:125"')
+        return value
+
+    @field_validator("quorum")
+    @classmethod
+    def _quorum_parses(cls, value: int | str | None) -> int | str | None:
+        quorum.check(value)
+        return value
+
+    @field_validator("grace")
+    @classmethod
+    def _grace_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            units.seconds(value)
         return value
 
     @field_validator("moments")

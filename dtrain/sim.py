@@ -1,7 +1,7 @@
 """How are many islands trained in one process? One thread an island, the same code, an in-memory link without a rate.
 
 The arithmetic of an island does not depend on when its wires arrive, so parameters equal those of separate processes
-bit for bit."""
+bit for bit. Where a round goes on without those who are late (``sync.quorum``), who that is is left to chance here too."""
 
 from __future__ import annotations
 

@@ -64,8 +64,26 @@ class Traffic:
         """Peers whose wires the flights still wait for."""
         with self._inbox.changed:
             return tuple(
-                sorted({p for f in flights if not f.done for p in tuple(f.link.expected) if not self._inbox.has(p, f.tag())})
+                sorted({p for f in flights if not f.done for p in f.link.awaited() if not self._inbox.has(p, f.tag())})
             )
+
+    @property
+    def changed(self) -> threading.Condition:
+        """Notified when a wire has arrived, and when a flight has moved on."""
+        return self._inbox.changed
+
+    def here(self, flights: Sequence[Flight]) -> frozenset[int]:
+        """Peers all of whose wires of these flights have arrived; each flight expects them from the same."""
+        with self._inbox.changed:
+            peers = tuple(flights[0].link.expected)
+            return frozenset(p for p in peers if all(self._inbox.has(p, f.tag()) for f in flights))
+
+    def decide(self, flights: Sequence[Flight], members: frozenset[int]) -> None:
+        """Flights that waited for it take the wires of these islands, and no others."""
+        with self._inbox.changed:
+            for flight in flights:
+                flight.link.members, flight.undecided = members, False
+            self._inbox.changed.notify_all()
 
     def lost(self) -> dict[int, str]:
         return self._inbox.lost()
@@ -125,7 +143,9 @@ class Traffic:
             self._inbox.changed.notify_all()
 
     def _ready(self, flight: Flight) -> bool:
-        return not flight.done and flight.matched and all(self._inbox.has(peer, flight.tag()) for peer in flight.link.expected)
+        if flight.done or not flight.matched or flight.undecided:
+            return False
+        return all(self._inbox.has(peer, flight.tag()) for peer in flight.link.awaited())
 
     @torch.no_grad()
     def _advance(self, flight: Flight) -> None:
@@ -133,7 +153,10 @@ class Traffic:
         link = flight.link
         try:
             while not flight.done:
-                link.inbox = {peer: self._take(flight, peer) for peer in link.expected}
+                link.inbox = {peer: self._take(flight, peer) for peer in link.awaited()}
+                if link.members is not None:
+                    for peer in link.expected.keys() - link.members:
+                        self._inbox.discard(peer, flight.tag())
                 received_bytes = sum(w.numel() for w in link.inbox.values())
                 self._count(self.bytes.received, flight.kind, received_bytes)
                 flight.advance()

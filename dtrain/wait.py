@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dtrain.connect import Connection
 from dtrain.core import Flight
@@ -16,6 +16,9 @@ from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.membership import SAY_EVERY_S, Notice
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, ROUND, START
+
+if TYPE_CHECKING:
+    from dtrain.roll_call import RollCall
 
 log = logging.getLogger("dtrain")
 
@@ -63,6 +66,8 @@ class Wait:
     def __init__(self, connection: Connection, traffic: Traffic) -> None:
         self.waited_s = 0.0
         self.peer_left = False
+        self.roll_call: RollCall | None = None
+        """Where rounds need not wait for all islands."""
         self._connection = connection
         self._ranks = connection.ranks
         self._traffic = traffic
@@ -96,13 +101,16 @@ class Wait:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
         membership, timeout_s = self._connection.membership, self._connection.timeout_s
         begun, say_at_s, silence = time.monotonic(), SAY_EVERY_S, _Silence()
+        if self.roll_call is not None:
+            self.roll_call.need(flights, merges)
         while not self._traffic.wait(flights, _POLL_S):
             membership.check_regroup()
             waited_s = time.monotonic() - begun
-            missing = self._traffic.missing(flights)
+            notices = membership.notices()
+            spared = self._spared(flights, notices, merges)
+            missing = tuple(sorted({n for f in flights for n in self._traffic.missing([f]) if n not in spared[f]}))
             if not missing:
                 continue
-            notices = membership.notices()
             failed = [n for n in missing if n in notices and notices[n].failed]
             if failed and not membership.failed_may_return:
                 raise PeerLost(failed, f"it failed after step {notices[failed[0]].step}")
@@ -114,7 +122,10 @@ class Wait:
                 )
             silent_s = silence.of_s(missing, self._coming(missing, notices, averages))
             ended = {n: notice for n, notice in notices.items() if notice.ends_rounds(merges)}
-            beyond = [f for f in flights if not f.done and any(f.step > notice.step for notice in ended.values())]
+            beyond = [
+                f for f in flights
+                if not f.done and any(f.step > notice.step for n, notice in ended.items() if n not in spared[f])
+            ]  # fmt: skip
             if beyond:
                 self._say_left(step, ended)
                 self._traffic.drop(beyond)
@@ -126,6 +137,16 @@ class Wait:
             elif waited_s > say_at_s:
                 self._connection.on_wait(missing, max(silent_s.values()), timeout_s)
                 say_at_s = waited_s + SAY_EVERY_S
+
+    def _spared(
+        self, flights: Sequence[Flight], notices: Mapping[int, Notice], merges: int
+    ) -> Mapping[Flight, frozenset[int]]:
+        """Islands that each flight will come to its end without, though they have sent no wire. Raises what keeps islands from
+        agreeing on them."""
+        if self.roll_call is None:
+            return dict.fromkeys(flights, frozenset())
+        self.roll_call.raise_error()
+        return {f: self.roll_call.spared(f, notices, merges) for f in flights}
 
     def _coming(self, missing: Sequence[int], notices: Mapping[int, Notice], averages: Sequence[int]) -> dict[int, int]:
         """Of the missing, those that have not come to the averages; and how often they have shown life, where islands do."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import chosen, own, schedule, topology
+from dtrain import chosen, own, quorum, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.matrices import check_rank
@@ -162,6 +162,11 @@ def _check_sim(job: Job) -> None:
         raise ValueError(
             f'sync.schedule = "{schedule.READY}" is of islands that meet when both are ready, and a clock of steps has none; '
             'use sim.clock=poisson, whose pairs meet at random times, or sync.schedule=every'
+        )
+    if job.sim.has_clock and quorum.size(recipe.quorum, job.islands.count) < job.islands.count:
+        raise ValueError(
+            f"sync.quorum = {recipe.quorum!r}: on a virtual clock each round waits for all islands; use sync.quorum=\"100%\", or "
+            "sim.step_s=0 with sim.problem=gpt"
         )
     if job.sim.problem == "gpt":
         return

@@ -22,7 +22,7 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("by what path?", ("reduce", "rank")),
     ("how is it combined?", ("combine",)),
     ("how is it applied?", ("outer", "outer_lr", "outer_momentum", "outer_state", "gamma", "gossip_steps")),
-    ("how late does it land?", ("delay", "landing", "alpha")),
+    ("how late does it land?", ("delay", "landing", "alpha", "quorum", "grace")),
 )
 """And what answers each: keys of [sync], and two words that follow from the algorithm."""
 _FOLLOWS = ("payload", "combine")

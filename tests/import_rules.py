@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
-    *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum"),
+    *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 
@@ -31,7 +31,7 @@ LAYERS = (
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "moments", "traffic", "wait"),
+        *("loop_fits", "meetings", "moments", "roll_call", "traffic", "wait"),
     ),
     (),
     ("launch",),

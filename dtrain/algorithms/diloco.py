@@ -4,6 +4,8 @@ DiLoCo (Douillard et al. 2023, arXiv 2311.08105): every H steps
     delta_i = theta - x_i;   delta = mean_i delta_i;   theta <- Outer(theta, delta);   x_i <- theta.
 With a delay the round flies while training goes on, and what the island did meanwhile must not be lost. Four landings:
     keep:   x_i <- theta' + (x_i - x_i,sent): the new anchor, and the progress made in flight on top.
+            A round may be without some islands (arXiv 2604.21428): delta is the mean over its members, and one that is none keeps
+            all its progress, x_i <- theta' + (x_i - theta), so that delta_i = theta' - x_i has it all in the next round.
     blend:  (arXiv 2501.18512) x_i <- alpha x_i + (1 - alpha) theta'; what alpha takes of that progress stays in the next delta_i.
     eager:  (arXiv 2502.12996) the island's own share is applied at once and the rest a round later,
             g_i^t = delta_i^t / n + (delta^{t-1} - delta_i^{t-1} / n);   theta_i <- Outer(theta_i, g_i^t);   x_i <- theta_i.
@@ -51,6 +53,8 @@ def diloco_keep(reduce: Reduce, outer: Outer) -> Method:
             state["sent"].copy_(b.x)
             payload.pseudo_gradients(b, state, state["delta"])
             yield from path.run(state["delta"], state["delta"], state, link)
+            if link.left_out and not path.takes_back:
+                state["sent"].copy_(state["anchor"])
 
         def land(b: Bucket, state: State) -> None:
             outer.land(b.x, state["sent"], state["anchor"], state["delta"], state)

@@ -52,7 +52,8 @@ def candidates(
     for row in RECIPES.values():
         if RULES[row.algorithm].simulated is not None or row.schedule != "every":
             continue
-        if (row.sam_rho is not None and sam_rho == 0) or (RULES[row.algorithm].one_rank is not None and num_ranks > 1):
+        one_rank = RULES[row.algorithm].one_rank is not None or row.quorum is not None
+        if (row.sam_rho is not None and sam_rho == 0) or (one_rank and num_ranks > 1):
             continue
         if not _steps_with(row, optimizer, asked) or (moments_every is not None and RULES[row.algorithm].signs):
             continue

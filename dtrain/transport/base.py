@@ -43,12 +43,22 @@ class Inbox:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self._wires: dict[tuple[int, Tag], Tensor] = {}
+        self._unwanted: set[tuple[int, Tag]] = set()
         self._lost: dict[int, str] = {}
 
     def deliver(self, peer: int, tag: Tag, wire: Tensor) -> None:
         with self.changed:
+            if (peer, tag) in self._unwanted:
+                self._unwanted.remove((peer, tag))
+                return
             self._wires[peer, tag] = wire
             self.changed.notify_all()
+
+    def discard(self, peer: int, tag: Tag) -> None:
+        """Throw a wire away that is here, or as soon as it is."""
+        with self.changed:
+            if self._wires.pop((peer, tag), None) is None:
+                self._unwanted.add((peer, tag))
 
     def lose(self, peer: int, reason: str) -> None:
         with self.changed:
