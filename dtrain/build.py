@@ -13,11 +13,12 @@ from dtrain.data.corpus import Corpus
 from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import AccumAdamW, adamw, decay_groups, muon_adamw
+from dtrain.optim.muon import MuonFP32
 from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_start
 
 _SEEDS = 2**31
 """A job's seed is below it, and islands' own lie from it to 2^32, beyond which torch's generator for the CPU looks at no bit."""
-_STEP_BYTES = {AccumAdamW: 0, torch.optim.AdamW: 28, Muon: 20, torch.optim.SGD: 12}
+_STEP_BYTES = {AccumAdamW: 0, torch.optim.AdamW: 28, Muon: 20, MuonFP32: 20, torch.optim.SGD: 12}
 """A parameter of fp32 and its two moments, Muon's one, or SGD's none, are read and written, its gradient is read; dtrain's own
 says it of each of its kernels."""
 

@@ -17,6 +17,7 @@ from dtrain.connect import Connection, connect_local
 from dtrain.launch.checks import resolved
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import hidden_matrices, muon_adamw
+from dtrain.optim.muon import MuonFP32
 from dtrain.recipes import RECIPES, optimizer_of
 from tests.islands import run_islands
 
@@ -87,6 +88,35 @@ def test_it_steps_as_far_as_adamw(shape: tuple[int, int]) -> None:
     assert by_adamw == pytest.approx(math.sqrt(0.1 / 1.9), rel=0.1)
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24)])
+def test_in_fp32_it_is_torchs_but_for_what_bf16_loses(shape: tuple[int, int]) -> None:
+    """Five steps on the same gradients, beside the equations in fp64 and torch's Muon. N raises a singular value below 1 by at
+    most a = 3.4445 a step, 485 times in five, and an error of fp32, 2^-24, with it: 3e-5 of an update, a hundred times less than
+    bf16's, 2^-9 for each of ten products, which are 2 %."""
+    draw = torch.Generator().manual_seed(1)
+    first = torch.randn(shape, generator=draw)
+    ours, theirs = nn.Parameter(first.clone()), nn.Parameter(first.clone())
+    optimizers = [
+        kind([x], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+        for kind, x in ((MuonFP32, ours), (torch.optim.Muon, theirs))
+    ]
+    p64, m64 = first.double(), torch.zeros(shape, dtype=torch.float64)
+    for _ in range(5):
+        g = torch.randn(shape, generator=draw)
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        m64 = 0.95 * m64 + 0.05 * g.double()
+        x = 0.05 * g.double() + 0.95 * m64
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x + (-4.7750 * x @ x.T + 2.0315 * x @ x.T @ x @ x.T) @ x
+        p64 = (1 - LR * DECAY) * p64 - 0.2 * math.sqrt(max(shape)) * LR * x
+    moved = rms(p64 - first.double())
+    assert rms(ours.detach().double() - p64) < 3e-5 * moved + 2**-24 * rms(p64)
+    assert 1e-4 * moved < rms(theirs.detach().double() - p64) < 0.02 * moved
+
+
 def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
@@ -111,7 +141,7 @@ def paper() -> list[Tensor]:
         matrices = [p for name, p in x.named_parameters() if name.startswith("blocks")]
         rest = [{"params": [x.head.weight], "weight_decay": DECAY}, {"params": [x.embedding.weight], "weight_decay": 0.0}]
         inner.append([
-            torch.optim.Muon(matrices, lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            MuonFP32(matrices, lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.95), fused=True),
         ])  # fmt: skip
     for step in range(STEPS):
@@ -163,7 +193,7 @@ def test_a_recipe_with_muon_needs_it() -> None:
         dtrain.join(model, torch.optim.SGD(model.parameters(), lr=LR), recipe="muloco", link=connect_local(1)[0])
     for optimizers in (Muon2(model.parameters(), lr=LR), muon_adamw(model, lr=LR, weight_decay=DECAY), []):
         dtrain.join(model, optimizers, recipe="muloco", link=connect_local(1)[0]).close()
-    with pytest.raises(ValueError, match=r"'decent_adam' is defined with AdamW, and Muon is another optimizer"):
+    with pytest.raises(ValueError, match=r"'decent_adam' is defined with AdamW, and MuonFP32 is another optimizer"):
         dtrain.join(model, muon_adamw(model, lr=LR, weight_decay=DECAY), recipe="decent_adam", link=connect_local(2)[0])
 
 
