@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from dtrain.optim.adam import decay_groups
 
-
 _COEFFICIENTS, _TIMES, _LEAST = (3.4445, -4.7750, 2.0315), 5, 1e-7
 """N(X) = a X + (b X X^T + c (X X^T)^2) X, so often, from G / max(|G|_F, least): torch.optim.Muon's own."""
 
@@ -56,9 +55,9 @@ def _near_one(g: Tensor) -> Tensor:
 def muon_adamw(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95
 ) -> list[Optimizer]:
-    """Muon, torch's or on a CPU ``MuonFP32``, over ``hidden_matrices``, and torch's AdamW (``betas``) over what ``decay_groups`` has besides, with the same
-    ``lr``, which a schedule sets in both, and decay. State of a matrix: ``momentum_buffer``, one number an element. Raises
-    ValueError for a model that has no such matrix."""
+    """Muon, torch's or on a CPU ``MuonFP32``, over ``hidden_matrices``, and torch's AdamW (``betas``) over what ``decay_groups``
+    has besides, with the same ``lr``, which a schedule sets in both, and decay. State of a matrix: ``momentum_buffer``, one number
+    an element. Raises ValueError for a model that has no such matrix."""
     matrices = hidden_matrices(model)
     if not matrices:
         raise ValueError(

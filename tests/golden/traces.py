@@ -52,7 +52,7 @@ ROUGH = {
     "dfedsam_mgs": _MIX,
     "demo": _MIX,  # cosines, in fp64
     "dilocox": 100 * _MIX,  # factors of a matrix of deltas, whose singular values are within 100 of each other
-    "muloco": STEPS * 0.2 * LR * 2.0**-4,  # five products in bf16, of which each element has 4 bits in common at least
+    "muloco": STEPS * 0.2 * LR * 485 * 16 * U,  # N raises what a product's last bits differ in by 3.4445^5 = 485
 }
 """Recipes whose arithmetic differs between CPUs, and by how much each element may."""
 
@@ -79,6 +79,8 @@ class Block(nn.Module):
 def islands_of(recipe: str) -> dict[str, Tensor]:
     """(islands, elements) after every third step, and of the merged model."""
     axes: dict[str, Any] = {"every": min(RECIPES[recipe].every, EVERY)} if RECIPES[recipe].every > 4 else {}
+    if axes and isinstance(delay := RECIPES[recipe].delay, int):
+        axes["delay"] = min(delay, axes["every"])
     axes |= SCALED.get(recipe, {})
     row = resolve(recipe, {axis: value for axis, value in axes.items() if axis != "total_steps"}, ISLANDS)
 
