@@ -96,8 +96,9 @@ class RollCall:
         """The loop waits for them from now on."""
         with self._changed:
             self._merges = merges
+            wanted = set(flights)
             for one in self._rounds.values():
-                one.needed = one.needed or any(flight in flights for flight in one.flights)
+                one.needed = one.needed or not wanted.isdisjoint(one.flights)
             self._wake()
 
     def spared(self, flight: Flight, notices: Mapping[int, Notice], merges: int) -> frozenset[int]:

@@ -19,7 +19,8 @@ inside the unit circle, for every s. Of the first three that is a matter of lr s
 lr < 2 (1 + mu) / (1 + 2 mu). keep and blend bear as much, keep less where a round flies for nearly the whole of its period. What
 islands differ by narrows no range: eager's, by g = s (theta_t - theta_t-1) / n, bears n / 2 times what DiLoCo in time does.
 
-What the model leaves out: what a codec loses, gradients that are noisy, islands whose losses differ, an inner Adam."""
+What the model leaves out: what a codec loses, gradients that are noisy, islands whose losses differ, an inner Adam, rounds that
+are without some islands."""
 
 from __future__ import annotations
 

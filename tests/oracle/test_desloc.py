@@ -217,7 +217,7 @@ def test_other_recipes_have_no_moments_and_islands_one_rank() -> None:
 
 def test_it_is_no_candidate_of_a_job_with_several_ranks() -> None:
     one, two = ({r.name for r in candidates(RECIPES["local"], 2, num_ranks=ranks)} for ranks in (1, 2))
-    assert one - two == {"desloc"}
+    assert one - two == {"desloc", "decoupled_diloco"}, "and that one's quorum is of islands of one rank"
 
 
 def test_a_simulation_by_plain_sgd_refuses_it() -> None:

@@ -20,8 +20,8 @@ from tests.islands import run_islands
 LR, EVERY, STEPS = 0.125, 4, 18
 NAMES = ("table.weight", "inner.weight", "inner.bias")
 AXES: dict[str, Any] = {
-    "recipe": "decoupled_diloco", "every": EVERY, "outer_lr": 0.5, "outer_momentum": 0.5, "delay": 0, "quorum": "100%"
-}
+    "recipe": "decoupled_diloco", "every": EVERY, "outer_lr": 0.5, "outer_momentum": 0.5, "delay": 0, "quorum": "100%",
+}  # fmt: skip
 
 
 class Model(nn.Module):
