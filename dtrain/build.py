@@ -12,15 +12,15 @@ from dtrain.config import Job
 from dtrain.data.corpus import Corpus
 from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
-from dtrain.optim import AccumAdamW, adamw, decay_groups, muon_adamw
+from dtrain.optim import AccumAdamW, ScheduleFreeAdamW, adamw, decay_groups, muon_adamw
 from dtrain.optim.muon import MuonFP32
 from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_start
 
 _SEEDS = 2**31
 """A job's seed is below it, and islands' own lie from it to 2^32, beyond which torch's generator for the CPU looks at no bit."""
-_STEP_BYTES = {AccumAdamW: 0, torch.optim.AdamW: 28, Muon: 20, MuonFP32: 20, torch.optim.SGD: 12}
-"""A parameter of fp32 and its two moments, Muon's one, or SGD's none, are read and written, its gradient is read; dtrain's own
-says it of each of its kernels."""
+_STEP_BYTES = {AccumAdamW: 0, torch.optim.AdamW: 28, ScheduleFreeAdamW: 36, Muon: 20, MuonFP32: 20, torch.optim.SGD: 12}
+"""A parameter of fp32 and its two moments, Schedule-Free's three numbers, Muon's one, or SGD's none, are read and written, its
+gradient is read; dtrain's own says it of each of its kernels."""
 
 
 def build_recipe(job: Job) -> Recipe:
@@ -47,11 +47,14 @@ def shapes_of(job: Job) -> dict[str, torch.Size]:
 
 def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimizer]:
     """AdamW: torch's, or dtrain's where gossip can share its pass over the parameters, or where its moments accumulate. Or Muon
-    and AdamW. Or SGD where the recipe makes signs of gradients: without momentum its weight decay is decoupled, as AdamW's is."""
+    and AdamW, or Schedule-Free AdamW. Or SGD where the recipe makes signs of gradients: without momentum its weight decay is
+    decoupled, as AdamW's is."""
     t = job.train
     match optimizer_of(recipe, t.optimizer, t.moments_every):
         case "muon":
             return muon_adamw(model, lr=t.lr, weight_decay=t.weight_decay)
+        case "schedule_free":
+            return [ScheduleFreeAdamW(decay_groups(model, t.weight_decay), lr=t.lr)]
         case "sgd":
             return [torch.optim.SGD(decay_groups(model, t.weight_decay), lr=t.lr)]
         case "adamw":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from torch.optim import Optimizer
 
 from dtrain.clock import Clock
 from dtrain.config import Job
 from dtrain.engine import Sync
 from dtrain.inside import Inside
 from dtrain.metrics import State
+from dtrain.optim import at_averages
 
 
 class Seen(NamedTuple):
@@ -22,14 +25,17 @@ class Seen(NamedTuple):
     consensus_distance: float | None
 
 
-def look(job: Job, sync: Sync, inside: Inside, clock: Clock, step: int, say: Callable[[State, int], None]) -> Seen:
+def look(
+    job: Job, sync: Sync, inside: Inside, optimizers: Sequence[Optimizer], clock: Clock, step: int,
+    say: Callable[[State, int], None],
+) -> Seen:  # fmt: skip
     """After optimizer step ``step``; leaves the trajectory alone. All islands call it after the same steps, and all ranks of
     an island together."""
     distance = _distance(job, sync, clock, step)
     every = job.train.eval_every
     if not every or step % every or step == job.train.steps:  # the last step is evaluated at the end
         return Seen(None, None, distance)
-    with clock.aside():
+    with clock.aside(), at_averages(optimizers):
         say("evaluating", step)
         own = inside.evaluate()
         return Seen(own, _merged(sync, inside) if job.train.eval_merged else None, distance)

@@ -10,6 +10,8 @@ AlgorithmName = Literal[
     "local", "allreduce", "dpsgd", "push_sum", "multi_gossip", "chebyshev", "deepsqueeze", "gradient_tracking", "choco", "beer",
     "a2cid2", "dadao", "diloco", "noloco", "desloc", "demo", "own",
 ]  # fmt: skip
+InnerOptimizer = Literal["adamw", "muon", "schedule_free"]
+"""What a job may ask for; what a recipe is defined with goes before."""
 
 
 @dataclass(frozen=True, slots=True)

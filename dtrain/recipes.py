@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule
-from dtrain.methods import RULES
+from dtrain.methods import RULES, InnerOptimizer
 from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
 from dtrain.recipe_fits import check_together, check_used, check_values, combine_of
@@ -142,8 +142,8 @@ def rho_of(recipe: Recipe, said: float | None) -> float:
 
 
 def optimizer_of(
-    recipe: Recipe, said: Literal["adamw", "muon"] | None, moments_every: int | None = None
-) -> Literal["adamw", "muon", "sgd"]:
+    recipe: Recipe, said: InnerOptimizer | None, moments_every: int | None = None
+) -> InnerOptimizer | Literal["sgd"]:
     """The inner optimizer in the training job: the recipe's where train.optimizer is not said, ``moments_every`` what train says.
     Raises ValueError where that would take its optimizer from a recipe that is defined with one."""
     if RULES[recipe.algorithm].signs:
@@ -159,14 +159,15 @@ def optimizer_of(
             f'train.optimizer = "{said}" takes Muon from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
             f'or use sync.recipe = "{recipe.algorithm}"'
         )
-    if chosen == "muon" and (recipe.moments_every is not None or recipe.moments is not None):
+    if chosen != "adamw" and (recipe.moments_every is not None or recipe.moments is not None):
         raise ValueError(
-            f'train.optimizer = "muon" takes AdamW from sync.recipe = "{recipe.name}", which is defined with it; leave it out, '
-            'or use sync.recipe = "dpsgd"'
+            f'train.optimizer = "{chosen}" takes AdamW from sync.recipe = "{recipe.name}", which is defined with it; leave it '
+            'out, or use sync.recipe = "dpsgd"'
         )
-    if chosen == "muon" and moments_every is not None:
-        by = 'train.optimizer = "muon"' if said else f'sync.recipe = "{recipe.name}"'
-        raise ValueError(f"train.moments_every = {moments_every} is AdamW's, and {by} trains with Muon; leave one of them out")
+    if chosen != "adamw" and moments_every is not None:
+        by = f'train.optimizer = "{said}"' if said else f'sync.recipe = "{recipe.name}"'
+        other = "Muon" if chosen == "muon" else "Schedule-Free AdamW"
+        raise ValueError(f"train.moments_every = {moments_every} is AdamW's, and {by} trains with {other}; leave one of them out")
     return chosen
 
 

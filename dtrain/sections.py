@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dtrain import quorum, schedule, topology, units
 from dtrain.matrices import check_word
-from dtrain.methods import AlgorithmName
+from dtrain.methods import AlgorithmName, InnerOptimizer
 from dtrain.own_name import is_own
 
 Precision = Literal["fp32", "bf16"]
@@ -77,9 +77,10 @@ class Train(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches that one optimizer step accumulates")
     precision: Precision = Field("fp32", description="bf16 is autocast; master weights stay fp32")
     lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
-    optimizer: Literal["adamw", "muon"] | None = Field(
+    optimizer: InnerOptimizer | None = Field(
         None,
-        description="muon: Muon for matrices inside the blocks, AdamW for the rest; it steps as far as AdamW, so lr serves both",
+        description="muon: Muon for matrices inside the blocks, AdamW for the rest, of one lr; schedule_free: AdamW whose lr "
+        "does not fall after its warm-up, and an average of all steps is the model",
     )
     warmup: int = Field(100, ge=0, description="steps of linear warm-up; cosine to a tenth of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")

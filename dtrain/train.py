@@ -37,11 +37,12 @@ from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
 from dtrain.models.gpt_stage import GPTStage
-from dtrain.optim import SAM, cosine_lr, set_lr
+from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
 from dtrain.spans import span
+from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
 _INSIDE: Mapping[str, Callable[[torch.device], Ranks]] = {"ddp": Replicas, "pipeline": Stages}
@@ -238,18 +239,19 @@ def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
     tokens = job.train.batch * job.model.context
+    floor = 1.0 if job.train.optimizer == "schedule_free" else 0.1  # of the learning rate, which then stays after its warm-up
     said_at, began = 0.0, clock.train_s()
     for step in range(sync.step, job.train.steps):
         observe(step)
         if island.speaks and time.monotonic() - said_at > _STATUS_EVERY_S:
             island.status.update("training", step)
             said_at = time.monotonic()
-        lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr)
+        lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr, floor=floor)
         for optimizer in island.optimizers:
             set_lr(optimizer, lr)
         loss = _step(island, step)
         ended = clock.train_s()
-        seen = look(job, sync, island.inside, clock, step + 1, functools.partial(_say, island))
+        seen = look(job, sync, island.inside, island.optimizers, clock, step + 1, functools.partial(_say, island))
         if metrics is not None:
             stats = sync.stats()
             metrics.line(
@@ -335,11 +337,20 @@ def _finish(island: _Island) -> None:
     train_s = island.clock.train_s()
     stats = sync.stats()
     _say(island, "evaluating", steps)
-    own_loss, own_weights = inside.evaluate(), inside.weights()
-    if island.speaks:
-        checkpoint.save_weights(island.run / "islands" / f"island{node}.safetensors", own_weights, step=steps)
-    del own_weights
+    with at_averages(island.optimizers):
+        own_loss, own_weights = inside.evaluate(), inside.weights()
+        if island.speaks:
+            checkpoint.save_weights(island.run / "islands" / f"island{node}.safetensors", own_weights, step=steps)
+        del own_weights
     _say(island, "merging", steps)
+    sync.drain()  # what lands moves parameters as they are trained
+    with at_averages(island.optimizers):
+        _merge(island, train_s, stats, own_loss)
+
+
+def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> None:
+    job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
+    steps = job.train.steps
     distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     merged_loss = inside.evaluate()

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from dtrain import chosen
 from dtrain import topology as topologies
 from dtrain.codec_fits import refused
 from dtrain.matrices import highest, rank_of
-from dtrain.methods import RULES
+from dtrain.methods import RULES, InnerOptimizer
 from dtrain.own_topology import mixing_of
 from dtrain.plan.order import FEWEST_ROUNDS
 from dtrain.recipe_fits import check_ranks, check_trains
@@ -37,7 +37,7 @@ _FEW_BITS = ("int4:64",)
 
 def candidates(
     asked: Recipe, num_islands: int, *, per_host: int = 1, sam_rho: float | None = None, steps: int | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None, optimizer: Literal["adamw", "muon"] | None = None, num_ranks: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None, optimizer: InnerOptimizer | None = None, num_ranks: int = 1,
     moments_every: int | None = None,
 ) -> list[Recipe]:  # fmt: skip
     """The recipe that the job asks for, first; then all others, each once. ``sam_rho``, ``steps``, ``optimizer`` and
@@ -73,13 +73,13 @@ def _of_job(asked: Recipe, row: Recipe) -> dict[str, Any]:
     return {"include": asked.include, "exclude": asked.exclude} | state
 
 
-def _steps_with(row: Recipe, optimizer: Literal["adamw", "muon"] | None, asked: Recipe) -> bool:
+def _steps_with(row: Recipe, optimizer: InnerOptimizer | None, asked: Recipe) -> bool:
     """Whether the job would train with the optimizer that the row is defined with, and all that it trains."""
     if row.optimizer is not None:
         return row.optimizer in (optimizer, asked.optimizer)
     if RULES[row.algorithm].signs:
         return optimizer is None and asked.include is None and asked.exclude is None
-    return (row.moments_every is None and row.moments is None) or optimizer != "muon"
+    return (row.moments_every is None and row.moments is None) or optimizer in ("adamw", None)
 
 
 def check_plannable(recipe: Recipe) -> None:

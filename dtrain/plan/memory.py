@@ -39,16 +39,17 @@ class Memory:
 
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
-    micro_batches: int, by_muon: int = 0, on_host: bool = False,
+    micro_batches: int, by_muon: int = 0, averages: bool = False, on_host: bool = False,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
-    steps; ``on_host``: whether the recipe's state lies there."""
+    steps; ``averages``: whether a third number is kept beside AdamW's two moments, as Schedule-Free's average is; ``on_host``:
+    whether the recipe's state lies there."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * _KEPT_PER_LAYER * number_bytes
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + sent.gradient_bytes, sent.wire_bytes // num_ranks
     return Memory(
-        model=work.parameters * (8 + 8 * moments + 4 * accumulates + 4 * sam) - 4 * by_muon,
+        model=work.parameters * (8 + 8 * moments + 4 * (accumulates + sam + averages)) - 4 * by_muon,
         kept=0 if on_host else kept,
         wires=0 if on_host else wires,
         activations=layers + logits,

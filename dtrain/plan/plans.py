@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from dtrain.methods import InnerOptimizer
 from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
@@ -47,7 +47,7 @@ class Setting:
     """Codec -> what computes, without SAM: codecs move bytes at unlike speeds."""
     sam_rho: float | None = None
     """The job's own."""
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: InnerOptimizer | None = None
     """The job's own."""
     hidden: int = 0
     """Parameters that Muon would step."""
@@ -108,6 +108,7 @@ class Planner:
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
             num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
+            averages=inner == "schedule_free",
             on_host=recipe.outer_state == "host",
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
