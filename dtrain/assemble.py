@@ -11,7 +11,7 @@ from dtrain import codec as codecs
 from dtrain import combine as combines
 from dtrain import outer as outers
 from dtrain import reduce as reduces
-from dtrain import schedule
+from dtrain import schedule, slots
 from dtrain.algorithm import Method
 from dtrain.algorithms.a2cid2 import a2cid2
 from dtrain.algorithms.a2cid2_ready import a2cid2_ready
@@ -42,6 +42,7 @@ from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
+from dtrain.slots import Pace
 from dtrain.topology import Mixing, Topology, fingerprint, parse_server
 
 
@@ -68,6 +69,8 @@ class Plan:
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
     signs: bool
     """Whether what is exchanged before an update leaves signs in the place of gradients."""
+    pace: Pace
+    """In which steps each island trains."""
 
     def exchanges(self, num_islands: int) -> bool:
         """Whether each update waits for an exchange; an island alone has none, unless its gradients are to become signs."""
@@ -79,7 +82,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     check_trains(recipe)
     rules = RULES[recipe.algorithm]
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
-    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
+    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.draws, kind)
     return Plan(
         recipe=recipe,
         method=_method(recipe, mixed),
@@ -94,6 +97,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
         signs=rules.signs,
+        pace=slots.pace(recipe.speeds, recipe.every),
     )
 
 
@@ -214,3 +218,5 @@ def _outer(r: Recipe) -> Outer:
             return outers.sgd(r.outer_lr)
         case "nesterov":
             return outers.nesterov(r.outer_lr, r.outer_momentum)
+        case "delayed_nesterov":
+            return outers.delayed_nesterov(r.outer_lr, r.outer_momentum)

@@ -74,7 +74,9 @@ RULES: Mapping[AlgorithmName, Rules] = {
         _GOSSIP | _SERVER | {"gamma", "gossip_steps"} | _OUTER, ("none", "neighbours", *_ALL), needs_same_start=_UNKNOWN,
         moves=True,
     ),
-    "diloco": Rules(_ROUNDS | _OUTER | {"topology", "landing", "alpha", "rank"}, _MEANS, needs_same_start=_ANCHOR),
+    "diloco": Rules(
+        _ROUNDS | _OUTER | {"topology", "landing", "alpha", "rank", "participants"}, _MEANS, needs_same_start=_ANCHOR,
+    ),
     "noloco": Rules(
         _ROUNDS - _FEEDBACK - {"schedule"} | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,
     ),

@@ -30,9 +30,9 @@ class MetricsWriter:
         self,
         *,
         step: int,
-        loss: float,
+        loss: float | None,
         tokens: int,
-        tokens_per_s: float,
+        tokens_per_s: float | None,
         wire_bytes_sent: int,
         wire_bytes_received: int,
         wait_s: float,
@@ -42,23 +42,19 @@ class MetricsWriter:
         consensus_distance: float | None = None,
     ) -> None:
         """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
-        out."""
+        out, as the loss of a step in which the island was idle."""
         content: dict[str, Any] = {
             "step": step,
             "island": self._island,
-            "loss": loss,
             "tokens": tokens,
-            "tokens_per_s": tokens_per_s,
             "wire_bytes_sent": wire_bytes_sent,
             "wire_bytes_received": wire_bytes_received,
             "wait_s": wait_s,
             "lr": lr,
             "time_s": time_s,
         }
-        if eval_loss is not None:
-            content["eval_loss"] = eval_loss
-        if consensus_distance is not None:
-            content["consensus_distance"] = consensus_distance
+        measured = {"loss": loss, "tokens_per_s": tokens_per_s, "eval_loss": eval_loss, "consensus_distance": consensus_distance}
+        content |= {name: value for name, value in measured.items() if value is not None}
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
 

@@ -40,6 +40,16 @@ def sgd(lr: float) -> Outer:
     return Outer(lambda anchor: {}, update, land)
 
 
+def delayed_nesterov(lr: float, momentum: float) -> Outer:
+    """Of islands' pseudo-gradients delta_i that arrive one by one, N = n in a round (Liu et al. 2024, arXiv 2401.09135, c = 0):
+        at each but the last   theta <- theta - lr delta_i / N
+        at the last            m <- mu m + sum_i delta_i / N;   theta <- theta - lr (mu m + delta_n / N)
+    Here all of a round land together, and of theta is left after the last
+        theta - lr (mu m + sum_i delta_i / N):
+    nesterov's, of the mean, with m = u. So is that of arrivals with weights, w_i in place of 1 / N."""
+    return nesterov(lr, momentum)
+
+
 def nesterov(lr: float, momentum: float) -> Outer:
     """u <- mu u + delta;  theta <- theta - lr (delta + mu u)      (DiLoCo, arXiv 2311.08105)."""
 

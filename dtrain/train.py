@@ -235,7 +235,6 @@ def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
 def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
-    tokens = job.train.batch * job.model.context
     said_at, began = 0.0, clock.train_s()
     for step in range(sync.step, job.train.steps):
         observe(step)
@@ -245,30 +244,36 @@ def _loop(island: _Island, observe: Observe) -> None:
         lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr)
         for optimizer in island.optimizers:
             set_lr(optimizer, lr)
-        loss = _step(island, step)
+        loss, tokens = _step_or_idle(island, step)
         ended = clock.train_s()
         distance = _consensus_aside(island, step + 1)
         eval_loss = _evaluate_aside(island, step + 1)
         if metrics is not None:
             stats = sync.stats()
             metrics.line(
-                step=step + 1,
-                loss=loss,
-                tokens=tokens,
-                tokens_per_s=tokens / max(ended - began, 1e-9),
+                step=step + 1, loss=loss,
+                tokens=tokens, tokens_per_s=tokens / max(ended - began, 1e-9) if tokens else None,
                 wire_bytes_sent=stats.wire_bytes_sent,
                 wire_bytes_received=stats.wire_bytes_received,
                 wait_s=stats.wait_s,
                 lr=lr,
                 time_s=clock.time_s(),
-                eval_loss=eval_loss,
-                consensus_distance=distance,
-            )
+                eval_loss=eval_loss, consensus_distance=distance,
+            )  # fmt: skip
         _checkpoint_aside(island, step + 1)
         began = ended
     observe(job.train.steps)
     if metrics is not None:
         metrics.close()
+
+
+def _step_or_idle(island: _Island, step: int) -> tuple[float | None, int]:
+    """The loss, and how many tokens it is of. Batches and learning rates are those of the step's number, also where some are
+    idle, so none comes twice."""
+    if island.sync.idle:
+        island.sync.sit_out()
+        return None, 0
+    return _step(island, step), island.job.train.batch * island.job.model.context
 
 
 def _step(island: _Island, step: int) -> float:
@@ -347,7 +352,7 @@ def _save(island: _Island, step: int) -> None:
 def _finish(island: _Island) -> None:
     """Evaluate the single model, merge exactly, evaluate again, and leave the island's share of the summary."""
     job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
-    steps = job.train.steps
+    steps, pace = job.train.steps, sync.core.plan.pace
     sync.settle()  # the last round's bytes are training's, also where it lands in the merge
     train_s = island.clock.train_s()
     stats = sync.stats()
@@ -373,7 +378,7 @@ def _finish(island: _Island) -> None:
         parameters=inside.parameters,
         steps=steps,
         first_step=island.first_step,
-        tokens=(steps - island.first_step) * job.train.batch * job.model.context,
+        tokens=(pace.trained(node, steps) - pace.trained(node, island.first_step)) * job.train.batch * job.model.context,
         wall_s=island.clock.wall_s(),
         train_s=train_s,
         compute_s=train_s - stats.wait_s,

@@ -12,7 +12,11 @@ With a delay the round flies while training goes on, and what the island did mea
             delta_i^t = theta - x_i;   theta <- Outer(theta, delta^{t-1});   x_i <- theta, and delta_i^t is sent.
             The first has no round before it, and x_i goes on where it is; the second's delta_i^t is counted from there.
             The last one's is not applied: it lands when training is over.
-Without delay, keep is DiLoCo to the bit, and so is blend with alpha = 0; with one island, eager is."""
+Without delay, keep is DiLoCo to the bit, and so is blend with alpha = 0; with one island, eager is.
+
+Islands of unequal speed (``slots.py``) count by the steps that they trained: mean_i = sum_i w_i, and eager's 1 / n is w_i.
+Where rounds have participants, FedAvg's drawn clients (arXiv 1602.05629), the mean is that of K islands, drawn anew each round:
+they alone send, and all take the result. What the others trained since the last round is given up."""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ def diloco_keep(reduce: Reduce, outer: Outer) -> Method:
 def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         path = reduce(layout, peers)
-        share = 1 / peers.num_nodes
+        share = peers.shares[peers.node] / sum(peers.shares)
 
         def init(b: Bucket) -> State:
             anchor = b.x.to(torch.float32).clone()

@@ -34,7 +34,6 @@ MOST_EXACT = 4
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameters of fp32 by name, in the model's order."""
 
-
 Degrees = tuple[int, int, int, int]
 """Wires that go, near and far, and that come, near and far."""
 
@@ -163,7 +162,7 @@ def sent(
     def make(node: int) -> Core:
         return Core(plan, alike.one_each, Peers(node, num_islands))
 
-    talks = recipe.topology, recipe.graph, seed, recipe.server
+    talks = recipe.topology, recipe.graph, seed, recipe.draws
     mixed = mixing_of(*talks)
     kinds = _kinds(talks, num_islands, per_host)
     cores = {kind.node: make(kind.node) for kind in kinds}
@@ -397,4 +396,5 @@ def _kind(row: Sequence[tuple[str | None, Seen]], nodes: Sequence[int], lots: Ma
 def _company(recipe: Recipe, talks: Talks, num_islands: int, per_host: int) -> Company:
     if recipe.reduce == "none":
         return everyone(1, 1)
-    return everyone(num_islands, per_host) if recipe.reduce != "neighbours" else neighbours(talks, num_islands, per_host)
+    by_rows = recipe.reduce == "neighbours" or recipe.participants is not None
+    return neighbours(talks, num_islands, per_host) if by_rows else everyone(num_islands, per_host)

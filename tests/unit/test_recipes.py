@@ -63,7 +63,7 @@ def test_a_row_written_out_whole_is_the_row(name: str) -> None:
         ("dilco", {}, "recipe 'dilco' is not known (did you mean diloco?); use one of"),
         ("diloco", {"topology": "rign"}, "topology = 'rign' is not known; use one of complete, ring"),
         ("diloco", {"reduce": "ring"}, "reduce = 'ring' is not known"),
-        ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov"),
+        ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov, delayed_nesterov"),
         ("diloco", {"landing": "late"}, "landing = 'late' is not known; use one of keep, eager, pure, blend"),
         ("diloco", {"codec": "int3"}, "codec 'int3' is not known"),
         ("diloco", {"every": 0}, "every = 0 is not allowed; use 1 or more"),
