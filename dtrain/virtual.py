@@ -2,10 +2,10 @@
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
 and wait; update; start the rounds that are due. In an idle step it does not compute, nor update. Its flights go on as soon as
-their wires are there, as ``Traffic``'s thread lets them, also while it computes. Wires arrive when the link model says; a method that asks for room is spared copies of them
-(virtual_wires.py). Only computing and the link take time; encoding, mixing and updates take none. What an island does to its
-parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the machine, so
-checksums are neither written nor read."""
+their wires are there, as ``Traffic``'s thread lets them, also while it computes. Wires arrive when the link model says; a method
+that asks for room is spared copies of them (virtual_wires.py). Only computing and the link take time; encoding, mixing and
+updates take none. What an island does to its parameters does not depend on when wires come, so they are those of live islands bit
+for bit. No wire leaves the machine, so checksums are neither written nor read."""
 
 from __future__ import annotations
 

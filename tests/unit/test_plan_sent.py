@@ -54,6 +54,8 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("diloco", {"every": 4, "fragments": 2, "delay": 1, "landing": "blend"}),
     ("delayed_diloco", {"every": 2, "delay": 1, "exclude": ["last"]}),
     ("dpsgd", {"include": ["l*"], "exclude": ["left"]}),
+    ("fedavg", {"every": 2, "reduce": "gather", "participants": 2}),
+    ("fedavg", {"every": 2, "reduce": "gather", "participants": 1, "codec": "int8:64"}),
 ]
 
 
@@ -109,7 +111,7 @@ def test_bytes_are_those_that_islands_count(recipe: str, overrides: dict[str, ob
     rounds = period * -(-LEAST_ROUNDS // period)
     each = trained_bytes(recipe, overrides, row.every * rounds)
     assert sum(each) == round(found.mean_round_bytes * rounds * ISLANDS), "whole bytes, up to a third's last digit"
-    followed = sum(each) / ISLANDS if row.server is not None else max(each)
+    followed = sum(each) / ISLANDS if row.draws is not None else max(each)
     assert followed * period == sum(e.sent_bytes for e in found.period) * rounds, "the busiest island, and of drawn ones the mean"
 
 
