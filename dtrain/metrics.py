@@ -46,15 +46,18 @@ class MetricsWriter:
         content: dict[str, Any] = {
             "step": step,
             "island": self._island,
+            "loss": loss,
             "tokens": tokens,
+            "tokens_per_s": tokens_per_s,
             "wire_bytes_sent": wire_bytes_sent,
             "wire_bytes_received": wire_bytes_received,
             "wait_s": wait_s,
             "lr": lr,
             "time_s": time_s,
+            "eval_loss": eval_loss,
+            "consensus_distance": consensus_distance,
         }
-        measured = {"loss": loss, "tokens_per_s": tokens_per_s, "eval_loss": eval_loss, "consensus_distance": consensus_distance}
-        content |= {name: value for name, value in measured.items() if value is not None}
+        content = {name: value for name, value in content.items() if value is not None}
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
 
