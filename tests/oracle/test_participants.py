@@ -6,6 +6,7 @@ are eighths and halves, which fp32 holds exactly."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -52,7 +53,7 @@ def run(n: int, every: int, moves: Any, width: int, speeds: tuple[float, ...] = 
                     xs.append(model.flat())
                     sent.append(sync.stats().wire_bytes_sent)
                     states.append({k: v.clone() for k, v in sync.state_dict().items()})
-        return Seen(xs, [b - a for a, b in zip(sent, sent[1:], strict=False)], states)
+        return Seen(xs, [b - a for a, b in pairwise(sent)], states)
 
     return run_islands(n, island)
 
@@ -131,8 +132,9 @@ def test_all_of_them_are_full_participation_to_the_bit() -> None:
     def moved(node: int) -> Tensor:
         return torch.randn(130, generator=torch.Generator().manual_seed(node))
 
-    axes: dict[str, Any] = {"codec": "int4:64", "error_feedback": True, "outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.5}
-    whole, all_drawn = (run(3, 2, moved, 130, **axes, **more) for more in ({}, {"participants": 3}))
+    outer = {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.5}
+    axes: dict[str, Any] = {"codec": "int4:64", "error_feedback": True, **outer}
+    whole, all_drawn = run(3, 2, moved, 130, **axes), run(3, 2, moved, 130, **axes, participants=3)
     for one, two in zip(whole, all_drawn, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.x, two.x, strict=True))
         assert one.sent == two.sent

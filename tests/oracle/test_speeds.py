@@ -1,4 +1,4 @@
-"""Do islands of unequal speed train in as many steps as DyLU says, count by them, and follow delayed Nesterov, arrival by arrival?
+"""Do islands of unequal speed train in as many steps as DyLU says, count by them, and follow delayed Nesterov by arrivals?
 
 The rendering is plain torch in float64, on one vector an island, and applies what arrives one island after another (Liu et al.
 2024, arXiv 2401.09135)."""
@@ -22,7 +22,7 @@ from dtrain.recipes import resolve, with_speeds
 from dtrain.reduce import Reduce, all_to_all, gather
 from dtrain.slots import Pace, local_steps
 from tests.islands import Quadratic, run_islands, sgd_step
-from tests.oracle.test_diloco import CUT, LR, U, Problem, problem
+from tests.oracle.test_diloco import CUT, LR, Problem, U, problem
 from tests.oracle.test_reduce import exchange
 
 EVERY, STEPS = 6, 27

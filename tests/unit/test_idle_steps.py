@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from dtrain import checkpoint
-from dtrain.launch.checks import read_job
+from dtrain.config import dump_job
+from dtrain.launch.checks import read_job, resolved
 from dtrain.launch.cli import run_command
+from dtrain.launch.resume import resumed_job
 from dtrain.virtual_run import simulate_job
 from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of, write_texts
 
@@ -68,6 +70,18 @@ def test_islands_of_unequal_speed_end_each_round_together(tmp_path: Path) -> Non
     assert found.virtual_s == pytest.approx(3.0)
 
 
+def test_a_resumed_run_names_speeds_anew_with_the_number_of_its_islands(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.toml").write_text(dump_job(resolved(job_of(write_texts(tmp_path / "texts"), *ROUNDS))))
+    assert resumed_job(run, []).islands.speeds == [1.0, 0.5]
+    assert resumed_job(run, ["islands.count=3", "islands.speeds=[0.5, 1, 0.5]"]).islands.speeds == [0.5, 1.0, 0.5]
+    with pytest.raises(ValueError, match="is of 2 islands, and there are 3"):
+        resumed_job(run, ["islands.count=3"])
+    with pytest.raises(ValueError, match=r"^islands\.speeds = \[1\.0, 0\.75\] differs from the run's \[1\.0, 0\.5\]"):
+        resumed_job(run, ["islands.speeds=[1, 0.75]"])
+
+
 @pytest.mark.parametrize(
     ("command", "changes", "said"),
     [
@@ -78,8 +92,9 @@ def test_islands_of_unequal_speed_end_each_round_together(tmp_path: Path) -> Non
     ],
 )
 def test_a_command_refuses_speeds_that_say_nothing_there(
-    command: str, changes: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    command: str, changes: tuple[str, ...], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("job.toml").write_text("[islands]\nspeeds = [1, 0.5]\n[sync]\nevery = 4\ndelay = 1\n")
     Path("script.py").write_text("")
