@@ -13,7 +13,7 @@ import torch
 from dtrain import codec as codecs
 from dtrain import combine as combines
 from dtrain import outer as outers
-from dtrain import quorum, schedule, units
+from dtrain import quorum, schedule, slots, units
 from dtrain import reduce as reduces
 from dtrain.algorithm import Method
 from dtrain.algorithms.a2cid2 import a2cid2
@@ -47,6 +47,7 @@ from dtrain.recipe_fits import check_trains
 from dtrain.recipes import Recipe
 from dtrain.reduce import Reduce
 from dtrain.schedule import Control, When
+from dtrain.slots import Pace
 from dtrain.topology import Mixing, Topology, fingerprint, parse_server
 
 
@@ -78,6 +79,8 @@ class Plan:
     grace_s: float
     signs: bool
     """Whether what is exchanged before an update leaves signs in the place of gradients."""
+    pace: Pace
+    """In which steps each island trains."""
 
     def exchanges(self, num_islands: int) -> bool:
         """Whether each update waits for an exchange; an island alone has none, unless its gradients are to become signs."""
@@ -91,7 +94,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     moves = rules.moves or recipe.landing in ("eager", "pure")
     needed = quorum.size(recipe.quorum, num_islands)
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
-    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
+    mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.draws, kind)
     method = _method(recipe, mixed)
     return Plan(
         recipe=recipe,
@@ -110,6 +113,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         quorum=needed if needed < num_islands else None,
         grace_s=units.seconds(recipe.grace),
         signs=rules.signs,
+        pace=slots.pace(recipe.speeds, recipe.every),
     )
 
 
@@ -237,3 +241,5 @@ def _outer(r: Recipe) -> Outer:
             return outers.sgd(r.outer_lr)
         case "nesterov":
             return outers.nesterov(r.outer_lr, r.outer_momentum)
+        case "delayed_nesterov":
+            return outers.delayed_nesterov(r.outer_lr, r.outer_momentum)

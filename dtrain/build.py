@@ -14,7 +14,7 @@ from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import AccumAdamW, ScheduleFreeAdamW, adamw, decay_groups, muon_adamw
 from dtrain.optim.muon import MuonFP32
-from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_start
+from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_speeds, with_start
 
 _SEEDS = 2**31
 """A job's seed is below it, and islands' own lie from it to 2^32, beyond which torch's generator for the CPU looks at no bit."""
@@ -26,7 +26,7 @@ gradient is read; dtrain's own says it of each of its kernels."""
 def build_recipe(job: Job) -> Recipe:
     """The recipe of a job's run, with what it must know of it."""
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
-    return with_start(recipe, job.islands.start)
+    return with_speeds(with_start(recipe, job.islands.start), job.islands.speeds, job.islands.count)
 
 
 def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:

@@ -13,23 +13,17 @@ from torch import Tensor
 from dtrain.bucket import Layout
 from dtrain.codec import BoundCodec
 
-Combine = Callable[[Tensor, Sequence[Tensor], BoundCodec], None]
-"""(out, one wire a node in node order, the codec that reads them): fills out."""
+Combine = Callable[[Tensor, Sequence[Tensor], Sequence[int], BoundCodec], None]
+"""(out, one wire a node in node order, how much each counts in proportion, the codec that reads them): fills out. A wire's weight
+w_i is its share of the sum of all."""
 
 
-def weighted_mean(weights: Sequence[float]) -> Combine:
-    """out = sum_i w_i decode(wire_i); the weights sum to one."""
-
-    def combine(out: Tensor, wires: Sequence[Tensor], codec: BoundCodec) -> None:
-        out.zero_()
-        for weight, wire in zip(weights, wires, strict=True):
-            codec.decode_add(wire, out, weight=weight)
-
-    return combine
-
-
-def mean(num_nodes: int) -> Combine:
-    return weighted_mean([1 / num_nodes] * num_nodes)
+def mean(out: Tensor, wires: Sequence[Tensor], shares: Sequence[int], codec: BoundCodec) -> None:
+    """out = sum_i w_i decode(wire_i)."""
+    total = sum(shares)
+    out.zero_()
+    for share, wire in zip(shares, wires, strict=True):
+        codec.decode_add(wire, out, weight=share / total)
 
 
 _NO_LENGTH = 1e-30
@@ -39,24 +33,25 @@ _NO_DIRECTION = 1e-6
 _TILE = 2**20
 
 
-def radial(layout: Layout, num_nodes: int) -> Combine:
+def radial(layout: Layout) -> Combine:
     """Lengths and directions are averaged apart, for each matrix, so that islands that disagree do not shorten the step
     (Decoupled DiLoCo 2026, arXiv 2604.21428):
-        out = mean_i |y_i| * d / |d|,   d = mean_i y_i / |y_i|,   y_i = decode(wire_i);   0 where d is.
+        out = mean_i |y_i| * d / |d|,   d = mean_i y_i / |y_i|,   y_i = decode(wire_i);   0 where d is;   mean_i = sum_i w_i.
     Embeddings, whose rows islands do not meet alike, and vectors: the plain mean. No tensor may be cut by a bucket."""
     matrices = [slice(s.start, s.stop) for s in layout.spans if len(s.shape) > 1 and not s.embedding]
 
-    def combine(out: Tensor, wires: Sequence[Tensor], codec: BoundCodec) -> None:
+    def combine(out: Tensor, wires: Sequence[Tensor], shares: Sequence[int], codec: BoundCodec) -> None:
+        total = sum(shares)
         out.zero_()
         one = torch.empty_like(out)
         lengths = [torch.zeros((), dtype=torch.float64, device=out.device) for _ in matrices]
-        for wire in wires:
+        for share, wire in zip(shares, wires, strict=True):
             codec.decode_add(wire, one.zero_(), weight=1.0)
             for k, part in enumerate(matrices):
                 length = _length(one[part])
-                lengths[k] += length / num_nodes
+                lengths[k] += share * length / total
                 one[part].mul_(_ratio(1.0, length))
-            out.add_(one, alpha=1 / num_nodes)
+            out.add_(one, alpha=share / total)
         for part, length in zip(matrices, lengths, strict=True):
             out[part].mul_(_ratio(length, _length(out[part]), least=_NO_DIRECTION))
 

@@ -179,9 +179,14 @@ def _ints_to_floats(tree: dict[str, Any]) -> dict[str, Any]:
         (name, key)
         for name, field in Job.model_fields.items()
         for key, inner in field.default.__class__.model_fields.items()
-        if inner.annotation in (float, float | None)
+        if inner.annotation in (float, float | None, list[float])
     }
     return {
-        name: {k: float(v) if (name, k) in floats and type(v) is int else v for k, v in section.items()}
-        for name, section in tree.items()
+        name: {k: _float(v) if (name, k) in floats else v for k, v in section.items()} for name, section in tree.items()
     }
+
+
+def _float(value: object) -> object:
+    if isinstance(value, list):
+        return [_float(item) for item in value]
+    return float(value) if type(value) is int else value

@@ -38,7 +38,7 @@ from dtrain.membership import Notice
 from dtrain.moments import with_moments
 from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
-from dtrain.recipes import Recipe, of_join, resolve, with_start
+from dtrain.recipes import Recipe, of_join, resolve, with_speeds, with_start
 from dtrain.roll_call import agreement
 from dtrain.spans import span
 from dtrain.traffic import Traffic
@@ -90,7 +90,7 @@ class Sync:
             self._exact.align(recipe, seed, plan.edges)
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes), self._ranks.total)
+        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes, plan.pace.shares), self._ranks.total)
         self._fused = fused_steps(self.core, optimizers, self._flat, self._ranks)
         self._agreement = agreement(self.core, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
@@ -101,8 +101,19 @@ class Sync:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that this island has done, skipped ones included."""
+        """Optimizer steps that this island has done, skipped and idle ones included."""
         return self.core.step
+
+    @property
+    def idle(self) -> bool:
+        """Whether this island does not train in the step that comes, slower than others (``speeds``): ``sit_out`` counts it."""
+        return not self.core.plan.pace.trains(self.island, self.step + 1)
+
+    def sit_out(self) -> None:
+        """Count a step that is idle, land and start the rounds that are due."""
+        if not self.idle:
+            raise ValueError(f"step {self.step + 1} is not idle on island {self.island}; sit out where sync.idle is true")
+        self.after_update(skipped=True)
 
     @property
     def prepared(self) -> bool:
@@ -113,6 +124,11 @@ class Sync:
     def before_update(self) -> None:
         """Land the rounds that are due, exchange gradients where the method does, clip. Gradients are complete
         here. Call it and ``after_update`` yourself where hooks do not fit, and give join no optimizer then."""
+        if self.idle:
+            raise ValueError(
+                f"island {self.island} is idle in step {self.step + 1}, as its speed says; train `while sync.step < steps`, and "
+                "before each step `if sync.idle: sync.sit_out(); continue`"
+            )
         if self._fused is None:
             self._land_due(self.step + 1)
         elif self._fragments_due(self.step + 1):  # the optimizer's step lands them
@@ -341,55 +357,38 @@ def join(
     optimizers: Optimizer | Sequence[Optimizer] | SAM,
     *,
     recipe: str | None = None,
-    every: int | str | None = None,
-    schedule: str | None = None,
-    moments: str | None = None,
-    delay: int | Literal["round"] | None = None,
-    quorum: int | str | None = None,
-    grace: str | None = None,
-    codec: str | None = None,
-    error_feedback: bool | None = None,
-    feedback_decay: float | None = None,
-    topology: str | None = None,
-    graph: str | None = None,
-    server: str | None = None,
-    reduce: str | None = None,
-    outer: str | None = None,
-    outer_lr: float | None = None,
-    outer_momentum: float | None = None,
-    outer_state: str | None = None,
-    gamma: float | None = None,
-    gossip_steps: int | None = None,
-    landing: str | None = None,
-    alpha: float | None = None,
-    fragments: int | None = None,
-    bucket_bytes: int | None = None,
-    rank: int | str | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    total_steps: int | None = None,
+    every: int | str | None = None, schedule: str | None = None, moments: str | None = None,
+    delay: int | Literal["round"] | None = None, quorum: int | str | None = None, grace: str | None = None,
+    codec: str | None = None, error_feedback: bool | None = None, feedback_decay: float | None = None,
+    topology: str | None = None, graph: str | None = None, server: str | None = None, participants: int | None = None,
+    reduce: str | None = None, rank: int | str | None = None,
+    outer: str | None = None, outer_lr: float | None = None, outer_momentum: float | None = None,
+    outer_state: str | None = None, gamma: float | None = None, gossip_steps: int | None = None,
+    landing: str | None = None, alpha: float | None = None,
+    fragments: int | None = None, bucket_bytes: int | None = None,
+    include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+    total_steps: int | None = None, speeds: Sequence[float] = (),
     start: Literal["same", "own"] = "same",
-    clip: float | None = None,
-    seed: int = 0,
-    scaler: torch.amp.GradScaler | None = None,
-    link: Connection | None = None,
-) -> Sync:
+    clip: float | None = None, seed: int = 0, scaler: torch.amp.GradScaler | None = None, link: Connection | None = None,
+) -> Sync:  # fmt: skip
     """Make this process one island (or one rank of one) of a job.
 
     The islands' weights are compared by hash and island 0's are sent where they differ; with start = "own" they may. Axes left
     out are the recipe's; a recipe left out is the job file's under ``dtrain run JOB.toml -- script.py``, else the default.
     ``include`` and ``exclude`` say by patterns which parameters are shared; the others stay the island's own (``chosen.py``).
     ``clip`` is the global gradient norm, applied after gradients are exchanged (by demo, which makes signs of them, before).
-    ``total_steps`` are the whole run's, which a schedule with a budget of rounds must know. Give the GradScaler, if there is
-    one, so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's environment is
-    read otherwise.
+    ``total_steps`` are the whole run's, which a schedule with a budget of rounds must know. ``speeds`` are all islands', beside
+    the fastest's 1: one of 0.5 sits out half of the steps (``Sync.idle``), and counts half in means. Give the GradScaler, if
+    there is one, so that a step it skips is counted. ``link`` is for islands that were connected by hand; the launcher's
+    environment is read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
     overrides: dict[str, object] = {
         "every": every, "schedule": schedule, "moments": moments, "delay": delay, "quorum": quorum, "grace": grace,
         "codec": codec, "error_feedback": error_feedback, "feedback_decay": feedback_decay,
         "topology": topology, "graph": graph, "server": server, "reduce": reduce, "rank": rank,
-        "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum, "outer_state": outer_state,
+        "participants": participants, "outer": outer, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
+        "outer_state": outer_state,
         "gamma": gamma, "gossip_steps": gossip_steps, "landing": landing, "alpha": alpha,
         "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }
@@ -397,6 +396,6 @@ def join(
     said = {k: v for k, v in overrides.items() if v is not None}
     axes = said if recipe is not None else {**connection.job_axes, **said}
     row = of_join(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
-    row = with_start(row, start)
+    row = with_speeds(with_start(row, start), speeds, connection.num_nodes)
     check_loop(row, optimizers, clip=clip, scaler=scaler)
     return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

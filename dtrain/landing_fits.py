@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,18 +47,20 @@ def _check_one_in_flight(r: Recipe) -> None:
 
 def loop_of(r: Recipe, num_islands: int) -> stability.Loop:
     """The outer loop of algorithm = "diloco", but for its learning rate. A budget's rounds may fly for their whole period."""
-    momentum = r.outer_momentum if r.outer == "nesterov" else 0.0
+    momentum = r.outer_momentum if r.outer in ("nesterov", "delayed_nesterov") else 0.0
     if r.landing in ("eager", "pure"):
         return stability.Loop(r.landing, momentum, num_islands if r.landing == "eager" else 1)
     every = r.every if r.schedule == schedule.EVERY else max(1, r.delay_steps)
     return stability.Loop(r.landing, momentum, 1, every, r.delay_steps, r.alpha if r.landing == "blend" else 0.0)
 
 
-def check_stable(r: Recipe, num_islands: int) -> None:
-    """Raises ValueError for an outer loop that drives a quadratic loss up, with the learning rate that would not."""
+def check_stable(r: Recipe, num_islands: int, unequal: Sequence[int] = ()) -> None:
+    """Raises ValueError for an outer loop that drives a quadratic loss up, with the learning rate that would not. Of ``unequal``
+    islands (``Pace.shares``) eager bears what it bears of as many as the smallest share goes into all."""
+    least = 1 if not unequal else -(-sum(unequal) // min(unequal))
     lr = 1.0 if r.outer == "copy" else r.outer_lr
     # Where H falls, a round of so many steps flies for ever more of its period, and keep bears less.
-    loops = [loop_of(replace(r, every=every), num_islands) for every in (r.every, r.least_every)]
+    loops = [loop_of(replace(r, every=every), max(num_islands, least)) for every in (r.every, r.least_every)]
     if all(stability.is_stable(loop, lr) for loop in loops):
         return
     loop = min(loops, key=stability.largest_outer_lr)
@@ -69,6 +72,8 @@ def check_stable(r: Recipe, num_islands: int) -> None:
         what, less = f"{what} with sync.outer_momentum = {loop.momentum:g}", ", or less momentum"
     late = "rounds that are waited for" if r.delay_steps == 0 else f'sync.landing = "{r.landing}"'
     whose = f" of {num_islands} islands" if r.landing == "eager" else ""
+    if whose and least > num_islands:
+        whose += f", of which the slowest has 1 / {least} of each mean"
     raise ValueError(
         f"{what} is not stable with {late}{whose}: on a quadratic loss it grows {stability.radius(loop, lr):.3g} times a round; "
         f"{remedy}{less}"

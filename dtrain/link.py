@@ -47,6 +47,13 @@ class Peers:
 
     node: int
     num_nodes: int
+    unequal: tuple[int, ...] = ()
+    """``shares`` where they are not all alike."""
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """How much each island counts in a mean over islands, in proportion."""
+        return self.unequal or (1,) * self.num_nodes
 
 
 @dataclass(slots=True)

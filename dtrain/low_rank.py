@@ -200,7 +200,7 @@ class _Wire:
     def __init__(self, codec: BoundCodec, peers: Peers) -> None:
         self.codec = codec
         self._encode = encoder(codec)
-        self._combine = mean(peers.num_nodes)
+        self._shares = peers.shares
         self._posted = torch.empty(0)
 
     def post(self, values: Tensor, state: State, link: Link) -> None:
@@ -217,7 +217,7 @@ class _Wire:
     def mean(self, values: Tensor, link: Link) -> None:
         """values <- the mean over islands of what they posted."""
         wires = [self._posted if j == link.node else link.received(j) for j in range(link.num_nodes)]
-        self._combine(values, wires, self.codec)
+        mean(values, wires, self._shares, self.codec)
 
 
 class _Told:

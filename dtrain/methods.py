@@ -78,7 +78,8 @@ RULES: Mapping[AlgorithmName, Rules] = {
         moves=True,
     ),
     "diloco": Rules(
-        _ROUNDS | _OUTER | _HOST | {"topology", "landing", "alpha", "rank", "quorum", "grace"}, _MEANS, needs_same_start=_ANCHOR,
+        _ROUNDS | _OUTER | _HOST | {"topology", "landing", "alpha", "rank", "participants", "quorum", "grace"}, _MEANS,
+        needs_same_start=_ANCHOR,
     ),
     "noloco": Rules(
         _ROUNDS - _FEEDBACK - {"schedule"} | _HOST | {"outer_lr", "outer_momentum", "gamma"}, pairs=True,

@@ -30,9 +30,9 @@ class MetricsWriter:
         self,
         *,
         step: int,
-        loss: float,
+        loss: float | None,
         tokens: int,
-        tokens_per_s: float,
+        tokens_per_s: float | None,
         wire_bytes_sent: int,
         wire_bytes_received: int,
         wait_s: float,
@@ -43,7 +43,7 @@ class MetricsWriter:
         consensus_distance: float | None = None,
     ) -> None:
         """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
-        out."""
+        out, as the loss of a step in which the island was idle."""
         content: dict[str, Any] = {
             "step": step,
             "island": self._island,
@@ -55,11 +55,11 @@ class MetricsWriter:
             "wait_s": wait_s,
             "lr": lr,
             "time_s": time_s,
+            "eval_loss": eval_loss,
+            "eval_loss_merged": eval_loss_merged,
+            "consensus_distance": consensus_distance,
         }
-        measured = {
-            "eval_loss": eval_loss, "eval_loss_merged": eval_loss_merged, "consensus_distance": consensus_distance,
-        }  # fmt: skip
-        content |= {name: value for name, value in measured.items() if value is not None}
+        content = {name: value for name, value in content.items() if value is not None}
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
 

@@ -19,8 +19,8 @@ class Outer(NamedTuple):
     """(anchor, pseudo-gradient, state): the anchor moves against the pseudo-gradient."""
     land: Callable[[Tensor, Tensor, Tensor, Tensor, State], None]
     """(x, sent, anchor, pseudo-gradient, state): update, then x <- (x - sent) + anchor."""
-    catch_up: Callable[[Tensor, Tensor, Tensor, int, State], None]
-    """(anchor, late, own, n, state): the last update had own / n, and late is to come. The anchors' mean over n islands goes to
+    catch_up: Callable[[Tensor, Tensor, Tensor, float, int, State], None]
+    """(anchor, late, own, w, n, state): the last update had w own, and late is to come. The anchors' mean over n islands goes to
     where it would be if nothing had ever been late (derived in ``algorithms/diloco.py``)."""
 
 
@@ -40,10 +40,20 @@ def sgd(lr: float) -> Outer:
         # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
         x.sub_(sent).add_(anchor)
 
-    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, num_nodes: int, state: State) -> None:
+    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, share: float, num_nodes: int, state: State) -> None:
         update(anchor, late, state)
 
     return Outer(lambda anchor: {}, update, land, catch_up)
+
+
+def delayed_nesterov(lr: float, momentum: float) -> Outer:
+    """Of islands' pseudo-gradients delta_i that arrive one by one, N = n in a round (Liu et al. 2024, arXiv 2401.09135, c = 0):
+        at each but the last   theta <- theta - lr delta_i / N
+        at the last            m <- mu m + sum_i delta_i / N;   theta <- theta - lr (mu m + delta_n / N)
+    Here all of a round land together, and of theta is left after the last
+        theta - lr (mu m + sum_i delta_i / N):
+    nesterov's, of the mean, with m = u. So is that of arrivals with weights, w_i in place of 1 / N."""
+    return nesterov(lr, momentum)
 
 
 def nesterov(lr: float, momentum: float) -> Outer:
@@ -60,10 +70,10 @@ def nesterov(lr: float, momentum: float) -> Outer:
     def land(x: Tensor, sent: Tensor, anchor: Tensor, delta: Tensor, state: State) -> None:
         operations(x.device).outer_step(x, sent, anchor, state["momentum"], delta, lr, momentum)
 
-    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, num_nodes: int, state: State) -> None:
+    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, share: float, num_nodes: int, state: State) -> None:
         u, others = state["momentum"], num_nodes - 1
         # An island alone waits for no one: what is late there is what a codec lost.
-        of_late = u.sub(own, alpha=1 / num_nodes).mul_(others / (others + momentum) if others else 0.0)
+        of_late = u.sub(own, alpha=share).mul_(others / (others + momentum) if others else 0.0)
         anchor.add_(late, alpha=-lr * (1 + momentum)).add_(of_late, alpha=-lr * momentum**2)
         u.add_(late).add_(of_late, alpha=momentum - 1)
 

@@ -173,4 +173,17 @@ OUTER = (
         every=50,
         moments="3:6",
     ),
+    Recipe(
+        name="async_diloco",
+        summary="DiLoCo for islands of unequal speed: a round flies for 40 of the next 50 steps, and nobody waits for a slow one",
+        paper="Liu et al. 2024, arXiv 2401.09135",
+        algorithm="diloco",
+        payload="pseudo_gradients",
+        every=50,
+        outer="delayed_nesterov",
+        outer_lr=0.7,
+        outer_momentum=0.6,
+        # Of what islands differ by along fast directions each round leaves 0.54; of rounds that fly for all of the next, 1.
+        delay=40,
+    ),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dtrain.methods import AlgorithmName
+from dtrain.topology import of_every_round
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Recipe:
     topology: str = "complete"
     graph: str | None = None
     server: str | None = None
+    participants: int | None = None
+    """K of the islands, drawn anew for each round, whose progress counts; None: that of all."""
     codec: str = "identity"
     error_feedback: bool = False
     feedback_decay: float = 1.0
@@ -29,7 +32,7 @@ class Recipe:
     combine: Literal["mean", "gossip", "push", "sampled", "radial"] = "mean"
     """push: gossip whose weights keep another mean than the plain one; sampled: gossip that keeps none, as all take the mean of a
     few at times. ``resolve`` corrects it where a server is added or changed (``recipe_fits.combine_of``)."""
-    outer: Literal["copy", "sgd", "nesterov"] = "copy"
+    outer: Literal["copy", "sgd", "nesterov", "delayed_nesterov"] = "copy"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     outer_state: Literal["device", "host"] = "device"
@@ -70,6 +73,13 @@ class Recipe:
     """Of the run, where the schedule has to know; never said in a row."""
     every_adapts: bool = False
     """Whether H falls as the rank does: sync.every = "adaptive:H"."""
+    speeds: tuple[float, ...] | None = None
+    """Of each island beside the fastest's 1 (``slots.py``); None: all alike. Never said in a row."""
+
+    @property
+    def draws(self) -> str | None:
+        """Who is drawn, as a server's word: the server's own, or participants, which are those of a server in every round."""
+        return self.server if self.participants is None else of_every_round(self.participants)
 
     @property
     def delay_steps(self) -> int:

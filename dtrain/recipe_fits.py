@@ -59,6 +59,7 @@ def check_values(r: Recipe, words: Mapping[str, tuple[object, ...]]) -> None:
         ("topology", isinstance(r.topology, str), "a name"),
         ("graph", r.graph is None or isinstance(r.graph, str), "a name, or a file's path as text"),
         ("server", r.server is None or isinstance(r.server, str), 'text, as "sampled:2:5"'),
+        ("participants", r.participants is None or (_is_int(r.participants) and r.participants >= 1), "1 or more"),
         ("every", _is_int(r.every) and r.every >= 1, "1 or more"),
         ("fragments", _is_int(r.fragments) and r.fragments >= 1, "1 or more"),
         ("delay", r.delay == "round" or (_is_int(r.delay) and r.delay >= 0), '0 or more, or "round"'),
@@ -99,7 +100,7 @@ def used_axes(r: Recipe) -> frozenset[str]:
 
 def idle_axes(r: Recipe) -> dict[str, str]:
     """The axes that another answer leaves without effect, and that answer."""
-    of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",), "nesterov": ()}[r.outer]
+    of_outer = {"copy": ("outer_lr", "outer_momentum"), "sgd": ("outer_momentum",)}.get(r.outer, ())
     idle = {axis: f'outer = "{r.outer}"' for axis in of_outer if "outer" in used_axes(r)}
     if r.reduce != "low_rank":
         idle["rank"] = f'reduce = "{r.reduce}"'
@@ -136,6 +137,23 @@ def _check_server(r: Recipe, server: str) -> None:
         raise ValueError(
             f'gradient_tracking needs a matrix whose columns sum to one, and those of sync.server = "{server}" do not; use '
             f'"sampled{server.removeprefix("all")}"'
+        )
+
+
+def _check_participants(r: Recipe, participants: int, num_islands: int) -> None:
+    """It is an axis of diloco alone."""
+    if participants > num_islands:
+        raise ValueError(f"sync.participants = {participants} of {num_islands} islands; use fewer, or leave it out")
+    if r.reduce != "gather":
+        raise ValueError(
+            f'sync.participants = {participants} with sync.reduce = "{r.reduce}", where all islands have a part in each mean; '
+            'use reduce = "gather"'
+        )
+    if r.landing != "keep" or r.delay_steps != 0:
+        raise ValueError(
+            f"sync.participants = {participants}: all islands take the mean of those drawn in place of what they have, and with "
+            f'sync.landing = "{r.landing}" and sync.delay = {r.delay} the others would keep some; use landing = "keep" and '
+            "delay = 0"
         )
 
 
@@ -304,6 +322,8 @@ def check_together(r: Recipe, num_islands: int) -> None:
         raise ValueError('sync.algorithm = "desloc" averages moments at every so many rounds; say how many, sync.moments = "3:6"')
     if quorum.size(r.quorum, num_islands) < num_islands:
         _check_quorum(r)
+    if r.participants is not None:
+        _check_participants(r, r.participants, num_islands)
     if r.landing != "keep":
         check_landing(r)
     if r.algorithm in ("allreduce", "demo") and (r.every != 1 or r.delay_steps != 0 or r.fragments != 1):

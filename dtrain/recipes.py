@@ -5,11 +5,14 @@ Pure: no torch. ``assemble.py`` turns a row into code."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dtrain import own, schedule
+from dtrain import own, schedule, slots
+from dtrain.landing_fits import check_stable
 from dtrain.methods import RULES, InnerOptimizer
 from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
@@ -23,7 +26,7 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
 _NO_AXES = (
     *("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "optimizer", "start"),
-    *("total_steps", "every_adapts"),
+    *("total_steps", "every_adapts", "speeds"),
 )
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
@@ -128,6 +131,34 @@ def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
             'sync.recipe = "local" or "dpsgd"'
         )
     return replace(recipe, start=start)
+
+
+def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Recipe:
+    """The recipe for islands of unequal speed, one number an island; none: all alike. Raises ValueError for what are no speeds,
+    and for rounds between which somebody would not train."""
+    if not speeds:
+        return recipe
+    said = f"islands.speeds = [{', '.join(f'{v:g}' for v in speeds)}]"
+    if len(speeds) != num_islands:
+        raise ValueError(f"{said} is of {len(speeds)} islands, and there are {num_islands}; name one for each")
+    if not all(0 < v <= 1 for v in speeds) or max(speeds) != 1:
+        raise ValueError(f"{said}: they are beside the fastest island's; divide each by the largest, so that that is 1")
+    if min(speeds) == 1:
+        return recipe
+    if recipe.every == 1 or recipe.schedule != schedule.EVERY:
+        raise ValueError(
+            f'{said} is for rounds that are many steps apart, and sync.recipe = "{recipe.name}" has sync.every = {recipe.every} '
+            f'with sync.schedule = "{recipe.schedule}"; leave it out, or use sync.recipe = "async_diloco"'
+        )
+    pace = slots.pace(speeds, recipe.every)
+    if min(pace.steps) < 1:
+        raise ValueError(
+            f"{said}: island {pace.steps.index(0)} would train in none of sync.every = {recipe.every} steps; use every = "
+            f"{math.ceil(1 / Fraction(repr(min(speeds))))} or more"
+        )
+    if recipe.algorithm == "diloco":
+        check_stable(recipe, num_islands, pace.shares)
+    return replace(recipe, speeds=tuple(speeds))
 
 
 def rho_of(recipe: Recipe, said: float | None) -> float:

@@ -1,6 +1,7 @@
 """By what path are the islands' payloads brought together?
 
-An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly.
+An algorithm runs a reduce by ``yield from``: it encodes before the first yield, and between yields the bytes fly. A mean weighs
+each island by its share (``Peers.shares``).
 Bytes an island sends for n islands and a wire of w bytes: gather (n - 1) w; all-to-all 2 (n - 1) / n w, whatever n.
 (Gossip's path, neighbours, is part of its algorithms: what arrives is mixed where it lands.)"""
 
@@ -34,27 +35,31 @@ class BoundReduce(NamedTuple):
 Reduce = Callable[[Layout, Peers], BoundReduce]
 
 
-def gather(codec: Codec, combined: Callable[[Layout, int], Combine] = lambda layout, num_nodes: mean(num_nodes)) -> Reduce:
-    """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included. Of a round that is
-    without some islands, those of its members; an island that is none gets what it sent back into its residual, where it has one:
+def gather(codec: Codec, combined: Callable[[Layout], Combine] = lambda layout: mean) -> Reduce:
+    """Each island sends its wire to all others; everyone combines all wires, its own decoded bytes included. Where the round's
+    row draws some of them, those alone encode and send, and all combine theirs. Of a round that is without some islands, the
+    members' are combined; an island that is none gets what it sent back into its residual, where it has one:
     e <- e + decode(wire), as if nothing had been sent."""
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout, peers.node)
-        of_all, encode = combined(layout, peers.num_nodes), encoder(bound)
+        combine, encode = combined(layout), encoder(bound)
         takes_back = isinstance(codec, ErrorFeedback)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            own = encode(x, state)
+            wires = {link.node: encode(x, state)} if link.row.self_weight else {}
+            told, heard = set(link.row.sends), {peer for peer, _ in link.row.recvs}
             for peer in link.others():
-                link.post(peer, own)
-                link.expect(peer, bound.wire_bytes, bound.check)
+                if peer in told:
+                    link.post(peer, wires[link.node])
+                if peer in heard:
+                    link.expect(peer, bound.wire_bytes, bound.check)
             yield
-            members = range(link.num_nodes) if link.members is None else sorted(link.members)
-            combine = of_all if len(members) == peers.num_nodes else combined(layout, len(members))
-            combine(out, [own if j == link.node else link.received(j) for j in members], bound)
+            senders = sorted({*wires, *heard} if link.members is None else link.members)
+            of = wires | {peer: link.received(peer) for peer in senders if peer != link.node}
+            combine(out, [of[j] for j in senders], [peers.shares[j] for j in senders], bound)
             if link.left_out and takes_back:
-                bound.decode_add(own, state["residual"], weight=1.0)
+                bound.decode_add(wires[link.node], state["residual"], weight=1.0)
 
         return BoundReduce(bound.init, run, takes_back)
 
@@ -72,7 +77,6 @@ def all_to_all(codec: Codec) -> Reduce:
         cuts = layout.cuts(peers.num_nodes, codec.grain)
         parts = [slice(a, b) for a, b in pairwise(cuts)]
         bound = [codec.bind(layout.part(p.start, p.stop), peers.node) for p in parts]
-        combine = mean(peers.num_nodes)
         encoders = [encoder(b) for b in bound]
         mine = bound[peers.node]
         # The owner's second rounding draws other random bits than its first, or the two would not cancel out.
@@ -92,7 +96,8 @@ def all_to_all(codec: Codec) -> Reduce:
                 link.expect(peer, mine.wire_bytes, mine.check)
             yield
             combined = part.on(out.device)
-            combine(combined, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], mine)
+            parts_here = [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)]
+            mean(combined, parts_here, peers.shares, mine)
             result = encode_mine(combined, of["owner"])
             for peer in link.others():
                 link.post(peer, result)

@@ -41,6 +41,9 @@ class Islands(Section):
     start: Literal["same", "own"] = Field(
         "same", description="same: from one model; own: every island from weights of its own seed, never in sync"
     )
+    speeds: list[float] = Field(
+        [], description="of each island beside the fastest's 1: one of 0.5 trains in half of the steps; empty: all alike"
+    )
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
     max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
 
@@ -127,6 +130,9 @@ class Sync(Section):
         description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
         '"sampled:K:H" for themselves, "all:K:H" for all',
     )
+    participants: int | None = Field(
+        None, ge=1, description="K islands that are drawn for each round, whose mean all take (outer loops); left out: all"
+    )
     every: int | str | None = Field(
         None, description='H: optimizer steps between two rounds; "adaptive:H": H at first, fewer as rank = "adaptive:R" falls'
     )
@@ -152,9 +158,9 @@ class Sync(Section):
     reduce: Literal["none", "neighbours", "gather", "all_to_all", "low_rank"] | None = Field(
         None, description="path of the bytes"
     )
-    outer: Literal["copy", "sgd", "nesterov"] | None = Field(None, description="how the mean is applied")
-    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer = \"sgd\" and \"nesterov\", and of noloco")
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer = \"nesterov\", and of noloco")
+    outer: Literal["copy", "sgd", "nesterov", "delayed_nesterov"] | None = Field(None, description="how the mean is applied")
+    outer_lr: float | None = Field(None, gt=0, description="learning rate of outer but \"copy\", and of noloco")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="momentum of outer's nesterovs, and of noloco")
     outer_state: Literal["device", "host"] | None = Field(
         None, description="where an outer loop's anchor, momentum and residuals lie: beside the parameters, or in CPU memory"
     )

@@ -238,7 +238,6 @@ def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
 def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
-    tokens = job.train.batch * job.model.context
     floor = 1.0 if job.train.optimizer == "schedule_free" else 0.1  # of the learning rate, which then stays after its warm-up
     said_at, began = 0.0, clock.train_s()
     for step in range(sync.step, job.train.steps):
@@ -249,16 +248,14 @@ def _loop(island: _Island, observe: Observe) -> None:
         lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr, floor=floor)
         for optimizer in island.optimizers:
             set_lr(optimizer, lr)
-        loss = _step(island, step)
+        loss, tokens = _step_or_idle(island, step)
         ended = clock.train_s()
         seen = look(job, sync, island.inside, island.optimizers, clock, step + 1, functools.partial(_say, island))
         if metrics is not None:
             stats = sync.stats()
             metrics.line(
-                step=step + 1,
-                loss=loss,
-                tokens=tokens,
-                tokens_per_s=tokens / max(ended - began, 1e-9),
+                step=step + 1, loss=loss,
+                tokens=tokens, tokens_per_s=tokens / max(ended - began, 1e-9) if tokens else None,
                 wire_bytes_sent=stats.wire_bytes_sent,
                 wire_bytes_received=stats.wire_bytes_received,
                 wait_s=stats.wait_s,
@@ -267,12 +264,21 @@ def _loop(island: _Island, observe: Observe) -> None:
                 eval_loss=seen.eval_loss,
                 eval_loss_merged=seen.eval_loss_merged,
                 consensus_distance=seen.consensus_distance,
-            )
+            )  # fmt: skip
         _checkpoint_aside(island, step + 1)
         began = ended
     observe(job.train.steps)
     if metrics is not None:
         metrics.close()
+
+
+def _step_or_idle(island: _Island, step: int) -> tuple[float | None, int]:
+    """The loss, and how many tokens it is of. Batches and learning rates are those of the step's number, also where some are
+    idle, so none comes twice."""
+    if island.sync.idle:
+        island.sync.sit_out()
+        return None, 0
+    return _step(island, step), island.job.train.batch * island.job.model.context
 
 
 def _step(island: _Island, step: int) -> float:
@@ -350,7 +356,7 @@ def _finish(island: _Island) -> None:
 
 def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> None:
     job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
-    steps = job.train.steps
+    steps, pace = job.train.steps, sync.core.plan.pace
     distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     merged_loss = inside.evaluate()
@@ -367,7 +373,7 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         parameters=inside.parameters,
         steps=steps,
         first_step=island.first_step,
-        tokens=(steps - island.first_step) * job.train.batch * job.model.context,
+        tokens=(pace.trained(node, steps) - pace.trained(node, island.first_step)) * job.train.batch * job.model.context,
         wall_s=island.clock.wall_s(),
         train_s=train_s,
         compute_s=train_s - stats.wait_s,

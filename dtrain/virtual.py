@@ -1,11 +1,11 @@
 """How are a thousand islands run on one core, or each of a few? Their Cores in turn, on a virtual clock, without a thread.
 
 Each island lives through the steps that ``Sync`` has (engine.py): compute; land what is due, and wait for it; exchange gradients,
-and wait; update; start the rounds that are due. Its flights go on as soon as their wires are there, as ``Traffic``'s thread lets
-them, also while it computes. Wires arrive when the link model says; a method that asks for room is spared copies of them
-(virtual_wires.py). Only computing and the link take time; encoding, mixing and updates take none. What an island does to its
-parameters does not depend on when wires come, so they are those of live islands bit for bit. No wire leaves the machine, so
-checksums are neither written nor read."""
+and wait; update; start the rounds that are due. In an idle step it does not compute, nor update. Its flights go on as soon as
+their wires are there, as ``Traffic``'s thread lets them, also while it computes. Wires arrive when the link model says; a method
+that asks for room is spared copies of them (virtual_wires.py). Only computing and the link take time; encoding, mixing and
+updates take none. What an island does to its parameters does not depend on when wires come, so they are those of live islands bit
+for bit. No wire leaves the machine, so checksums are neither written nor read."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Simulation:
         if self._plan.recipe.moments is not None:  # nothing trains here that has any
             buckets = [replace(b, moments=Unmade(len(b.layout.spans))) for b in buckets]
         x.copy_(self._problem.start)
-        core = Core(self._plan, buckets, Peers(node, num_islands))
+        core = Core(self._plan, buckets, Peers(node, num_islands, self._plan.pace.shares))
         if (apart := self._problem.apart(node)) is not None:
             x.copy_(apart)
         return _Island(node, core, x, g, Account())
@@ -196,10 +196,12 @@ class Simulation:
         moves, at_once = self._problem.moves, self._plan.delay_steps == 0
         exchanges = self._plan.exchanges(core.peers.num_nodes)
         for step in range(core.step + 1, steps + 1):
-            seconds = self._compute_s(node)
-            account.compute_s += seconds
-            yield seconds
-            if moves:
+            trains = self._plan.pace.trains(node, step)
+            if trains:
+                seconds = self._compute_s(node)
+                account.compute_s += seconds
+                yield seconds
+            if moves and trains:
                 self._problem.gradient(node, x, g)
             if due := core.due(step):
                 if _waits(island, due):
@@ -212,7 +214,7 @@ class Simulation:
                 if island.waiting:
                     yield _WAIT
                 account.rounds += len(flights)
-            if moves:
+            if moves and trains:
                 x.add_(g, alpha=-self._lr)
             core.step = step
             self._launch(island, core.start_rounds())

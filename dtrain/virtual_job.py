@@ -58,11 +58,11 @@ def slow_islands(job: Job, count: int) -> set[int]:
 
 
 def _pace(job: Job) -> Callable[[int], float]:
-    """Island -> the seconds of its next step: step_s, times straggler_factor where it is slow, times exp(s z - s^2 / 2) for
-    step_noise s and z drawn from the normal distribution, which is 1 in the mean."""
+    """Island -> the seconds of its next step: step_s over its speed, times straggler_factor where it is slow, times
+    exp(s z - s^2 / 2) for step_noise s and z drawn from the normal distribution, which is 1 in the mean."""
     sim, count, sigma = job.sim, job.islands.count, job.sim.step_noise
-    slow = slow_islands(job, count)
-    usual = [sim.step_s * (sim.straggler_factor if node in slow else 1.0) for node in range(count)]
+    slow, speeds = slow_islands(job, count), job.islands.speeds or [1.0] * count
+    usual = [sim.step_s * (sim.straggler_factor if node in slow else 1.0) / speeds[node] for node in range(count)]
     if not sigma:
         return usual.__getitem__
     draws = [np.random.default_rng((job.job.seed, 2, node)) for node in range(count)]

@@ -13,7 +13,7 @@ from dtrain.launch import meeting
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_start
+from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -21,6 +21,7 @@ How = Literal["run", "script", "sim"]
 
 _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
+    ("islands", "speeds", "dtrain.join(speeds=...)"),
     ("islands", "engine", "what it wraps its model in"),
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
@@ -56,7 +57,7 @@ def resolved(job: Job) -> Job:
 
     Raises ValueError for answers that do not fit together."""
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count, job.train.steps)
-    with_start(recipe, job.islands.start)
+    with_speeds(with_start(recipe, job.islands.start), job.islands.speeds, job.islands.count)
     rho_of(recipe, job.train.sam_rho)
     moments_of(recipe, job.train.moments_every)
     optimizer_of(recipe, job.train.optimizer, job.train.moments_every)
@@ -186,6 +187,7 @@ def _check_sim(job: Job) -> None:
             f'"{"fedavg" if recipe.moments is not None else recipe.algorithm}"'
         )
     if job.sim.clock == "poisson":
+        _refuse_changed(job, "islands", "speeds", 'with sim.clock = "poisson", whose steps come at random times')
         from dtrain.event_run import check_events  # torch
 
         check_events(job, recipe)
@@ -215,6 +217,11 @@ def refuse_sim(job: Job, read: Collection[str] = ()) -> None:
             f"sim.{key} = {getattr(job.sim, key)!r} has no effect with dtrain run, profile and plan; use dtrain sim, or leave it "
             "out"
         )
+
+
+def refuse_speeds(job: Job) -> None:
+    """Raises ValueError where islands are of unequal speed: the planner compares recipes of which few have idle steps."""
+    _refuse_changed(job, "islands", "speeds", "with dtrain plan, whose slow islands are those of sim.stragglers")
 
 
 def _check_link(job: Job) -> None:

@@ -67,7 +67,7 @@ def plan(
     Example: dtrain plan JOB.toml --link 100mbit --rtt 40ms --gpu h100 --islands 2,64
     """
     from dtrain import units
-    from dtrain.launch.checks import read_job, refuse_sim
+    from dtrain.launch.checks import read_job, refuse_sim, refuse_speeds
     from dtrain.launch.plan_job import Said, setting_of
     from dtrain.launch.plan_rows import as_sentences, check_json, other_sizes, planned, write_json
     from dtrain.launch.plan_table import table_lines
@@ -106,6 +106,7 @@ def plan(
     if json_file is not None:
         check_json(json_file)
     refuse_sim(job, READ)
+    refuse_speeds(job)
     console = Console()
     setting, notes = setting_of(job_file, overrides or (), job, said, console)
     notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)

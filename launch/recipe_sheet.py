@@ -15,7 +15,7 @@ from dtrain.recipes import Recipe, answer_of, resolve, with_steps
 
 ISLANDS = 4
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("who talks to whom?", ("topology", "graph", "server")),
+    ("who talks to whom?", ("topology", "graph", "server", "participants")),
     ("when?", ("every", "fragments", "schedule", "moments")),
     ("what?", ("algorithm", "payload", "include", "exclude")),
     ("how is it encoded?", ("codec", "error_feedback", "feedback_decay")),

@@ -36,11 +36,13 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     if not runs_a_script(old):
         _refuse_another_budget(old, new)
         old, new = resolved(old), resolved(new)  # a run's file may be older than a key
+    # Of as many islands as before, what each has trained is counted by its speed.
+    may_change = _MAY_CHANGE if old.islands.count == new.islands.count else _MAY_CHANGE | {("islands", "speeds")}
     for section in Job.model_fields:
         before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
         for key in before:
-            if before[key] != after[key] and section != "link" and (section, key) not in _MAY_CHANGE:
-                allowed = ", ".join(f"{s}.{k}" for s, k in sorted(_MAY_CHANGE))
+            if before[key] != after[key] and section != "link" and (section, key) not in may_change:
+                allowed = ", ".join(f"{s}.{k}" for s, k in sorted(may_change))
                 raise ValueError(
                     f"{section}.{key} = {after[key]!r} differs from the run's {before[key]!r}; a resumed run may change "
                     f"{allowed} and link.*; start another run with --fresh-name"

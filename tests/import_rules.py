@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
-    *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum"),
+    *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 

@@ -23,7 +23,11 @@ l_i^s = delta^s - delta_i^s / n, has come an update late, and with Nesterov's u 
     theta_i' = theta_i - lr ((1 + mu) l_i^t + mu^2 L_i),   u_i' = u_i + l_i^t - (1 - mu) L_i,   L_i = sum_s<t mu^(t-1-s) l_i^s.
 L_i is not kept. As mean_i l_i^s = (1 - 1/n) delta^s its mean is that of (n - 1) / (n - 1 + mu) (u_i - delta_i^t / n), which the
 average takes as well (where no round was dropped, and but for what a codec loses). One more update would be wrong by
-mu^2 u: all momentum, an island's own part once too often. In flight a round is no part of it, nor after it was dropped."""
+mu^2 u: all momentum, an island's own part once too often. In flight a round is no part of it, nor after it was dropped.
+
+Islands of unequal speed (``slots.py``) count by the steps that they trained: mean_i = sum_i w_i, and eager's 1 / n is w_i.
+Where rounds have participants, FedAvg's drawn clients (arXiv 1602.05629), the mean is that of K islands, drawn anew each round:
+they alone send, and all take the result. What the others trained since the last round is given up."""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def diloco_keep(reduce: Reduce, outer: Outer) -> Method:
 def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         path = reduce(layout, peers)
-        share = 1 / peers.num_nodes
+        share = peers.shares[peers.node] / sum(peers.shares)
 
         def init(b: Bucket) -> State:
             anchor = b.x.to(torch.float32).clone()
@@ -88,7 +92,7 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
         def rest(b: Bucket, state: State) -> None:
             if bool(state["late"].any()):
                 b.x.sub_(state["anchor"])
-                outer.catch_up(state["anchor"], state["late"], state["own"], peers.num_nodes, state)
+                outer.catch_up(state["anchor"], state["late"], state["own"], share, peers.num_nodes, state)
                 b.x.add_(state["anchor"])
                 state["late"].zero_()
 

@@ -143,7 +143,7 @@ def sent(
     def make(node: int) -> Core:
         return Core(plan, alike.one_each, Peers(node, num_islands))
 
-    talks = recipe.topology, recipe.graph, seed, recipe.server
+    talks = recipe.topology, recipe.graph, seed, recipe.draws
     mixed = mixing_of(*talks)
     kinds = kinds_of(talks, num_islands, per_host)
     cores = {kind.node: make(kind.node) for kind in kinds}
@@ -319,4 +319,5 @@ def _in_flight(exchange: Exchange) -> int:
 def _company(recipe: Recipe, talks: Talks, num_islands: int, per_host: int) -> Company:
     if recipe.reduce == "none":
         return everyone(1, 1)
-    return everyone(num_islands, per_host) if recipe.reduce != "neighbours" else neighbours(talks, num_islands, per_host)
+    by_rows = recipe.reduce == "neighbours" or recipe.participants is not None
+    return neighbours(talks, num_islands, per_host) if by_rows else everyone(num_islands, per_host)

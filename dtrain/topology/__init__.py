@@ -16,6 +16,7 @@ from dtrain.topology.names import (
     served,
 )
 from dtrain.topology.row import Round, Topology
+from dtrain.topology.server import of_every_round
 from dtrain.topology.server import parse as parse_server
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "fingerprint",
     "is_file",
     "mixing",
+    "of_every_round",
     "parameter",
     "parse_server",
     "served",

@@ -75,7 +75,7 @@ def mixing(topology: str, graph: str | None, seed: int, server: str | None = Non
 
 def served(base: Mixing, name: str, seed: int) -> Mixing:
     """``base`` with the rounds of a server in between."""
-    server = servers.parse(name)
+    server = servers.read(name)
 
     def heard(node: int, num_nodes: int) -> int:
         most = server.sample - (server.to == "sampled")

@@ -27,6 +27,17 @@ class Server(NamedTuple):
     """H."""
 
 
+def of_every_round(sample: int) -> str:
+    """A server for all islands that has no rounds of neighbours between its own: ``read`` knows it, and ``parse`` does not."""
+    return f"all:{sample}:0"
+
+
+def read(text: str) -> Server:
+    """Of a name that ``parse`` has let pass, or that ``of_every_round`` gave."""
+    to, sample, every = text.split(":")
+    return Server(to, int(sample), int(every))
+
+
 def parse(text: str) -> Server:
     """``"sampled:K:H"``, ``"all:K:H"``; raises ValueError for anything else."""
     to, *numbers = text.split(":")

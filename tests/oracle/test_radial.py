@@ -126,7 +126,7 @@ def test_it_is_its_paper(n: int, delay: int) -> None:
     assert apart[1] > 0.01 or n == 1
 
 
-def combine(values: list[list[float]], *, embedding: bool = False) -> list[float]:
+def combine(values: list[list[float]], *, shares: list[int] | None = None, embedding: bool = False) -> list[float]:
     n = len(values[0])
     layout = Layout((Span("x", (n, 1), 0, 0, n, embedding=embedding),))
     codec = by_name("identity", error_feedback=False).bind(layout)
@@ -134,7 +134,7 @@ def combine(values: list[list[float]], *, embedding: bool = False) -> list[float
     for value, wire in zip(values, wires, strict=True):
         codec.encode(torch.tensor(value), wire, {})
     out = torch.full((n,), float("nan"))
-    radial(layout, len(values))(out, wires, codec)
+    radial(layout)(out, wires, shares or [1] * len(values), codec)
     return out.tolist()
 
 
@@ -146,6 +146,8 @@ def test_lengths_and_directions_by_hand() -> None:
     assert combine([[1.0, 2.0], [-1.0, -2.0]]) == [0.0, 0.0], "no direction"
     for scale in (0.3, 0.7, 1.1, 3.0, 1e-3, 7e5):
         assert combine([[1.0, 2.0], [-scale, -2 * scale]]) == [0.0, 0.0], "but for rounding"
+    assert combine([[3.0, 0.0], [0.0, 8.0]], shares=[3, 1]) == pytest.approx([3 * 4.25 / 10**0.5, 4.25 / 10**0.5], rel=1e-6)
+    assert combine([[3.0, 0.0], [0.0, 8.0]], shares=[3, 1], embedding=True) == [2.25, 2.0]
     assert combine([[2.0, 0.0], [0.0, 0.0]]) == pytest.approx([1.0, 0.0], rel=1e-6)
     assert combine([[0.0, 0.0], [0.0, 0.0]]) == [0.0, 0.0]
 

@@ -166,7 +166,7 @@ def test_every_key_is_listed_with_its_default_and_its_meaning(
     assert listed["train.lr"] == ("0.006", "peak learning rate of AdamW")
     assert listed["sync.recipe"][0] == f'"{DEFAULT_RECIPE}"'
     assert listed["sync.every"][0] == "(recipe's)"
-    assert listed["sync.outer"][1].endswith('("copy", "sgd", "nesterov")')
+    assert listed["sync.outer"][1].endswith('("copy", "sgd", "nesterov", "delayed_nesterov")')
     assert run_command(["keys", "link"]) == 0
     assert {line.split(".")[0] for line in capsys.readouterr().out.splitlines()[1:]} == {"link"}
 

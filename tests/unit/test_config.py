@@ -20,6 +20,7 @@ count = 3
 ranks = 2
 engine = "ddp"
 shard = "by_file"
+speeds = [1, 0.5, 0.25]
 threads = 1
 max_restarts = 0
 [model]

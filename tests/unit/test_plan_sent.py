@@ -56,6 +56,8 @@ OVERRIDES: list[tuple[str, dict[str, object]]] = [
     ("delayed_diloco", {"every": 2, "delay": 1, "exclude": ["last"]}),
     ("dpsgd", {"include": ["l*"], "exclude": ["left"]}),
     ("desloc", {"every": 2, "delay": 2, "moments": "2:1"}),
+    ("fedavg", {"every": 2, "reduce": "gather", "participants": 2}),
+    ("fedavg", {"every": 2, "reduce": "gather", "participants": 1, "codec": "int8:64"}),
 ]
 
 
@@ -111,7 +113,7 @@ def test_bytes_are_those_that_islands_count(recipe: str, overrides: dict[str, ob
     rounds = period * -(-LEAST_ROUNDS // period)
     each = trained_bytes(recipe, overrides, row.every * rounds)
     assert sum(each) == round(found.mean_round_bytes * rounds * ISLANDS), "whole bytes, up to a third's last digit"
-    followed = sum(each) / ISLANDS if row.server is not None else max(each)
+    followed = sum(each) / ISLANDS if row.draws is not None else max(each)
     assert followed * period == sum(e.sent_bytes for e in found.period) * rounds, "the busiest island, and of drawn ones the mean"
 
 

@@ -67,7 +67,7 @@ ADAPTS: dict[str, object] = {"rank": "adaptive:32", "every": "adaptive:50"}
         ("dilco", {}, "recipe 'dilco' is not known (did you mean diloco?); use one of"),
         ("diloco", {"topology": "rign"}, "topology = 'rign' is not known; use one of complete, ring"),
         ("diloco", {"reduce": "ring"}, "reduce = 'ring' is not known"),
-        ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov"),
+        ("diloco", {"outer": "adam"}, "outer = 'adam' is not known; use one of copy, sgd, nesterov, delayed_nesterov"),
         ("diloco", {"landing": "late"}, "landing = 'late' is not known; use one of keep, eager, pure, blend"),
         ("diloco", {"codec": "int3"}, "codec 'int3' is not known"),
         ("diloco", {"every": 0}, "every = 0 is not allowed; use 1 or more"),
