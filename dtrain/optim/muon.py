@@ -25,7 +25,7 @@ class MuonFP32(torch.optim.Muon):
     product of 144 x 576 matrices takes 13.5 ms in place of 1.7 on an AMD EPYC without it."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             mu, lr = group["momentum"], float(group["lr"])
@@ -56,8 +56,8 @@ def muon_adamw(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95
 ) -> list[Optimizer]:
     """Muon, torch's or on a CPU ``MuonFP32``, over ``hidden_matrices``, and torch's AdamW (``betas``) over what ``decay_groups``
-    has besides, with the same ``lr``, which a schedule sets in both, and decay. State of a matrix: ``momentum_buffer``, a number an
-    element. Raises ValueError for a model that has no such matrix."""
+    has besides, with the same ``lr``, which a schedule sets in both, and decay. State of a matrix:
+    ``momentum_buffer``, a number an element. Raises ValueError for a model that has no such matrix."""
     matrices = hidden_matrices(model)
     if not matrices:
         raise ValueError(
