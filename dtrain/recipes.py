@@ -8,7 +8,6 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule, slots
@@ -154,11 +153,11 @@ def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Re
     if min(pace.steps) < 1:
         raise ValueError(
             f"{said}: island {pace.steps.index(0)} would train in none of sync.every = {recipe.every} steps; use every = "
-            f"{math.ceil(1 / Fraction(repr(min(speeds))))} or more"
+            f"{math.ceil(1 / slots.as_written(min(speeds)))} or more"
         )
     if recipe.algorithm == "diloco":
         check_stable(recipe, num_islands, pace.shares)
-    return replace(recipe, speeds=tuple(speeds))
+    return replace(recipe, speeds=tuple(float(v) for v in speeds))
 
 
 def rho_of(recipe: Recipe, said: float | None) -> float:

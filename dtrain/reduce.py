@@ -43,7 +43,7 @@ def gather(codec: Codec, combined: Callable[[Layout], Combine] = lambda layout: 
 
     def bind(layout: Layout, peers: Peers) -> BoundReduce:
         bound = codec.bind(layout, peers.node)
-        combine, encode = combined(layout), encoder(bound)
+        combine, encode, shares = combined(layout), encoder(bound), peers.shares
         takes_back = isinstance(codec, ErrorFeedback)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
@@ -57,7 +57,7 @@ def gather(codec: Codec, combined: Callable[[Layout], Combine] = lambda layout: 
             yield
             senders = sorted({*wires, *heard} if link.members is None else link.members)
             of = wires | {peer: link.received(peer) for peer in senders if peer != link.node}
-            combine(out, [of[j] for j in senders], [peers.shares[j] for j in senders], bound)
+            combine(out, [of[j] for j in senders], [shares[j] for j in senders], bound)
             if link.left_out and takes_back:
                 bound.decode_add(wires[link.node], state["residual"], weight=1.0)
 
@@ -77,7 +77,7 @@ def all_to_all(codec: Codec) -> Reduce:
         cuts = layout.cuts(peers.num_nodes, codec.grain)
         parts = [slice(a, b) for a, b in pairwise(cuts)]
         bound = [codec.bind(layout.part(p.start, p.stop), peers.node) for p in parts]
-        encoders = [encoder(b) for b in bound]
+        encoders, shares = [encoder(b) for b in bound], peers.shares
         mine = bound[peers.node]
         # The owner's second rounding draws other random bits than its first, or the two would not cancel out.
         mine_layout = layout.part(parts[peers.node].start, parts[peers.node].stop)
@@ -97,7 +97,7 @@ def all_to_all(codec: Codec) -> Reduce:
             yield
             combined = part.on(out.device)
             parts_here = [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)]
-            mean(combined, parts_here, peers.shares, mine)
+            mean(combined, parts_here, shares, mine)
             result = encode_mine(combined, of["owner"])
             for peer in link.others():
                 link.post(peer, result)

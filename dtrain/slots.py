@@ -44,7 +44,11 @@ class Pace:
 
 def local_steps(speed: float, every: int) -> int:
     """floor(v H), of v as it is written: 0.29 of 100 are 29, and 28.999999999999996 in floating point."""
-    return math.floor(Fraction(repr(speed)) * every)
+    return math.floor(as_written(speed) * every)
+
+
+def as_written(speed: float) -> Fraction:
+    return Fraction(repr(float(speed)))
 
 
 def pace(speeds: Sequence[float] | None, every: int) -> Pace:

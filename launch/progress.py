@@ -102,8 +102,8 @@ def _with_metrics(view: IslandView, record: dict[str, Any]) -> IslandView:
     return replace(
         view,
         step=record["step"],
-        loss=record.get("loss"),
-        tokens_per_s=record.get("tokens_per_s"),
+        loss=record.get("loss", view.loss),  # an idle step has none
+        tokens_per_s=record.get("tokens_per_s", view.tokens_per_s),
         wire_bytes_sent=record.get("wire_bytes_sent", 0),
         wait_s=record.get("wait_s", 0.0),
     )
