@@ -355,6 +355,7 @@ def _finish(island: _Island) -> None:
 
 
 def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> None:
+    """The rest of ``_finish``: ``train_s``, ``stats`` and ``own_loss`` are of before the merge."""
     job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
     steps, pace = job.train.steps, sync.core.plan.pace
     distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()

@@ -22,8 +22,8 @@ that is given all delta^s in time. Of pure that is one more update: theta' = Out
 l_i^s = delta^s - delta_i^s / n, has come an update late, and with Nesterov's u and mu in time means
     theta_i' = theta_i - lr ((1 + mu) l_i^t + mu^2 L_i),   u_i' = u_i + l_i^t - (1 - mu) L_i,   L_i = sum_s<t mu^(t-1-s) l_i^s.
 L_i is not kept. As mean_i l_i^s = (1 - 1/n) delta^s its mean is that of (n - 1) / (n - 1 + mu) (u_i - delta_i^t / n), which the
-average takes as well (where no round was dropped, and but for what a codec loses). One more update would be wrong by
-mu^2 u: all momentum, an island's own part once too often. In flight a round is no part of it, nor after it was dropped.
+average takes as well, but for what a codec loses, and where no round was dropped. One more update would move all of u once more,
+an island's own part too. A round of eager that has not landed is no part of the average, nor is one that was dropped.
 
 Islands of unequal speed (``slots.py``) count by the steps that they trained: mean_i = sum_i w_i, and eager's 1 / n is w_i.
 Where rounds have participants, FedAvg's drawn clients (arXiv 1602.05629), the mean is that of K islands, drawn anew each round:
