@@ -13,8 +13,12 @@ last c = WINDOW rounds' effective ranks, rounded up to a multiple of ADAPT_BY. A
 ENOUGH of its squared size; its singular values are Q's, as P is orthonormal. Island 0 finds them and tells the others in a wire
 of its own, so that all have the same, whatever their machines make of Q. (``core.py``: the steps between rounds may follow.)
 
-Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing. All
-islands end with the same bits where their linear algebra rounds alike; else they differ as two machines' products do."""
+Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing.
+
+All islands end with the same bits, also on unlike machines, and whatever precision a user sets for products of fp32:
+what all reckon by themselves, P and P Q^T, is exact or of operations that IEEE 754 defines (``same_products.py``); what is an
+island's own is sent. With ``adapts`` there is one exception left: eigenvalues in fp64 that lie within rounding of ENOUGH, of
+which two libraries may count another number. Then the wires' lengths differ, and the round ends with an error."""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ from dtrain.codec import BoundCodec, Codec, State, plain
 from dtrain.combine import mean
 from dtrain.link import Link, Peers
 from dtrain.reduce import BoundReduce, Reduce, Scratch, encoder, split
+from dtrain.same_products import exact_product, orthonormal, product, subtract_product
 from dtrain.spans import moving, span
 
 RankOf = Callable[[Span], int]
@@ -152,7 +157,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
                 for own, value in cut.pairs(kept, values):
                     value.copy_(own)
                 for a in cut.matrices:
-                    torch.mm(of["warm"][a.name][: a.rank], a.of(kept).T, out=a.p_of(values))
+                    product(of["warm"][a.name][: a.rank], a.of(kept).T, a.p_of(values))
             first.post(values, of["first"], link)
             yield
             if feedback_decay is not None:
@@ -165,21 +170,21 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
             if not cut.matrices:
                 return
             with cut.passing("encode", 1):
-                bases = [_orthonormal(a.p_of(values)) for a in cut.matrices]
+                bases = [orthonormal(a.p_of(values)) for a in cut.matrices]
                 values = room.on(x.device)[: cut.second.numel]
                 for a, p in zip(cut.matrices, bases, strict=True):
-                    torch.mm(p, a.of(kept), out=a.q_of(values))
+                    product(p, a.of(kept), a.q_of(values))
             second.post(values, of["second"], link)
             yield
             if feedback_decay is not None:
                 second.own(values)
                 with cut.passing("decode", 2):
                     for a, p in zip(cut.matrices, bases, strict=True):
-                        a.of(kept).addmm_(p.T, a.q_of(values), alpha=-1)
+                        subtract_product(p, a.q_of(values), a.of(kept))
             second.mean(values, link)
             with cut.passing("decode", 1):
                 for a, p in zip(cut.matrices, bases, strict=True):
-                    torch.mm(p.T, a.q_of(values), out=a.of(out))
+                    exact_product(p, a.q_of(values), a.of(out))
                     _scaled(a.q_of(values), of["warm"][a.name][: a.rank])
             if told is None:
                 return
@@ -243,13 +248,6 @@ class _Told:
             heard = torch.zeros(len(self._places), device=wire.device)
             self._codec.decode_add(wire, heard, weight=1.0)
             numbers[self._places] = heard.cpu().long()
-
-
-def _orthonormal(p: Tensor) -> Tensor:
-    """(r, m) -> (r, m): orthonormal rows, the first j of which span p's first j; where p has fewer directions than rows, any
-    others stand in. Signs differ from one library to another; these make what a row adds to those before it positive."""
-    basis, weights = torch.linalg.qr(p.T)
-    return torch.where(weights.diagonal() < 0, -basis, basis).T.contiguous()
 
 
 def _adapt(cut: _Cut, values: Tensor, state: State) -> None:

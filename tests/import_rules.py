@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "transport", "spans", "staging"),
     (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
-        *("low_rank", "codebook", "dct", "torch_codec", "on_host"),
+        *("low_rank", "codebook", "dct", "torch_codec", "on_host", "same_products"),
     ),
     (
         *("recipe", "recipe_rows", "outer_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec"),
