@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dtrain.methods import InnerOptimizer
@@ -121,8 +122,9 @@ class Planner:
         if key not in self._sent:
             s = self.setting
             if s.stages:
-                parts = [sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host) for shapes in s.stages]
-                self._sent[key] = together(parts)
+                first = {_alike(shapes): shapes for shapes in s.stages}
+                each = {of: sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host) for of, shapes in first.items()}
+                self._sent[key] = together([each[_alike(shapes)] for shapes in s.stages])
             else:
                 self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)
         return self._sent[key]
@@ -139,6 +141,11 @@ class Planner:
             mixed = mixing_of(recipe.topology, recipe.graph, self.setting.seed, recipe.server)
             self._lambda2[key] = consensus(mixed, num_islands).lambda2
         return self._lambda2[key]
+
+
+def _alike(stage: Shapes) -> Hashable:
+    """The same of stages that differ by the numbers of their blocks alone, which send as much as each other."""
+    return tuple((re.sub(r"\d+", "", name), tuple(shape)) for name, shape in stage.items())
 
 
 def baseline(rows: Sequence[Row]) -> Row:

@@ -28,7 +28,7 @@ from dtrain.plan.model import Island
 from dtrain.plan.order import NEAR_BEST, loss_order, recommend
 from dtrain.plan.plans import Planner, Row, Setting, factors
 from dtrain.plan.probe import memory_bytes_per_s, probe_link
-from dtrain.plan.sent import Sent
+from dtrain.plan.sent import Sent, sent, together
 from dtrain.plan.write import answers, replaced, write
 from dtrain.recipes import RECIPES, Recipe, of_section, resolve
 from tests.unit.small_run import refused, write_job_file
@@ -65,6 +65,20 @@ def test_an_h_that_adapts_is_reckoned_as_at_first() -> None:
     assert plans.said(adapts) == "dilocox, int4:64, every 50 steps or fewer, 50 steps late"
     assert "with the rank and the 50 steps of its first rounds" in plans.adapting(adapts)
     assert candidates(adapts, 2)[0] == adapts
+
+
+def test_stages_that_are_alike_are_counted_once_each() -> None:
+    parts: list[dict[str, tuple[int, ...]]] = [
+        {"embedding.weight": (256, 64), "blocks.0.up.weight": (256, 64)},
+        *({f"blocks.{k}.up.weight": (256, 64)} for k in (1, 2)),
+        {"blocks.3.up.weight": (256, 32)},
+    ]
+    for recipe in (resolve("dilocox", {"rank": 8}, 2), resolve("allreduce", {}, 2)):
+        staged = replace(setting(1e6), stages=parts, num_ranks=4, island=lambda codec: Island(0.03, 0.0, 1e10, num_ranks=4))
+        row = Planner(staged).row(recipe, 2)
+        each = [sent(recipe, part, 2) for part in parts]
+        assert row.sent == together(each)
+        assert {f.rank for f in (*row.sent.period[0].gradients, *row.sent.period[0].rounds)} == {0, 1, 2, 3}
 
 
 def test_a_gpus_step_by_hand() -> None:
