@@ -30,6 +30,7 @@ from dtrain.algorithms.noloco import noloco
 from dtrain.algorithms.push_sum import push_sum
 from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.events.graph_constants import rates_of_rounds
+from dtrain.hierarchical import hierarchical
 from dtrain.low_rank import low_rank
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.matrices import adapts, check_rank, highest, rank_of
@@ -50,7 +51,8 @@ class Plan:
     """A recipe as code, before it meets a model."""
 
     recipe: Recipe
-    method: Method
+    methods: tuple[Method, ...]
+    """Buckets take them in turn: one, but for the far level of a job with two, which has one for each owner."""
     topology: Topology
     when: When
     control: Control
@@ -82,7 +84,7 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.server, kind)
     return Plan(
         recipe=recipe,
-        method=_method(recipe, mixed),
+        methods=tuple(_method(recipe, mixed, owner) for owner in range(1 if recipe.near is None else recipe.near.islands)),
         topology=mixed.rows,
         when=when_of(recipe),
         control=Control(every=recipe.every),
@@ -95,6 +97,12 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
         signs=rules.signs,
     )
+
+
+def assemble_levels(recipe: Recipe, seed: int, num_islands: int) -> tuple[Plan, ...]:
+    """``assemble`` of each level, the nearest first."""
+    sizes = (num_islands,) if recipe.near is None else (recipe.near.islands, num_islands)
+    return tuple(assemble(level, seed, size) for level, size in zip(recipe.levels, sizes, strict=True))
 
 
 def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:
@@ -137,7 +145,7 @@ def when_of(r: Recipe) -> When:
     return schedule.every if r.fragments == 1 else schedule.staggered(r.fragments)
 
 
-def _method(r: Recipe, mixed: Mixing) -> Method:
+def _method(r: Recipe, mixed: Mixing, owner: int) -> Method:
     match r.algorithm:
         case "own":
             assert r.method is not None, "own.load refuses a row without"
@@ -171,7 +179,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "dadao":
             raise AssertionError("check_trains refuses it")
         case "diloco":
-            return _diloco(r, _reduce(r), _outer(r))
+            path = _reduce(r)
+            return _diloco(r, path if r.near is None else hierarchical(path, r.near.islands, owner), _outer(r))
         case "demo":
             return demo(_reduce(r))
         case "desloc":

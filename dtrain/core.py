@@ -15,7 +15,7 @@ from dtrain.algorithm import Algorithm
 from dtrain.assemble import Plan
 from dtrain.bucket import Bucket
 from dtrain.codec import State, Update
-from dtrain.link import Link, Peers
+from dtrain.link import Link, Peers, carried
 from dtrain.transport.base import ROUND, Tag
 from dtrain.wire import same_header
 
@@ -81,11 +81,15 @@ class Lane:
 class Core:
     """All lanes that this rank carries, and the step count."""
 
-    def __init__(self, plan: Plan, buckets: Sequence[Bucket], peers: Peers) -> None:
+    def __init__(
+        self, plan: Plan, buckets: Sequence[Bucket], peers: Peers, islands: Sequence[int] | None = None
+    ) -> None:
+        """``islands``: which the peers are, where they are not all."""
         self.plan = plan
         self.peers = peers
         self.step = 0
-        self.lanes = [Lane(b, plan.method(b.layout, peers)) for b in buckets]
+        self._islands = islands
+        self.lanes = [Lane(b, plan.methods[b.index % len(plan.methods)](b.layout, peers)) for b in buckets]
         if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
             raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
 
@@ -95,7 +99,7 @@ class Core:
         for lane in self.lanes:
             if lane.algorithm.grad is not None:
                 link = self._link(lane)
-                generator = lane.algorithm.grad(lane.bucket, lane.state, link)
+                generator, link = self._over(lane.algorithm.grad(lane.bucket, lane.state, link), link)
                 flights.append(
                     Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step + 1)
                 )
@@ -134,6 +138,7 @@ class Core:
         return self._fly(lane, step, lane.algorithm.fused(lane.bucket, lane.state, link, update, landing), link)
 
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
+        generator, link = self._over(generator, link)
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
         if self.plan.graph is None:
             lane.land_step = step + self.plan.delay_steps
@@ -192,6 +197,10 @@ class Core:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
+        self.load(self.checked(saved))
+
+    def checked(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state to ``load``; raises ValueError where it is of another recipe or another cut of the model."""
         own = self.state_dict()
         # A state without them is older than graphs from files, budgets, and a word on meetings, of which then its keys speak.
         like_own = all(key in own for key in saved if key.startswith("bucket"))
@@ -224,6 +233,9 @@ class Core:
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
         self._refuse_crossing(saved)
+        return saved
+
+    def load(self, saved: dict[str, Tensor]) -> None:
         self.step = int(saved["step"])
         for lane in self.lanes:
             name = f"bucket{lane.bucket.index}"
@@ -260,6 +272,13 @@ class Core:
     def _wires(self) -> Iterator[tuple[str, Tensor]]:
         for lane in self.lanes:
             yield from ((f"bucket{lane.bucket.index}.{k}", v) for k, v in lane.state.items() if v.dtype == torch.uint8)
+
+    def _over(self, generator: Iterator[None], link: Link) -> tuple[Iterator[None], Link]:
+        """What talks over a link of the peers, over one of the islands, by whose numbers wires go."""
+        if self._islands is None:
+            return generator, link
+        whole = Link(self._islands[link.node], link.num_nodes, link.row, link.round)
+        return carried(generator, link, whole, self._islands), whole
 
     def _link(self, lane: Lane) -> Link:
         # An exchange of gradients and the round after it count as two, and talk over the same edges.

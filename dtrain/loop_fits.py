@@ -43,7 +43,7 @@ def check_loop(
         _check_plain_sgd(recipe.name, optimizers)
     if scaler is None:
         return
-    if RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients":
+    if any(RULES[level.algorithm].rewrites_gradients or level.payload == "gradients" for level in recipe.levels):
         raise ValueError(
             f"recipe {recipe.name!r} exchanges something before each update, and a GradScaler that skips a step on one island "
             "only would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
@@ -57,6 +57,14 @@ def check_loop(
         raise ValueError(
             f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
             "scaler.unscale_(optimizer) and scaler.step(optimizer)"
+        )
+
+
+def refuse_past_end(recipe: Recipe, step: int) -> None:
+    """Raises ValueError where a step begins after the last of those that a budget was spread over."""
+    if recipe.total_steps == step:
+        raise ValueError(
+            f"step {step + 1} is past total_steps = {step}, over which all rounds were spread; give join the whole run's length"
         )
 
 

@@ -174,7 +174,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
             if adapts and not x.is_meta:
                 _adapt(cut, values, state)
 
-        return BoundReduce(init, run)
+        return BoundReduce(init, run, phases=2 if cut.matrices else 1)
 
     return bind
 

@@ -60,7 +60,28 @@ class Recipe:
     """Whether all islands start from island 0's parameters; never said in a row."""
     total_steps: int | None = None
     """Of the run, where the schedule has to know; never said in a row."""
+    near: Near | None = None
+    """Beneath these rounds, which then are those of groups of islands; never said in a row (``levels.py``)."""
 
     @property
     def delay_steps(self) -> int:
         return self.every if self.delay == "round" else self.delay
+
+    @property
+    def levels(self) -> tuple[Recipe, ...]:
+        """The nearest first; of a job without levels this one alone."""
+        return (self,) if self.near is None else (self.near.recipe, self)
+
+    @property
+    def title(self) -> str:
+        """The names of all levels' rows."""
+        return " + ".join(level.name for level in self.levels)
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """What neighbouring islands do among themselves."""
+
+    islands: int
+    """Of a group."""
+    recipe: Recipe

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule
+from dtrain.levels import of_levels
 from dtrain.methods import RULES
 from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
@@ -23,7 +24,7 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
 _NO_AXES = (
     *("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "optimizer", "start"),
-    "total_steps",
+    *("total_steps", "near"),
 )
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
@@ -162,7 +163,10 @@ def optimizer_of(
 
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:
     """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it, for a run of
-    ``total_steps`` where that is given."""
+    ``total_steps`` where that is given; of a job with levels the far one's, with the near one's in it."""
+    levels = sync.get("level")
+    if isinstance(levels, list):
+        return of_levels(levels, {key: v for key, v in sync.items() if key != "level" and v is not None}, num_islands, resolve)
     name = sync.get("recipe")
     assert name is None or isinstance(name, str)
     recipe = resolve(name, {key: value for key, value in sync.items() if key != "recipe"}, num_islands)

@@ -26,6 +26,8 @@ class BoundReduce(NamedTuple):
     run: Callable[[Tensor, Tensor, State, Link], Iterator[None]]
     """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out
     itself."""
+    phases: int
+    """How often it yields."""
 
 
 Reduce = Callable[[Layout, Peers], BoundReduce]
@@ -46,7 +48,7 @@ def gather(codec: Codec, combined: Callable[[Layout, int], Combine] = lambda lay
             yield
             combine(out, [own if j == link.node else link.received(j) for j in range(link.num_nodes)], bound)
 
-        return BoundReduce(bound.init, run)
+        return BoundReduce(bound.init, run, phases=1)
 
     return bind
 
@@ -92,7 +94,7 @@ def all_to_all(codec: Codec) -> Reduce:
             for j, (b, p) in enumerate(zip(bound, parts, strict=True)):
                 b.decode_add(result if j == link.node else link.received(j), out[p], weight=1.0)
 
-        return BoundReduce(init, run)
+        return BoundReduce(init, run, phases=2)
 
     return bind
 

@@ -183,7 +183,7 @@ def _begin(
         sync.load_state_dict({k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)})
         torch.set_rng_state(saved[f"rng{ranks.rank}"])
     else:
-        sync.core.step = start
+        sync.begin_after(start)
     inputs, targets = heldout_sequences(corpus, job.model.context)
     heldout, batches = (inputs.to(device), targets.to(device)), Batches(job, corpus, connection, device)
     if part is not None:
