@@ -25,7 +25,7 @@ from dtrain.assemble import assemble_levels
 from dtrain.bucket import embeddings_of, flatten
 from dtrain.codec import prepare_kernels
 from dtrain.connect import Connection, connect
-from dtrain.core import Core, Flight
+from dtrain.core import Flight
 from dtrain.corrected import moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exact import Exact, refuse_unequal_steps

@@ -16,9 +16,7 @@ from typing import Any
 
 from dtrain import schedule
 from dtrain.recipe import Near, Recipe
-
-LINK_KEYS = ("islands", "rate", "rtt")
-"""Of a level, what is no answer of a recipe: who is in its groups, and what its link is like."""
+from dtrain.units import LINK_KEYS
 
 NEAR = ("dpsgd", "choco", "deepsqueeze", "multi_gossip", "chebyshev", "allreduce", "local")
 """Algorithms that mix parameters or gradients by what they add to them, and keep nothing that outer steps would make wrong."""

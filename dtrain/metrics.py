@@ -40,6 +40,7 @@ class MetricsWriter:
         time_s: float,
         eval_loss: float | None = None,
         consensus_distance: float | None = None,
+        wire_bytes_sent_near: int | None = None,
     ) -> None:
         """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
         out."""
@@ -59,6 +60,8 @@ class MetricsWriter:
             content["eval_loss"] = eval_loss
         if consensus_distance is not None:
             content["consensus_distance"] = consensus_distance
+        if wire_bytes_sent_near is not None:
+            content["wire_bytes_sent_near"] = wire_bytes_sent_near
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
 
@@ -192,6 +195,8 @@ class Part:
     ranks: int
     meetings: int | None = None
     """With another island, where pairs meet when both are ready; None where rounds have their steps."""
+    wire_bytes_sent_near: int | None = None
+    """Of wire_bytes_sent, to islands of its own group, in a job of two levels; None in others."""
 
 
 def write_part(folder: Path, part: Part) -> None:

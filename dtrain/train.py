@@ -63,7 +63,8 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    prepare_kernels(build_recipe(job).codec, device, lambda: status.update("compiling", 0))
+    for level in build_recipe(job).levels:
+        prepare_kernels(level.codec, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
@@ -76,7 +77,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         while True:
             try:
                 connection = connect(
-                    place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
+                    place, settings_of(job.link, job.sync.level), device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
                 )
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
@@ -263,6 +264,7 @@ def _loop(island: _Island, observe: Observe) -> None:
                 time_s=clock.time_s(),
                 eval_loss=eval_loss,
                 consensus_distance=distance,
+                wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
             )
         _checkpoint_aside(island, step + 1)
         began = ended
@@ -369,7 +371,7 @@ def _finish(island: _Island) -> None:
         island=node,
         islands=island.connection.num_nodes,
         ranks=island.connection.ranks.num_ranks,
-        recipe=sync.recipe.name,
+        recipe=sync.recipe.title,
         parameters=inside.parameters,
         steps=steps,
         first_step=island.first_step,
@@ -390,6 +392,7 @@ def _finish(island: _Island) -> None:
         consensus_distance=distance,
         corpus_hash=island.corpus.hash,
         meetings=sync.core.meetings,
+        wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
     )
     write_part(island.run / "logs" / f"island{node}", part)
     _say(island, "done", steps)
