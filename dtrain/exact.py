@@ -85,7 +85,7 @@ class Exact:
 
     @torch.no_grad()
     def align(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
-        """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all of them island 0's model
+        """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all island 0's model
         where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:

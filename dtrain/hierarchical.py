@@ -1,4 +1,4 @@
-"""By what path do groups of neighbouring islands bring their payloads together, so that one copy of a group's crosses the far link?
+"""By what path do groups of neighbouring islands bring their payloads together, so that one a group crosses the far link?
 
 Of groups of k islands, island p of a group owns the bucket there; of island i of group g, x_gi is the payload:
     first    the others send x_gi to their group's owner, whose y_g = mean_i x_gi, in island order;

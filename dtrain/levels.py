@@ -31,7 +31,7 @@ def of_levels(levels: Levels, beside: Mapping[str, object], num_islands: int, re
     line."""
     if beside:
         key, value = next(iter(beside.items()))
-        raise ValueError(f"sync.{key} = {value!r} beside [[sync.level]]: of which level? Write it in one of them, or leave it out")
+        raise ValueError(f"sync.{key} = {value!r} beside [[sync.level]]: of which level? Write it in one, or leave it out")
     if len(levels) != 2:
         remedy = "write its keys into [sync] itself" if len(levels) < 2 else "leave the others out"
         raise ValueError(

@@ -70,6 +70,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
         status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
 
+    settings = settings_of(job.link, job.sync.level)
     epoch, resume_step, observe = place.epoch, place.resume_step, unobserved
     with ExitStack() as held:
         if window is not None:
@@ -77,7 +78,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         while True:
             try:
                 connection = connect(
-                    place, settings_of(job.link, job.sync.level), device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
+                    place, settings, device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
                 )
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break

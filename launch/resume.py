@@ -52,7 +52,8 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
 def _answers(section: Section) -> dict[str, object]:
     """What may not change without a word: of levels by their keys, but for what their links are like."""
     said = section.model_dump()
-    for k, level in enumerate(said.pop("level", None) or ()):
+    levels: list[dict[str, object]] = said.pop("level", None) or []
+    for k, level in enumerate(levels):
         said |= {f"level.{k}.{key}": value for key, value in level.items() if key not in ("rate", "rtt")}
     return said
 

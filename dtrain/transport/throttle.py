@@ -82,7 +82,7 @@ class Hop:
 
 
 class Throttle:
-    """A transport that sends through another one, late. Wires to peers of ``group`` go by the link ``near``, where there is one."""
+    """A transport that sends through another one, late. Wires to peers of ``group`` go by ``near``, where there is one."""
 
     def __init__(
         self, inner: Transport, *, uplink: Uplink | None, rtt_s: float, near: Hop | None = None, group: Container[int] = ()
