@@ -88,7 +88,7 @@ class Sync:
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
         self._rounds = Rounds(recipe, plans, cuts, connection)
-        self.core = self._rounds.last
+        self.core = self._rounds.last  # whose peers are all islands
         self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
         if plan.graph is not None:
             self._meetings = Meetings(self.core, plan.graph, connection, self._traffic, self._wait)

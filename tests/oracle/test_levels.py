@@ -313,6 +313,20 @@ def test_a_state_of_one_level_is_not_taken_for_one_of_two() -> None:
     assert all("has shape none there" in said for said in run_islands(N, island))
 
 
+def test_a_loop_says_no_answer_of_two_levels_itself_and_may_have_another_recipe() -> None:
+    p, case = problem(), Case(1, "keep", 2)
+
+    def island(connection: Connection) -> str:
+        model = Quadratic(p.start, p.a[connection.node], p.c[connection.node], CUT)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        with pytest.raises(ValueError, match=r"sync\.every = 3 beside \[\[sync\.level\]\]: of which level\?"):
+            joined(connection, levels_of(case), model, optimizer, every=3)
+        with joined(connection, levels_of(case), model, optimizer, recipe="fedavg", every=3) as sync:
+            return sync.recipe.title
+
+    assert run_islands(N, island) == ["fedavg"] * N
+
+
 def test_a_near_level_that_averages_gradients_keeps_its_groups_equal() -> None:
     """All-reduce within groups, in time, beneath the outer loop: two islands of twice the batch."""
     p, case = problem(), Case(0, "keep", 2)
