@@ -34,6 +34,7 @@ from dtrain.algorithms.push_sum import push_sum
 from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.codec import State
 from dtrain.events.graph_constants import rates_of_rounds
+from dtrain.hierarchical import hierarchical
 from dtrain.low_rank import columns_now, low_rank
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.matrices import adapts, check_rank, highest, rank_of
@@ -56,7 +57,8 @@ class Plan:
     """A recipe as code, before it meets a model."""
 
     recipe: Recipe
-    method: Method
+    methods: tuple[Method, ...]
+    """Buckets take them in turn: one, but for the far level of a job with two, which has one for each owner."""
     topology: Topology
     when: When
     control: Control
@@ -95,10 +97,10 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
     needed = quorum.size(recipe.quorum, num_islands)
     kind = "same" if rules.static is not None else "pairs" if rules.pairs else "any"
     mixed = mixing_of(recipe.topology, recipe.graph, seed, recipe.draws, kind)
-    method = _method(recipe, mixed)
+    methods = tuple(_method(recipe, mixed, owner) for owner in range(1 if recipe.near is None else recipe.near.islands))
     return Plan(
         recipe=recipe,
-        method=method if recipe.outer_state == "device" else on_host(method, moves=moves),
+        methods=methods if recipe.outer_state == "device" else tuple(on_host(method, moves=moves) for method in methods),
         topology=mixed.rows,
         when=when_of(recipe),
         control=Control(every=recipe.every),
@@ -121,6 +123,12 @@ def prepare_kernels(recipe: Recipe, device: torch.device, say: Callable[[], None
     """So that no round waits for them: those of the recipe's codec, and of the exact merge."""
     for place in {device, torch.device("cpu")} if recipe.outer_state == "host" else (device,):
         codecs.prepare_kernels(recipe.codec, place, say)
+
+
+def assemble_levels(recipe: Recipe, seed: int, num_islands: int) -> tuple[Plan, ...]:
+    """``assemble`` of each level, the nearest first."""
+    sizes = (num_islands,) if recipe.near is None else (recipe.near.islands, num_islands)
+    return tuple(assemble(level, seed, size) for level, size in zip(recipe.levels, sizes, strict=True))
 
 
 def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:
@@ -163,7 +171,7 @@ def when_of(r: Recipe) -> When:
     return schedule.every if r.fragments == 1 else schedule.staggered(r.fragments)
 
 
-def _method(r: Recipe, mixed: Mixing) -> Method:
+def _method(r: Recipe, mixed: Mixing, owner: int) -> Method:
     match r.algorithm:
         case "own":
             assert r.method is not None, "own.load refuses a row without"
@@ -197,7 +205,8 @@ def _method(r: Recipe, mixed: Mixing) -> Method:
         case "dadao":
             raise AssertionError("check_trains refuses it")
         case "diloco":
-            return _diloco(r, _reduce(r), _outer(r))
+            path = _reduce(r)
+            return _diloco(r, path if r.near is None else hierarchical(path, r.near.islands, owner), _outer(r))
         case "demo":
             return demo(_reduce(r))
         case "desloc":

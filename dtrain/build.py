@@ -60,7 +60,7 @@ def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimiz
         case "adamw":
             pass
     every = moments_of(recipe, t.moments_every) or 1
-    if every > 1 or recipe.moments_every is not None or RULES[recipe.algorithm].fuses:
+    if every > 1 or recipe.moments_every is not None or any(RULES[level.algorithm].fuses for level in recipe.levels):
         return [AccumAdamW(decay_groups(model, t.weight_decay), lr=t.lr, every=every)]
     return [adamw(model, lr=t.lr, weight_decay=t.weight_decay)]
 

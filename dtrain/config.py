@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from dtrain import units
-from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Section, Sim, Sync, Train
+from dtrain.sections import Data, Islands, JobSection, Level, LinkSection, ModelSection, Section, Sim, Sync, Train
+from dtrain.units import LINK_KEYS
 
 
 class Job(Section):
@@ -98,10 +99,18 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
     changes = [_split_override(text) for text in overrides]
     if any(section == "sync" and key == "recipe" for section, key, _ in changes):
         tree["sync"] = {}
+    levels = _copied_levels(tree)
+    for k, level in enumerate(levels):
+        if any(section == "sync" and key == f"level.{k}.recipe" for section, key, _ in changes):
+            levels[k] = {name: value for name, value in level.items() if name in LINK_KEYS}
     for section, key, value in changes:
         branch = tree.setdefault(section, {})
+        if section == "sync" and key.startswith("level."):
+            branch, key = _level_of(levels, key)
         if isinstance(branch, dict):
             branch[key] = value
+    if levels:
+        tree["sync"]["level"] = levels
     _refuse_unknown(tree, where)
     try:
         return Job.model_validate(_ints_to_floats(tree))
@@ -117,7 +126,7 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
 def runs_a_script(job: Job) -> bool:
     """Whether this is the job.toml of a run of somebody's own script: only there the recipe's answers are not written out."""
     always = ("recipe", "algorithm", "every", "codec", "reduce", "topology", "delay", "fragments")
-    return any(getattr(job.sync, key) is None for key in always)
+    return any(getattr(level, key) is None for level in job.sync.level or [job.sync] for key in always)
 
 
 def dump_job(job: Job) -> str:
@@ -126,8 +135,11 @@ def dump_job(job: Job) -> str:
     for name in Job.model_fields:
         section: Section = getattr(job, name)
         lines.append(f"[{name}]")
-        for key, value in section.model_dump(exclude_none=True).items():
-            lines.append(f"{key} = {toml_value(value)}")
+        said = section.model_dump(exclude_none=True)
+        levels = said.pop("level", [])
+        lines += [f"{key} = {toml_value(value)}" for key, value in said.items()]
+        for level in levels:
+            lines += [f"[[{name}.level]]", *(f"{key} = {toml_value(value)}" for key, value in level.items())]
         lines.append("")
     return "\n".join(lines)
 
@@ -155,6 +167,22 @@ def _split_override(text: str) -> tuple[str, str, object]:
         return section, key, value
 
 
+def _copied_levels(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that tables [[sync.level]] gave, to be changed; none where they are something else, which is refused later."""
+    sync = tree.get("sync")
+    levels = sync.get("level") if isinstance(sync, dict) else None
+    return [dict(level) for level in levels] if isinstance(levels, list) and all(isinstance(v, dict) for v in levels) else []
+
+
+def _level_of(levels: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], str]:
+    """``level.1.every`` -> the second level, ``every``."""
+    _, number, inner = (*key.split(".", 2), "", "")[:3]
+    if not inner or not number.isdecimal() or int(number) >= len(levels):
+        known = f"level.0 to level.{len(levels) - 1}" if levels else "no [[sync.level]]"
+        raise ValueError(f"sync.{key} names no key of a level; the job has {known}, and sync.level.0.every is a key of the first")
+    return levels[int(number)], inner
+
+
 def _refuse_unknown(tree: dict[str, Any], where: str) -> None:
     for section, content in tree.items():
         if section not in Job.model_fields:
@@ -166,6 +194,11 @@ def _refuse_unknown(tree: dict[str, Any], where: str) -> None:
             if key not in model.model_fields:
                 hint = _did_you_mean(key, list(model.model_fields))
                 raise ValueError(f"{where}: unknown key {section}.{key}{hint}")
+        for k, level in enumerate(_copied_levels(tree) if section == "sync" else ()):
+            for key in level:
+                if key not in Level.model_fields:
+                    hint = _did_you_mean(key, list(Level.model_fields))
+                    raise ValueError(f"{where}: unknown key sync.level.{k}.{key}{hint}")
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -181,9 +214,14 @@ def _ints_to_floats(tree: dict[str, Any]) -> dict[str, Any]:
         for key, inner in field.default.__class__.model_fields.items()
         if inner.annotation in (float, float | None, list[float])
     }
-    return {
-        name: {k: _float(v) if (name, k) in floats else v for k, v in section.items()} for name, section in tree.items()
-    }
+
+    def with_floats(name: str, section: dict[str, Any]) -> dict[str, Any]:
+        return {k: _float(v) if (name, k) in floats else v for k, v in section.items()}
+
+    out = {name: with_floats(name, section) for name, section in tree.items()}
+    if levels := _copied_levels(tree):
+        out["sync"]["level"] = [with_floats("sync", level) for level in levels]
+    return out
 
 
 def _float(value: object) -> object:

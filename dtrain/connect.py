@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,10 @@ from dtrain.membership import (
 from dtrain.transport.base import Transport
 from dtrain.transport.gloo import reason
 from dtrain.transport.local import LocalHub
-from dtrain.transport.throttle import MemoryUplink, SharedUplink, Throttle
+from dtrain.transport.throttle import Hop, MemoryUplink, SharedUplink, Throttle, Uplink
 
 if TYPE_CHECKING:
-    from dtrain.sections import LinkSection
+    from dtrain.sections import Level, LinkSection
 
 
 _POLL_S = 0.25
@@ -59,6 +59,15 @@ class Connection:
 
 
 @dataclass(frozen=True, slots=True)
+class NearLink:
+    """What a group of neighbouring islands has among themselves."""
+
+    islands: int
+    bits_per_s: float | None
+    rtt_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LinkSettings:
     """The job file's [link], as numbers."""
 
@@ -66,6 +75,14 @@ class LinkSettings:
     bits_per_s: float | None = None
     rtt_s: float = 0.0
     timeout_s: float = 300.0
+    near: NearLink | None = None
+    """Within groups, where there are levels; the other numbers are then those between groups."""
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether wires are held back anywhere."""
+        near = (self.near.bits_per_s, self.near.rtt_s) if self.near is not None else ()
+        return any((self.bits_per_s, self.rtt_s, *near))
 
 
 def connect(
@@ -148,15 +165,21 @@ def connect_local(
     out = []
     for node in range(num_islands):
         transport: Transport = hub.transport(node)
-        if settings and (settings.bits_per_s or settings.rtt_s):
-            uplink = MemoryUplink(settings.bits_per_s) if settings.bits_per_s else None
-            transport = Throttle(transport, uplink=uplink, rtt_s=settings.rtt_s)
+        if settings and settings.is_slow:
+            transport = _throttled(transport, settings, node, lambda name, bits_per_s: MemoryUplink(bits_per_s))
         out.append(Connection(node, num_islands, transport, MemoryMembership(exits, node), Alone(), timeout_s))
     return out
 
 
-def settings_of(link: LinkSection) -> LinkSettings:
-    return LinkSettings(link.transport, units.bits_per_s(link.rate), units.seconds(link.rtt), link.timeout_s)
+def settings_of(link: LinkSection, levels: Sequence[Level] | None = None) -> LinkSettings:
+    """``levels``: those of the job's [sync]; what one does not say of its link is [link]'s."""
+    settings = LinkSettings(link.transport, units.bits_per_s(link.rate), units.seconds(link.rtt), link.timeout_s)
+    if levels is None or len(levels) != 2 or levels[0].islands is None:  # none that ``levels.of_levels`` lets pass
+        return settings
+    (near_bits_per_s, near_rtt_s), (bits_per_s, rtt_s) = (
+        (units.bits_per_s(level.rate or link.rate), units.seconds(level.rtt or link.rtt)) for level in levels
+    )
+    return replace(settings, bits_per_s=bits_per_s, rtt_s=rtt_s, near=NearLink(levels[0].islands, near_bits_per_s, near_rtt_s))
 
 
 def _settings_of_job(path: Path | None) -> tuple[LinkSettings, str | None, dict[str, object]]:
@@ -167,7 +190,7 @@ def _settings_of_job(path: Path | None) -> tuple[LinkSettings, str | None, dict[
     job = load_job(path)
     axes = job.sync.model_dump(exclude_none=True)
     recipe = axes.pop("recipe", None)
-    return settings_of(job.link), recipe, axes
+    return settings_of(job.link, job.sync.level), recipe, axes
 
 
 def _ranks(place: Place, device: torch.device, inside: Callable[[torch.device], Island]) -> Island:
@@ -187,14 +210,25 @@ Maker = Callable[[Place, "LinkSettings", Store, int, torch.device], Transport]
 def _transport(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
     makers: dict[str, Maker] = {"c10d": _gloo, "nccl": _nccl}
     transport = makers[settings.transport](place, settings, store, epoch, device)
-    if settings.bits_per_s is None and settings.rtt_s == 0:
+    if not settings.is_slow:
         return transport
-    uplink = None
-    if settings.bits_per_s is not None:
+
+    def shared(name: str, bits_per_s: float) -> Uplink:
         if place.run is None:
             raise ValueError("link.rate needs DTRAIN_RUN, a folder where the ranks of an island share their uplink's clock")
-        uplink = SharedUplink(place.run / "logs" / f"island{place.island}" / "uplink.clock", settings.bits_per_s)
-    return Throttle(transport, uplink=uplink, rtt_s=settings.rtt_s)
+        return SharedUplink(place.run / "logs" / f"island{place.island}" / f"{name}.clock", bits_per_s)
+
+    return _throttled(transport, settings, place.island, shared)
+
+
+def _throttled(inner: Transport, settings: LinkSettings, node: int, uplink: Callable[[str, float], Uplink]) -> Throttle:
+    far = Hop(uplink("uplink", settings.bits_per_s) if settings.bits_per_s else None, settings.rtt_s)
+    if settings.near is None:
+        return Throttle(inner, uplink=far.uplink, rtt_s=far.rtt_s)
+    near = settings.near
+    first = node - node % near.islands
+    hop = Hop(uplink("uplink.near", near.bits_per_s) if near.bits_per_s else None, near.rtt_s)
+    return Throttle(inner, uplink=far.uplink, rtt_s=far.rtt_s, near=hop, group=range(first, first + near.islands))
 
 
 def _gloo(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:

@@ -21,7 +21,7 @@ from dtrain.algorithm import Algorithm
 from dtrain.assemble import Plan
 from dtrain.bucket import Bucket
 from dtrain.codec import State, Update
-from dtrain.link import Link, Peers
+from dtrain.link import Link, Peers, carried
 from dtrain.schedule import Control
 from dtrain.transport.base import ROUND, Tag
 from dtrain.wire import same_header
@@ -93,13 +93,15 @@ class Core:
 
     def __init__(
         self, plan: Plan, buckets: Sequence[Bucket], peers: Peers,
-        island_sum: Callable[[Sequence[float]], Sequence[float]] = tuple,
+        island_sum: Callable[[Sequence[float]], Sequence[float]] = tuple, islands: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        """``island_sum``: element by element over the ranks of the island, which all call it; of one rank the values."""
+        """``island_sum``: element by element over the ranks of the island, which all call it; of one rank the values.
+        ``islands``: which the peers are, where they are not all."""
         self.plan, self.control = plan, plan.control
         self.peers = peers
         self.step = 0
-        self.lanes = [Lane(b, plan.method(b.layout, peers)) for b in buckets]
+        self._islands = islands
+        self.lanes = [Lane(b, plan.methods[b.index % len(plan.methods)](b.layout, peers)) for b in buckets]
         if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
             raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
         self._island_sum = island_sum
@@ -113,7 +115,7 @@ class Core:
         for lane in self.lanes:
             if lane.algorithm.grad is not None:
                 link = self._link(lane)
-                generator = lane.algorithm.grad(lane.bucket, lane.state, link)
+                generator, link = self._over(lane.algorithm.grad(lane.bucket, lane.state, link), link)
                 flights.append(
                     Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=self.step + 1)
                 )
@@ -167,6 +169,7 @@ class Core:
         return self._fly(lane, step, lane.algorithm.fused(lane.bucket, lane.state, link, update, landing), link)
 
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
+        generator, link = self._over(generator, link)
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
         lane.flight.undecided = self.plan.quorum is not None
         if self.plan.graph is None:
@@ -226,6 +229,10 @@ class Core:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
+        self.load(self.checked(saved))
+
+    def checked(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state to ``load``; raises ValueError where it is of another recipe or another cut of the model."""
         own = self.state_dict()
         # A state without them is older than graphs from files, budgets, and a word on meetings, of which then its keys speak.
         like_own = all(key in own for key in saved if key.startswith("bucket"))
@@ -258,6 +265,9 @@ class Core:
             if not same_header(saved[key], value):
                 raise ValueError(f"the saved state is of another recipe: {key} is a wire of another codec; resume with its own")
         self._refuse_crossing(saved)
+        return saved
+
+    def load(self, saved: dict[str, Tensor]) -> None:
         self.step = int(saved["step"])
         if self.plan.columns is not None:
             self.control = Control(int(saved["every"]), int(saved["since"]))
@@ -303,6 +313,13 @@ class Core:
     def _wires(self) -> Iterator[tuple[str, Tensor]]:
         for lane in self.lanes:
             yield from ((f"bucket{lane.bucket.index}.{k}", v) for k, v in lane.state.items() if v.dtype == torch.uint8)
+
+    def _over(self, generator: Iterator[None], link: Link) -> tuple[Iterator[None], Link]:
+        """What talks over a link of the peers, over one of the islands, by whose numbers wires go."""
+        if self._islands is None:
+            return generator, link
+        whole = Link(self._islands[link.node], link.num_nodes, link.row, link.round)
+        return carried(generator, link, whole, self._islands), whole
 
     def _link(self, lane: Lane) -> Link:
         # An exchange of gradients and the round after it count as two, and talk over the same edges.

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.assemble import assemble, cut, prepare_kernels
+from dtrain.assemble import assemble_levels, prepare_kernels
 from dtrain.bucket import embeddings_of, flatten
 from dtrain.connect import Connection, connect
-from dtrain.core import Core, Flight
+from dtrain.core import Flight
 from dtrain.corrected import moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exact import Exact, refuse_unequal_steps
@@ -32,17 +32,16 @@ from dtrain.fused import fused_steps
 from dtrain.gradients import Gradients
 from dtrain.hooks import hook, take_over
 from dtrain.island.norm import clip_gradients
-from dtrain.link import Peers
-from dtrain.loop_fits import check_loop, optimizers_of
+from dtrain.loop_fits import check_loop, optimizers_of, refuse_idle, refuse_past_end
 from dtrain.membership import Notice
-from dtrain.moments import with_moments
 from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
-from dtrain.recipes import Recipe, of_join, resolve, with_speeds, with_start
+from dtrain.recipes import Recipe, of_join, of_section, with_speeds, with_start
 from dtrain.roll_call import agreement
+from dtrain.rounds import Level, Rounds, cut_levels, flights_of, group_of
 from dtrain.spans import span
 from dtrain.traffic import Traffic
-from dtrain.wait import BYTE_KEYS, Stats, Wait
+from dtrain.wait import Stats, Wait
 
 log = logging.getLogger("dtrain")
 
@@ -65,33 +64,31 @@ class Sync:
     ) -> None:
         self.recipe = recipe
         self.island, self.num_islands = connection.node, connection.num_nodes
-        self._connection, self._ranks, self._clip = connection, connection.ranks, clip
-        self._model = model
+        self._model, self._connection, self._ranks, self._clip = model, connection, connection.ranks, clip
         check_ranks(recipe, self._ranks.num_ranks)
-        plan = assemble(recipe, seed, connection.num_nodes)
+        plan, *_ = plans = assemble_levels(recipe, seed, connection.num_nodes)
         flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
         self._flat = replace(flat, first=self._ranks.before(flat.numel))
         device = self._flat.storages[0].device
-        prepare_kernels(recipe, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        self.buckets = cut(recipe, self._flat, num_ranks=self._ranks.num_replicas, with_grad=plan.rewrites_gradients)
-        if recipe.moments is not None:
-            self.buckets = with_moments(recipe.name, self.buckets, self._flat, optimizers)
-        mine = [b for b in self.buckets if b.owner == self._ranks.replica]
+        for level in recipe.levels:
+            prepare_kernels(level, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
+        cuts = cut_levels(plans, self._flat, optimizers, self._ranks.num_replicas)
+        self.buckets = cuts[0]
         self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
-        self._traffic = Traffic(connection.transport, self.buckets[0].x.device)
+        self._traffic = Traffic(connection.transport, self.buckets[0].x.device, group_of(recipe, connection.node))
         self._wait = Wait(connection, self._traffic)
         self._exact = Exact(model, self._flat, self.buckets, connection, self._traffic, self._wait)
-        self._base: dict[str, float] = {}
         self._prepared = self._closed = False
         self._merged_at: tuple[int, ...] = ()
         self._agreement = None
         with ExitStack() as undo:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
-            self._exact.align(recipe, seed, plan.edges)
+            self._exact.align(recipe, seed, [plan.edges for plan in plans])
             undo.pop_all()
         self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-        self.core = Core(plan, mine, Peers(connection.node, connection.num_nodes, plan.pace.shares), self._ranks.total)
-        self._fused = fused_steps(self.core, optimizers, self._flat, self._ranks)
+        self._rounds = Rounds(recipe, plans, cuts, connection)
+        self.core = self._rounds.last  # whose peers are all islands
+        self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
         self._agreement = agreement(self.core, connection, self._traffic, self._wait)
         self._release = hook(optimizers, scaler, self)
         if self._fused is not None:
@@ -102,7 +99,11 @@ class Sync:
     @property
     def step(self) -> int:
         """Optimizer steps that this island has done, skipped and idle ones included."""
-        return self.core.step
+        return self._rounds.step
+
+    def begin_after(self, step: int) -> None:
+        """Count from ``step``, where somebody else did those before."""
+        self._rounds.step = step
 
     @property
     def idle(self) -> bool:
@@ -124,54 +125,45 @@ class Sync:
     def before_update(self) -> None:
         """Land the rounds that are due, exchange gradients where the method does, clip. Gradients are complete
         here. Call it and ``after_update`` yourself where hooks do not fit, and give join no optimizer then."""
-        if self.idle:
-            raise ValueError(
-                f"island {self.island} is idle in step {self.step + 1}, as its speed says; train `while sync.step < steps`, and "
-                "before each step `if sync.idle: sync.sit_out(); continue`"
-            )
+        refuse_idle(self)
         if self._fused is None:
             self._land_due(self.step + 1)
-        elif self._fragments_due(self.step + 1):  # the optimizer's step lands them
-            self._wait_for([lane.flight for lane in self.core.due(self.step + 1) if lane.flight is not None])
-        if self._clip and self.core.plan.signs:
+        else:  # the optimizer's step lands the nearest level's
+            near, *further = self._rounds.levels
+            if near.fragments_due(self.step + 1, self._ranks.num_ranks):
+                self._wait_for(flights_of(near.core.due(self.step + 1)))
+            for level in further:
+                self._land(level, self.step + 1)
+        plan, num_nodes = self._rounds.first.plan, self._rounds.first.peers.num_nodes
+        if self._clip and plan.signs:
             clip_gradients(self._flat.trained, self._clip, self._ranks)
-        if self._gradients is not None and self.core.plan.exchanges(self.num_islands):
+        if self._gradients is not None and plan.exchanges(num_nodes):
             self._exchange_gradients()
-        if self._clip and self._fused is None and not self.core.plan.signs:  # a fused step clips in its own pass
+        if self._clip and self._fused is None and not plan.signs:  # a fused step clips in its own pass
             clip_gradients(self._flat.trained, self._clip, self._ranks)
         self._prepared = True
 
     @torch.no_grad()
     def after_update(self, *, skipped: bool = False) -> None:
-        """Count the step and start the rounds that are due. A step that the loss scaler skipped is a step on every
-        island."""
-        if self.recipe.total_steps == self.step:
-            raise ValueError(
-                f"step {self.step + 1} is past total_steps = {self.step}, over which all rounds were spread; give join the whole "
-                "run's length"
-            )
+        """Count the step and start the rounds that are due. A step that the loss scaler skipped is one on every island."""
+        refuse_past_end(self.recipe, self.step)
         if not self._prepared:
             assert skipped, "after_update without before_update is for skipped steps"
             self._land_due(self.step + 1)
         self._prepared = False
-        self.core.step += 1
-        if self._fused is None or skipped:
-            if self._wait.peer_left:
-                return
-            self._launch(self.core.start_rounds() if self._agreement is None else self._agreement.after_step())
-            if self._ranks.num_ranks > 1 and self.core.plan.moves and self.core.delay_steps:  # else landing does it
-                begun = self.core.begun(self.step)
-                self._ranks.refresh([b for b in self.buckets if b.fragment in begun], gradients=False)
-        if self.core.delay_steps == 0:
-            self._land_due(self.step)
+        self._rounds.step += 1
+        started = self._rounds.first if self._starts_in_pass(self.step) and not skipped else None
+        for level in self._rounds.starting():
+            if level.core is not started:
+                self._start(level)
+            if level.core.delay_steps == 0:
+                self._land(level, self.step)
 
     # ---- what a loop may ask for
 
     def stats(self) -> Stats:
-        """Counts so far, of the whole island: bytes that were posted, and with several ranks those as of the last
-        wait, when they were added up."""
-        sent, received, start, merged = (int(n + self._base.get(k, 0)) for k, n in self._wait.island_bytes().items())
-        return Stats(self.step, self._base.get("wait_s", 0.0) + self._wait.waited_s, sent, received, start, merged)
+        """Counts so far, of the whole island; with several ranks bytes as of the last wait, when they were added up."""
+        return self._wait.stats(self.step)
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
@@ -179,7 +171,7 @@ class Sync:
         the same number of steps. Its waiting is not counted."""
         waited_s = self._wait.waited_s
         self.settle()
-        restore = self._exact.keep(self.core)
+        restore = self._exact.keep(self._rounds)
         try:
             self._average()
             self._wait.waited_s = waited_s
@@ -194,18 +186,18 @@ class Sync:
 
         Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
         self.drain()
-        self._exact.rest(self.core)
+        self._exact.rest(self._rounds)
         distance = self._average()
-        self.core.merged()
+        self._rounds.merged()
         return distance
 
     def merge_corrected(self) -> float:
         """``merge`` for islands that were never in sync: it gives back the variance that a mean takes out (``corrected.py``)."""
         self.drain()
-        self._exact.rest(self.core)
+        self._exact.rest(self._rounds)
         before, distance = moments(self._flat.parameters), self._average()
         self._exact.correct(self.step, before)
-        self.core.merged()
+        self._rounds.merged()
         return distance
 
     def consensus_distance(self) -> float:
@@ -213,7 +205,7 @@ class Sync:
         counted; leaves the model alone."""
         waited_s = self._wait.waited_s
         self.settle()
-        restore = self._exact.keep(self.core)
+        restore = self._exact.keep(self._rounds)
         try:
             distance = self._average()
         finally:
@@ -226,32 +218,27 @@ class Sync:
         """Wait for the bytes of all rounds in flight; they land when their step comes, so this leaves the trajectory alone."""
         if self._agreement is not None:
             self._agreement.withdraw()
-        self._wait_for([lane.flight for lane in self.core.in_flight() if lane.flight is not None])
+        self._wait_for(flights_of(self._rounds.in_flight()))
 
     @torch.no_grad()
     def drain(self) -> None:
         """Wait for all rounds in flight and land them now, in the order of their steps."""
         self.settle()
-        for step in range(self.step, self.step + self.core.delay_steps + 1):
+        for step in range(self.step, self.step + self._rounds.delay_steps + 1):
             self._land_due(step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of this rank's state that a bit-identical resume needs, as tensors; waits for bytes in flight."""
         self.settle()
-        name, now = f"counts{self._ranks.rank}", self.stats()
-        counts = dict(zip(BYTE_KEYS, now[2:], strict=True)) | {"wait_s": now.wait_s}
-        return self.core.state_dict() | {
-            f"{name}.{k}": torch.tensor(float(v), dtype=torch.float64) for k, v in counts.items()
-        }
+        return self._rounds.state_dict() | self._wait.state_dict()
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave on the same rank; raises ValueError where it is of another recipe or cut.
 
         The parameters and the inner optimizer are the caller's to restore, and after ``join``: join makes the
         islands' weights equal, and in the middle of a run they are not."""
-        self.core.load_state_dict(saved)
-        prefix = f"counts{self._ranks.rank}."
-        self._base = {k.removeprefix(prefix): float(v) for k, v in saved.items() if k.startswith(prefix)}
+        self._rounds.load_state_dict(saved)
+        self._wait.load_state_dict(saved)
 
     def close(self, *, failed: bool = False) -> None:
         """Take the hooks off, say good-bye, let the last wires leave (not after a failure)."""
@@ -287,6 +274,20 @@ class Sync:
 
     # ---- rounds and waiting
 
+    def _starts_in_pass(self, step: int) -> bool:
+        """Whether the optimizer's step number ``step`` starts the nearest level's rounds too."""
+        return self._fused is not None and not self._rounds.replaced(step)
+
+    def _start(self, level: Level) -> None:
+        """Start the rounds of a level that begin now."""
+        if self._wait.peer_left:
+            return
+        plan = level.core.plan
+        self._launch(level.core.start_rounds() if self._agreement is None else self._agreement.after_step())
+        if self._ranks.num_ranks > 1 and plan.moves and level.core.delay_steps:  # else landing does it
+            begun = level.core.begun(self.step)
+            self._ranks.refresh([b for b in level.buckets if b.fragment in begun], gradients=False)
+
     def _launch(self, flights: Sequence[Flight]) -> None:
         if flights:
             self._flat.check_in_place(self._model)
@@ -300,7 +301,8 @@ class Sync:
     def _fused_step(self) -> None:
         """The optimizer's step, while it is taken over."""
         assert self._fused is not None
-        flights = self._fused.step(self.step + 1, clip=self._clip, may_start=not self._wait.peer_left)
+        starts = not self._wait.peer_left and self._starts_in_pass(self.step + 1)
+        flights = self._fused.step(self.step + 1, clip=self._clip, may_start=starts)
         self._launch(flights)
         for flight in flights:
             if flight.error is not None:  # the step itself may not have been done
@@ -311,35 +313,31 @@ class Sync:
             self._wait.all(self.step, self._exact.merges, flights)
 
     def _land_due(self, step: int) -> None:
-        fragments = self._fragments_due(step)
+        for level in self._rounds.levels:
+            self._land(level, step)
+
+    def _land(self, level: Level, step: int) -> None:
+        fragments = level.fragments_due(step, self._ranks.num_ranks)
         if not fragments:
             return
-        lanes = self.core.due(step)
-        self._wait_for([lane.flight for lane in lanes if lane.flight is not None])
+        lanes = level.core.due(step)
+        self._wait_for(flights_of(lanes))
         with span("land"):
             for lane in lanes:
-                self.core.land(lane)
+                level.core.land(lane)
             # After a drop ranks may differ in which rounds landed; this makes them equal again.
-            self._ranks.refresh([b for b in self.buckets if b.fragment in fragments], gradients=False)
-            self.core.adapt()
-
-    def _fragments_due(self, step: int) -> set[int]:
-        """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without
-        asking."""
-        if self._ranks.num_ranks == 1:
-            return {lane.bucket.fragment for lane in self.core.due(step)}
-        begun = step - self.core.delay_steps
-        return self.core.begun(begun) if self.core.plan.sends and begun > 0 else set()
+            self._ranks.refresh([b for b in level.buckets if b.fragment in fragments], gradients=False)
+            level.core.adapt()
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None
         with span("gradients"):
             self._gradients.read()
-        flights = [] if self._wait.peer_left else self.core.start_gradients()
+        flights = [] if self._wait.peer_left else self._rounds.first.start_gradients()
         self._launch(flights)
         self._wait_for(flights)
         with span("gradients"):
-            if self.core.plan.signs:  # of what was dropped or not begun too; a sign's sign is itself
+            if self._rounds.first.plan.signs:  # of what was dropped or not begun too; a sign's sign is itself
                 for b in self.buckets:
                     assert b.g is not None
                     b.g.sign_()
@@ -383,7 +381,7 @@ def join(
     environment is read otherwise.
 
     Raises ValueError for settings that do not fit, PeerLost when an island does not come."""
-    overrides: dict[str, object] = {
+    axes: dict[str, object] = {
         "every": every, "schedule": schedule, "moments": moments, "delay": delay, "quorum": quorum, "grace": grace,
         "codec": codec, "error_feedback": error_feedback, "feedback_decay": feedback_decay,
         "topology": topology, "graph": graph, "server": server, "reduce": reduce, "rank": rank,
@@ -393,9 +391,9 @@ def join(
         "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }
     connection = link or connect(device=next(model.parameters()).device)
-    said = {k: v for k, v in overrides.items() if v is not None}
-    axes = said if recipe is not None else {**connection.job_axes, **said}
-    row = of_join(resolve(recipe or connection.job_recipe, axes, connection.num_nodes), total_steps)
+    said = {k: v for k, v in axes.items() if v is not None}
+    of_job = {"recipe": connection.job_recipe, **connection.job_axes} if recipe is None else {"recipe": recipe}
+    row = of_join(of_section({**of_job, **said}, connection.num_nodes), total_steps)
     row = with_speeds(with_start(row, start), speeds, connection.num_nodes)
     check_loop(row, optimizers, clip=clip, scaler=scaler)
     return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

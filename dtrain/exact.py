@@ -15,7 +15,7 @@ from dtrain import own
 from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
 from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
 from dtrain.connect import Connection
-from dtrain.core import Core, Flight
+from dtrain.core import Flight
 from dtrain.corrected import correct, moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exchange import align, merge, tell
@@ -23,6 +23,7 @@ from dtrain.link import Link
 from dtrain.membership import Notice
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipes import Recipe
+from dtrain.rounds import Rounds
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, START
@@ -36,6 +37,14 @@ _BUFFERS, _NOTES, _FROZEN = range(EXTRA_NAMES)
 
 def _names_own(axis: str, answer: object) -> TypeGuard[str]:
     return axis in OWN_AXES and isinstance(answer, str) and is_own(answer)
+
+
+def _answers(recipe: Recipe, edges: int) -> dict[str, object]:
+    """Files may lie elsewhere on every host, and differ: a graph's edges count, and what a method of one's own says."""
+    left_out = ("name", "summary", "paper", "graph", "method", "near")
+    answers = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in left_out}
+    answers |= {axis: f"{own.digest(n)}:{n.rpartition(':')[2]}" for axis, n in answers.items() if _names_own(axis, n)}
+    return answers | {"edges": edges, "file": own.digest(recipe.name) if is_own(recipe.name) else ""}
 
 
 class Averaged(NamedTuple):
@@ -75,8 +84,8 @@ class Exact:
         """Parameters by bucket as they were before ``rest`` moved them, from which the next average takes their distance."""
 
     @torch.no_grad()
-    def align(self, recipe: Recipe, seed: int, edges: int) -> None:
-        """Refuse islands that cannot work together (``edges``: a number of the graph); then give all of them island 0's model
+    def align(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
+        """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all island 0's model
         where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
         if self._connection.num_nodes > 1:
@@ -93,13 +102,13 @@ class Exact:
         self._averaged = averaged_buffers(self._model)
 
     @torch.no_grad()
-    def keep(self, core: Core) -> Callable[[], None]:
+    def keep(self, rounds: Rounds) -> Callable[[], None]:
         """Make the parameters what ``merge`` would average, that of rounds in flight apart; the call puts all that changes back,
         here and in an average."""
-        rests = [value for lane in core.lanes if lane.algorithm.rest is not None for value in lane.state.values()]
+        rests = [value for lane in rounds.lanes if lane.algorithm.rest is not None for value in lane.state.values()]
         tensors = [*(b.x for b in self._buckets), *self._averaged, *rests]
         saved = [x.clone() for x in tensors]
-        self.rest(core)
+        self.rest(rounds)
 
         @torch.no_grad()
         def restore() -> None:
@@ -109,11 +118,11 @@ class Exact:
         return restore
 
     @torch.no_grad()
-    def rest(self, core: Core) -> None:
+    def rest(self, rounds: Rounds) -> None:
         """Move the parameters to where a plain mean of theirs is the mean that the method keeps."""
-        if any(lane.algorithm.rest is not None for lane in core.lanes):
+        if any(lane.algorithm.rest is not None for lane in rounds.lanes):
             self._as_trained = {b.index: b.x.clone() for b in self._mine}
-        core.rest()
+        rounds.rest()
 
     @torch.no_grad()
     def average(self, step: int) -> Averaged:
@@ -175,7 +184,7 @@ class Exact:
         self._ranks.share([told])
         return told.tolist()
 
-    def _compare(self, recipe: Recipe, seed: int, edges: int) -> None:
+    def _compare(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
         """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0."""
         everyone: list[Tensor] = []
         own = torch.frombuffer(bytearray(self._promises(recipe, seed, edges)), dtype=torch.uint8).to(self._device)
@@ -189,15 +198,12 @@ class Exact:
                         "recipe, axes, model, number of ranks and seed"
                     )
 
-    def _promises(self, recipe: Recipe, seed: int, edges: int) -> bytes:
-        # Files may lie elsewhere on every host, and differ: a graph's edges count, and what a method of one's own says.
-        beside_names = [f.name for f in fields(recipe) if f.name not in ("name", "summary", "paper", "graph", "method")]
-        answers = {name: getattr(recipe, name) for name in beside_names}
-        answers |= {axis: f"{own.digest(n)}:{n.rpartition(':')[2]}" for axis, n in answers.items() if _names_own(axis, n)}
-        answers |= {"edges": edges, "file": own.digest(recipe.name) if is_own(recipe.name) else ""}
+    def _promises(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> bytes:
+        answers = [_answers(level, number) for level, number in zip(recipe.levels, edges, strict=True)]
+        group = None if recipe.near is None else recipe.near.islands
         model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
-        facts = (answers, [model, beside], self._ranks.num_ranks, seed)
+        facts = ([answers, group], [model, beside], self._ranks.num_ranks, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
     def _run(self, step: int, flights: Sequence[Flight]) -> None:

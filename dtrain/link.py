@@ -5,7 +5,7 @@ here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -116,3 +116,19 @@ class Link:
 
     def new_phase(self) -> None:
         self.outbox, self.expected, self.checks = [], {}, {}
+
+
+def carried(part: Iterator[None], own: Link, over: Link, nodes: Sequence[int]) -> Iterator[None]:
+    """Run what talks over ``own``, a link of a few of an ``over``'s nodes, over that one. ``nodes``: the few, by their numbers
+    there, in the order of their numbers here."""
+    flies = True
+    while flies:
+        flies = next(part, over) is not over
+        for peer, wire in own.outbox:
+            over.post(nodes[peer], wire)
+        for peer, wire_bytes in own.expected.items():
+            over.expect(nodes[peer], wire_bytes, own.checks.get(peer))
+        if flies:
+            yield
+            own.inbox = {peer: over.received(nodes[peer]) for peer in own.expected}
+            own.new_phase()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -43,7 +44,7 @@ def check_loop(
         _check_plain_sgd(recipe.name, optimizers)
     if scaler is None:
         return
-    if RULES[recipe.algorithm].rewrites_gradients or recipe.payload == "gradients":
+    if any(RULES[level.algorithm].rewrites_gradients or level.payload == "gradients" for level in recipe.levels):
         raise ValueError(
             f"recipe {recipe.name!r} exchanges something before each update, and a GradScaler that skips a step on one island "
             "only would split the replicas; use bf16 without a scaler, or a recipe that exchanges parameters"
@@ -57,6 +58,34 @@ def check_loop(
         raise ValueError(
             f"clip = {clip} with a GradScaler would clip gradients that are still scaled; leave clip out, and clip between "
             "scaler.unscale_(optimizer) and scaler.step(optimizer)"
+        )
+
+
+def refuse_past_end(recipe: Recipe, step: int) -> None:
+    """Raises ValueError where a step begins after the last of those that a budget was spread over."""
+    if recipe.total_steps == step:
+        raise ValueError(
+            f"step {step + 1} is past total_steps = {step}, over which all rounds were spread; give join the whole run's length"
+        )
+
+
+class _Island(Protocol):
+    """What ``engine.Sync`` says of itself."""
+
+    @property
+    def island(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def idle(self) -> bool: ...
+
+
+def refuse_idle(sync: _Island) -> None:
+    """Raises ValueError where a loop is about to train in a step in which its island is idle."""
+    if sync.idle:
+        raise ValueError(
+            f"island {sync.island} is idle in step {sync.step + 1}, as its speed says; train `while sync.step < steps`, and "
+            "before each step `if sync.idle: sync.sit_out(); continue`"
         )
 
 

@@ -194,7 +194,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
             yield
             told.take(state["ranks"], link)
 
-        return BoundReduce(init, run)
+        return BoundReduce(init, run, phases=(3 if adapts else 2) if cut.matrices else 1)
 
     return bind
 

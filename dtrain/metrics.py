@@ -41,6 +41,7 @@ class MetricsWriter:
         eval_loss: float | None = None,
         eval_loss_merged: float | None = None,
         consensus_distance: float | None = None,
+        wire_bytes_sent_near: int | None = None,
     ) -> None:
         """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
         out, as the loss of a step in which the island was idle."""
@@ -58,6 +59,7 @@ class MetricsWriter:
             "eval_loss": eval_loss,
             "eval_loss_merged": eval_loss_merged,
             "consensus_distance": consensus_distance,
+            "wire_bytes_sent_near": wire_bytes_sent_near,
         }
         content = {name: value for name, value in content.items() if value is not None}
         self._follow()
@@ -193,6 +195,8 @@ class Part:
     ranks: int
     meetings: int | None = None
     """With another island, where pairs meet when both are ready; None where rounds have their steps."""
+    wire_bytes_sent_near: int | None = None
+    """Of wire_bytes_sent, to islands of its own group, in a job of two levels; None in others."""
 
 
 def write_part(folder: Path, part: Part) -> None:

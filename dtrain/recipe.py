@@ -75,6 +75,8 @@ class Recipe:
     """Whether H falls as the rank does: sync.every = "adaptive:H"."""
     speeds: tuple[float, ...] | None = None
     """Of each island beside the fastest's 1 (``slots.py``); None: all alike. Never said in a row."""
+    near: Near | None = None
+    """Beneath these rounds, which then are those of groups of islands; never said in a row (``levels.py``)."""
 
     @property
     def draws(self) -> str | None:
@@ -91,3 +93,22 @@ class Recipe:
         if not self.every_adapts:
             return self.every
         return 1 if self.delay == "round" else self.delay + 1
+
+    @property
+    def levels(self) -> tuple[Recipe, ...]:
+        """The nearest first; of a job without levels this one alone."""
+        return (self,) if self.near is None else (self.near.recipe, self)
+
+    @property
+    def title(self) -> str:
+        """The names of all levels' rows."""
+        return " + ".join(level.name for level in self.levels)
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """What neighbouring islands do among themselves."""
+
+    islands: int
+    """Of a group."""
+    recipe: Recipe

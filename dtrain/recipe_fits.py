@@ -180,6 +180,11 @@ def check_trains(r: Recipe) -> None:
 
 def check_ranks(r: Recipe, num_ranks: int) -> None:
     """Raises ValueError for a recipe whose islands cannot have so many ranks."""
+    if r.near is not None and num_ranks > 1:
+        raise ValueError(
+            f"islands.ranks = {num_ranks} with [[sync.level]]: the near level is what an island's ranks would do, on islands of "
+            "one rank; use islands.ranks=1, and more islands"
+        )
     why = RULES[r.algorithm].one_rank
     if why is not None and num_ranks > 1:
         raise ValueError(

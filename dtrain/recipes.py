@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dtrain import own, schedule, slots
 from dtrain.landing_fits import check_stable
+from dtrain.levels import of_levels
 from dtrain.methods import RULES, InnerOptimizer
 from dtrain.own_name import is_own
 from dtrain.recipe import Recipe
@@ -25,7 +26,7 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in ROWS}
 
 _NO_AXES = (
     *("name", "summary", "paper", "payload", "combine", "method", "moments_every", "sam_rho", "optimizer", "start"),
-    *("total_steps", "every_adapts", "speeds"),
+    *("total_steps", "every_adapts", "speeds", "near"),
 )
 AXES = tuple(f.name for f in fields(Recipe) if f.name not in _NO_AXES)
 """What a job file or join() may override."""
@@ -144,6 +145,8 @@ def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Re
         raise ValueError(f"{said}: they are beside the fastest island's; divide each by the largest, so that that is 1")
     if min(speeds) == 1:
         return recipe
+    if recipe.near is not None:
+        raise ValueError(f"{said} is for a job with one level of rounds, and [[sync.level]] makes two; leave it out")
     if recipe.every == 1 or recipe.schedule != schedule.EVERY:
         raise ValueError(
             f'{said} is for rounds that are many steps apart, and sync.recipe = "{recipe.name}" has sync.every = {recipe.every} '
@@ -203,7 +206,10 @@ def optimizer_of(
 
 def of_section(sync: Mapping[str, object], num_islands: int, total_steps: int | None = None) -> Recipe:
     """The recipe that a job file's [sync] describes: the row that it names, with its other keys over it, for a run of
-    ``total_steps`` where that is given."""
+    ``total_steps`` where that is given; of a job with levels the far one's, with the near one's in it."""
+    levels = sync.get("level")
+    if isinstance(levels, list):
+        return of_levels(levels, {key: v for key, v in sync.items() if key != "level" and v is not None}, num_islands, resolve)
     name = sync.get("recipe")
     assert name is None or isinstance(name, str)
     recipe = resolve(name, {key: value for key, value in sync.items() if key != "recipe"}, num_islands)

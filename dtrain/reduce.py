@@ -28,6 +28,8 @@ class BoundReduce(NamedTuple):
     run: Callable[[Tensor, Tensor, State, Link], Iterator[None]]
     """(payload fp32, out fp32, state, link). The payload is read before the first yield only; it may be out
     itself."""
+    phases: int
+    """How often it yields."""
     takes_back: bool = False
     """Whether a payload that is left out of its round (``Link.left_out``) goes out with the next one by itself."""
 
@@ -61,7 +63,7 @@ def gather(codec: Codec, combined: Callable[[Layout], Combine] = lambda layout: 
             if link.left_out and takes_back:
                 bound.decode_add(wires[link.node], state["residual"], weight=1.0)
 
-        return BoundReduce(bound.init, run, takes_back)
+        return BoundReduce(bound.init, run, phases=1, takes_back=takes_back)
 
     return bind
 
@@ -107,7 +109,7 @@ def all_to_all(codec: Codec) -> Reduce:
             for j, (b, p) in enumerate(zip(bound, parts, strict=True)):
                 b.decode_add(result if j == link.node else link.received(j), out[p], weight=1.0)
 
-        return BoundReduce(init, run)
+        return BoundReduce(init, run, phases=2)
 
     return bind
 

@@ -80,7 +80,13 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "consensus_distance": _mean(part.consensus_distance for part in parts),
         "corpus_hash": first.corpus_hash,
         **({} if first.meetings is None else {"meetings": sum(part.meetings or 0 for part in parts) // 2}),
+        **({} if first.wire_bytes_sent_near is None else _links(parts, sent)),
     }
+
+
+def _links(parts: Sequence[Part], sent: float) -> Summary:
+    near = statistics.mean(part.wire_bytes_sent_near or 0 for part in parts)
+    return {"wire_bytes_sent_near": near, "wire_bytes_sent_far": sent - near}
 
 
 def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
@@ -130,6 +136,7 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("Loss", _merged(summary), "the islands' models merged into one, on text it never saw; lower is better"),
         ("Each island alone", _alone(summary), "its own model just before the merge"),
         ("Bytes an island sent", _bytes(summary), "against averaging all gradients in fp32 each step (all-reduce)"),
+        *_far(summary),
         *_meetings(summary),
         ("Sent once besides", _once(summary), "to start from equal weights, and to merge at the end"),
         (
@@ -226,6 +233,13 @@ def _bytes(summary: Summary) -> str:
 def _meetings(summary: Summary) -> list[tuple[str, str, str]]:
     count = summary.get("meetings")
     return [] if count is None else [("Meetings", f"{count:,}", "of two islands, as soon as both were ready")]
+
+
+def _far(summary: Summary) -> list[tuple[str, str, str]]:
+    if "wire_bytes_sent_far" not in summary:
+        return []
+    far, near = (units.show_bytes(summary[f"wire_bytes_sent_{link}"]) for link in ("far", "near"))
+    return [("To other groups", far, f"over the far link; the other {near} stayed within its group")]
 
 
 def _once(summary: Summary) -> str:

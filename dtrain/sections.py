@@ -110,7 +110,7 @@ class Train(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 
-class Sync(Section):
+class Answers(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row that dtrain recipes lists, or FILE.py:ROW, one of your own")
@@ -259,6 +259,38 @@ class Sync(Section):
         if isinstance(value, int) and value < 0:
             raise ValueError(f'delay = {value} is negative; use 0, a number of steps, or "round"')
         return value
+
+
+class Level(Answers):
+    """One of two in a job: what the islands of a group do among themselves, or what the groups do (``levels.py``)."""
+
+    islands: int | None = Field(
+        None, ge=2, description="of the near level, the first: so many neighbouring islands are a group, of two or more"
+    )
+    rate: str | None = Field(None, description="an island's uplink to its group, or to the other groups; left out: link.rate")
+    rtt: str | None = Field(None, description="round-trip time within a group, or to other groups; left out: link.rtt")
+
+    @field_validator("rate")
+    @classmethod
+    def _rate_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            units.bits_per_s(value)
+        return value
+
+    @field_validator("rtt")
+    @classmethod
+    def _rtt_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            units.seconds(value)
+        return value
+
+
+class Sync(Answers):
+    level: list[Level] | None = Field(
+        None,
+        description="two tables [[sync.level]] in place of sync's other keys: the first of groups of neighbouring islands, the "
+        "second of all groups; each has any of these keys, and its own islands, rate and rtt",
+    )
 
 
 class LinkSection(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,17 @@ class ByteCount:
 
     sent: dict[int, int]
     received: dict[int, int]
+    near: int = 0
+    """Of the rounds' sent ones, those to islands of one's own group."""
 
 
 class Traffic:
     """Launches flights over a transport, resumes them in the background, counts their bytes."""
 
-    def __init__(self, transport: Transport, device: torch.device) -> None:
+    def __init__(self, transport: Transport, device: torch.device, group: Container[int] = ()) -> None:
+        """``group``: islands to which bytes are counted apart."""
         self.bytes = ByteCount(dict.fromkeys((START, ROUND, MERGE), 0), dict.fromkeys((START, ROUND, MERGE), 0))
-        self._transport = transport
+        self._transport, self._group = transport, group
         self._inbox = transport.inbox
         self._device = device
         self._staging = Pool(transport.wires_on)
@@ -202,6 +205,9 @@ class Traffic:
                 refuse_non_finite(copies[id(wire)])
             self._transport.post(peer, flight.tag(), copies[id(wire)])
             self._count(self.bytes.sent, flight.kind, wire.numel())
+            if flight.kind == ROUND and peer in self._group:
+                with self._inbox.changed:
+                    self.bytes.near += wire.numel()
 
     def _count(self, counts: dict[int, int], kind: int, wire_bytes: int) -> None:
         """Rounds start on the caller's thread while others go on in the background, so both count."""

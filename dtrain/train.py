@@ -66,12 +66,14 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
 
-    prepare_kernels(build_recipe(job), device, lambda: status.update("compiling", 0))
+    for level in build_recipe(job).levels:
+        prepare_kernels(level, device, lambda: status.update("compiling", 0))
 
     def on_wait(missing: tuple[int, ...], waited_s: float, limit_s: float) -> None:
         # Whichever rank waits for the link: the others wait for it, inside a collective, and cannot say so.
         status.update("waiting", 0, waiting_for=missing, waited_s=waited_s)
 
+    settings = settings_of(job.link, job.sync.level)
     epoch, resume_step, observe = place.epoch, place.resume_step, unobserved
     with ExitStack() as held:
         if window is not None:
@@ -79,7 +81,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
         while True:
             try:
                 connection = connect(
-                    place, settings_of(job.link), device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
+                    place, settings, device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
                 )
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
@@ -186,7 +188,7 @@ def _begin(
         sync.load_state_dict({k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)})
         torch.set_rng_state(saved[f"rng{ranks.rank}"])
     else:
-        sync.core.step = start
+        sync.begin_after(start)
     inputs, targets = heldout_sequences(corpus, job.model.context)
     heldout, batches = (inputs.to(device), targets.to(device)), Batches(job, corpus, connection, device)
     if part is not None:
@@ -264,6 +266,7 @@ def _loop(island: _Island, observe: Observe) -> None:
                 eval_loss=seen.eval_loss,
                 eval_loss_merged=seen.eval_loss_merged,
                 consensus_distance=seen.consensus_distance,
+                wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
             )  # fmt: skip
         _checkpoint_aside(island, step + 1)
         began = ended
@@ -370,7 +373,7 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         island=node,
         islands=island.connection.num_nodes,
         ranks=island.connection.ranks.num_ranks,
-        recipe=sync.recipe.name,
+        recipe=sync.recipe.title,
         parameters=inside.parameters,
         steps=steps,
         first_step=island.first_step,
@@ -391,6 +394,7 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         consensus_distance=distance,
         corpus_hash=island.corpus.hash,
         meetings=sync.core.meetings,
+        wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
     )
     write_part(island.run / "logs" / f"island{node}", part)
     _say(island, "done", steps)

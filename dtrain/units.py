@@ -8,6 +8,9 @@ import re
 _RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
+LINK_KEYS = ("islands", "rate", "rtt")
+"""Of a level of [sync], what is no answer of a recipe: who is in its groups, and what its link is like."""
+
 
 def bits_per_s(text: str) -> float | None:
     """``"10mbit"`` -> 1e7; ``"none"`` -> None (unshaped). Units as tc writes them: bit, kbit, mbit, gbit, tbit."""

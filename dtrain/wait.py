@@ -11,6 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch import Tensor
+
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, PeerLost, Regroup
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dtrain")
 
-BYTE_KEYS = ("sent", "received", "start", "merge")
+BYTE_KEYS = ("sent", "received", "start", "merge", "sent_near")
 
 _OK, _LEFT, _LOST, _NON_FINITE, _REGROUP = range(5)
 """What a rank saw while it waited; the highest that any rank saw is the island's outcome."""
@@ -40,6 +43,12 @@ class Stats(NamedTuple):
     wire_bytes_received: int
     wire_bytes_start: int
     wire_bytes_merge: int
+    wire_bytes_sent_near: int
+    """Of wire_bytes_sent, to islands of one's own group; 0 in a job without levels."""
+
+    @property
+    def wire_bytes_sent_far(self) -> int:
+        return self.wire_bytes_sent - self.wire_bytes_sent_near
 
 
 class _Silence:
@@ -73,6 +82,26 @@ class Wait:
         self._ranks = connection.ranks
         self._traffic = traffic
         self._totals = [0.0] * len(BYTE_KEYS)
+        self._base: dict[str, float] = {}
+        """What a run that this one goes on with had counted."""
+
+    def stats(self, step: int) -> Stats:
+        """Counts so far, of the whole island: bytes that were posted, and with several ranks those as of the last wait, when they
+        were added up."""
+        counts = (int(n + self._base.get(k, 0)) for k, n in self.island_bytes().items())
+        return Stats(step, self._base.get("wait_s", 0.0) + self.waited_s, *counts)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        now = self.stats(0)
+        counts = dict(zip(BYTE_KEYS, now[2:], strict=True)) | {"wait_s": now.wait_s}
+        return {f"{self._prefix}{k}": torch.tensor(float(v), dtype=torch.float64) for k, v in counts.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        self._base = {k.removeprefix(self._prefix): float(v) for k, v in saved.items() if k.startswith(self._prefix)}
+
+    @property
+    def _prefix(self) -> str:
+        return f"counts{self._ranks.rank}."
 
     def all(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
         """Wait until the flights of every rank of the island are done; every rank calls this, also without flights.
@@ -161,7 +190,7 @@ class Wait:
 
     def _own_bytes(self) -> list[float]:
         count = self._traffic.bytes
-        return [count.sent[ROUND], count.received[ROUND], count.sent[START], count.sent[MERGE]]
+        return [count.sent[ROUND], count.received[ROUND], count.sent[START], count.sent[MERGE], count.near]
 
     def _agree(self, problem: Exception | None) -> Exception | None:
         worst = self._ranks.worst(self._seen(problem))

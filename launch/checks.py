@@ -14,6 +14,7 @@ from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
+from dtrain.sections import Answers
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
@@ -70,21 +71,34 @@ def resolved(job: Job) -> Job:
         raise ValueError(
             f'train.eval_merged = true is of the mean, and train.merge = "{job.train.merge}" ends with another; leave it out'
         )
-    answers = {"recipe": recipe.name} | {axis: answer_of(recipe, axis) for axis in AXES}
-    return job.model_copy(update={"sync": job.sync.model_copy(update=answers)})
+    levels = job.sync.level or [job.sync]
+    out = [
+        said.model_copy(update={"recipe": level.name} | {axis: answer_of(level, axis) for axis in AXES})
+        for said, level in zip(levels, recipe.levels, strict=True)
+    ]
+    return _with_levels(job, out)
 
 
 def with_absolute_paths(job: Job) -> Job:
     """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
-    named = {axis: getattr(job.sync, axis) for axis in OWN_AXES}
-    owned = {axis: own.absolute(name) for axis, name in named.items() if name is not None and is_own(name)}
-    if owned:
-        job = job.model_copy(update={"sync": job.sync.model_copy(update=owned)})
-    if job.sync.graph is not None and topology.is_file(job.sync.graph):
-        job = job.model_copy(update={"sync": job.sync.model_copy(update={"graph": os.path.abspath(job.sync.graph)})})
-    return job
+    levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
+    return _with_levels(job, levels)
+
+
+def _absolute(level: Answers) -> dict[str, str]:
+    named = {axis: getattr(level, axis) for axis in OWN_AXES}
+    found = {axis: own.absolute(name) for axis, name in named.items() if name is not None and is_own(name)}
+    if level.graph is not None and topology.is_file(level.graph):
+        found["graph"] = os.path.abspath(level.graph)
+    return found
+
+
+def _with_levels(job: Job, levels: Sequence[Answers]) -> Job:
+    """Those of a job that has some, or its [sync] alone."""
+    sync = levels[0] if job.sync.level is None else job.sync.model_copy(update={"level": list(levels)})
+    return job.model_copy(update={"sync": sync})
 
 
 def check_input(job: Job, how: How) -> None:
@@ -159,6 +173,12 @@ def _refuse_barriers(job: Job) -> None:
 
 def _check_sim(job: Job) -> None:
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    if recipe.near is not None and job.sim.has_clock:
+        key = f'problem = "{job.sim.problem}"' if job.sim.problem != "gpt" else f"step_s = {job.sim.step_s:g}"
+        raise ValueError(
+            f"sim.{key} starts a virtual clock, which has one level of rounds and no [[sync.level]]; leave it out, or use "
+            "sync.recipe"
+        )
     if recipe.schedule == schedule.READY and job.sim.has_clock and job.sim.clock != "poisson":
         raise ValueError(
             f'sync.schedule = "{schedule.READY}" is of islands that meet when both are ready, and a clock of steps has none; '

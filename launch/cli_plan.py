@@ -93,6 +93,11 @@ def plan(
     if near is None and per_host > 1:
         raise ValueError(f"--per-host {per_host}: say the rate between islands of one host with --near")
     job = read_job(job_file, overrides or ())
+    if job.sync.level is not None:
+        raise ValueError(
+            f"{job_file}: a plan is of recipes with one level of rounds, and the job has [[sync.level]]; say one of its recipes, "
+            "sync.recipe=dilocox for instance, to see what that would cost alone"
+        )
     sizes = _sizes(islands, job.islands.count)
     if per_host >= min(sizes):
         raise ValueError(

@@ -10,7 +10,12 @@ from pydantic.fields import FieldInfo
 
 from dtrain.config import Job
 from dtrain.recipes import DEFAULT_RECIPE
-from dtrain.sections import Section
+from dtrain.sections import Level, Section
+from dtrain.units import LINK_KEYS
+
+_OWN_DEFAULTS = {("sync", "recipe"): f'"{DEFAULT_RECIPE}"', ("sync", "level"): "(none)"}
+_PLACES = {"islands": "0", "rate": "N", "rtt": "N"}
+"""Which levels say it."""
 
 
 def key_rows(section: str | None = None) -> list[list[str]]:
@@ -26,8 +31,12 @@ def key_rows(section: str | None = None) -> list[list[str]]:
 
 def _section_rows(name: str, section: Section) -> Iterator[list[str]]:
     for key, field in type(section).model_fields.items():
-        default = f'"{DEFAULT_RECIPE}"' if (name, key) == ("sync", "recipe") else _default(field)
+        default = _OWN_DEFAULTS.get((name, key)) or _default(field)
         yield [f"{name}.{key}", default, _meaning(field)]
+    if name == "sync":
+        for key in LINK_KEYS:
+            field = Level.model_fields[key]
+            yield [f"sync.level.{_PLACES[key]}.{key}", f"link.{key}" if key != "islands" else "(none)", _meaning(field)]
 
 
 def _default(field: FieldInfo) -> str:

@@ -55,7 +55,7 @@ def _answer(r: Recipe, keys: tuple[str, ...]) -> str:
 
 
 def _file_of(r: Recipe) -> str:
-    file = Path(assemble(r, 0, ISLANDS).method.__code__.co_filename)
+    file = Path(assemble(r, 0, ISLANDS).methods[0].__code__.co_filename)
     root = Path(dtrain.__file__).parent.parent
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 

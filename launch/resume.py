@@ -14,6 +14,7 @@ from dtrain import metrics, schedule
 from dtrain.config import Job, dump_job, runs_a_script
 from dtrain.launch.checks import read_job, resolved, with_absolute_paths
 from dtrain.launch.islands import folder
+from dtrain.sections import Section
 
 _MAY_CHANGE = {
     ("train", "steps"),
@@ -39,15 +40,25 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     # Of as many islands as before, what each has trained is counted by its speed.
     may_change = _MAY_CHANGE if old.islands.count == new.islands.count else _MAY_CHANGE | {("islands", "speeds")}
     for section in Job.model_fields:
-        before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
-        for key in before:
-            if before[key] != after[key] and section != "link" and (section, key) not in may_change:
+        before, after = _answers(getattr(old, section)), _answers(getattr(new, section))
+        for key in before | after:
+            now, was = after.get(key), before.get(key)
+            if now != was and section != "link" and (section, key) not in may_change:
                 allowed = ", ".join(f"{s}.{k}" for s, k in sorted(may_change))
                 raise ValueError(
-                    f"{section}.{key} = {after[key]!r} differs from the run's {before[key]!r}; a resumed run may change "
+                    f"{section}.{key} = {now!r} differs from the run's {was!r}; a resumed run may change "
                     f"{allowed} and link.*; start another run with --fresh-name"
                 )
     return new
+
+
+def _answers(section: Section) -> dict[str, object]:
+    """What may not change without a word: of levels by their keys, but for what their links are like."""
+    said = section.model_dump()
+    levels: list[dict[str, object]] = said.pop("level", None) or []
+    for k, level in enumerate(levels):
+        said |= {f"level.{k}.{key}": value for key, value in level.items() if key not in ("rate", "rtt")}
+    return said
 
 
 def is_finished(run: Path, job: Job) -> bool:

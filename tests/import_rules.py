@@ -22,16 +22,16 @@ LAYERS = (
     ("kernels", "transport", "spans", "staging"),
     (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
-        *("low_rank", "codebook", "dct", "torch_codec", "on_host", "same_products"),
+        *("low_rank", "codebook", "dct", "torch_codec", "hierarchical", "on_host", "same_products"),
     ),
     (
         *("recipe", "recipe_rows", "outer_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec"),
-        "own_topology",
+        *("own_topology", "levels"),
     ),
     ("membership", "words", "island"),
     (
         *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "moments", "roll_call", "traffic", "wait"),
+        *("loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
     ),
     (),
     ("launch",),

@@ -11,6 +11,8 @@ import queue
 import struct
 import threading
 import time
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -71,23 +73,29 @@ class SharedUplink:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-class Throttle:
-    """A transport that sends through another one, late."""
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """What wires to some peers go through."""
 
-    def __init__(self, inner: Transport, *, uplink: Uplink | None, rtt_s: float) -> None:
+    uplink: Uplink | None
+    rtt_s: float
+
+
+class Throttle:
+    """A transport that sends through another one, late. Wires to peers of ``group`` go by ``near``, where there is one."""
+
+    def __init__(
+        self, inner: Transport, *, uplink: Uplink | None, rtt_s: float, near: Hop | None = None, group: Container[int] = ()
+    ) -> None:
         self.inbox, self.wires_on = inner.inbox, inner.wires_on
         self._inner = inner
-        self._uplink = uplink
-        self._one_way_s = rtt_s / 2
-        self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor, torch.Event | None] | None] = queue.SimpleQueue()
+        self._group = group
         self._let_go = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="dtrain-throttle", daemon=True)
-        self._thread.start()
+        self._far = _Late(Hop(uplink, rtt_s), inner, self._let_go)
+        self._near = self._far if near is None else _Late(near, inner, self._let_go)
 
     def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
-        left_at = self._uplink.reserve(wire.numel()) if self._uplink else time.monotonic()
-        written = torch.cuda.current_stream(wire.device).record_event() if wire.is_cuda else None
-        self._queue.put((left_at + self._one_way_s, peer, tag, wire, written))
+        (self._near if peer in self._group else self._far).post(peer, tag, wire)
 
     def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
         self._inner.expect(peer, tag, wire_bytes)
@@ -96,12 +104,37 @@ class Throttle:
         self._inner.forget(peer, tag)
 
     def close(self, *, drain_s: float, left: Left = nobody) -> None:
-        self._queue.put(None)
+        late = {self._far, self._near}
         until = time.monotonic() + drain_s
-        self._thread.join(timeout=drain_s)
+        for link in late:
+            link.end()
+        for link in late:
+            link.thread.join(timeout=max(0.0, until - time.monotonic()))
         self._let_go.set()
-        self._thread.join(timeout=OWN_WORK_S)
+        for link in late:
+            link.thread.join(timeout=OWN_WORK_S)
         self._inner.close(drain_s=max(0.0, until - time.monotonic()), left=left)
+
+
+class _Late:
+    """Wires that wait for their last bit to have left, and for half a round trip."""
+
+    def __init__(self, hop: Hop, inner: Transport, let_go: threading.Event) -> None:
+        self._inner, self._let_go = inner, let_go
+        self._uplink = hop.uplink
+        self._one_way_s = hop.rtt_s / 2
+        self._queue: queue.SimpleQueue[tuple[float, int, Tag, Tensor, torch.Event | None] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._deliver, name="dtrain-throttle", daemon=True)
+        self.thread.start()
+
+    def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        left_at = self._uplink.reserve(wire.numel()) if self._uplink else time.monotonic()
+        written = torch.cuda.current_stream(wire.device).record_event() if wire.is_cuda else None
+        self._queue.put((left_at + self._one_way_s, peer, tag, wire, written))
+
+    def end(self) -> None:
+        """After what was posted."""
+        self._queue.put(None)
 
     def _deliver(self) -> None:
         """Reservations of one process only grow, so first come is first served."""

@@ -32,23 +32,23 @@ SMALL = (
 """A model of 41 thousand parameters: a step takes about 5 ms, so that a test is over in seconds."""
 
 
-def command(folder: Path, name: str, *arguments: str) -> list[str]:
+def command(folder: Path, name: str, *arguments: str, job: Path = QUICKSTART) -> list[str]:
     return [
         sys.executable,
         "-m",
         "dtrain.launch",
         "run",
-        str(QUICKSTART),
+        str(job),
         f"job.dir={folder}",
         f"job.name={name}",
         *arguments,
     ]
 
 
-def run(folder: Path, name: str, *arguments: str, timeout_s: float = 110) -> Path:
+def run(folder: Path, name: str, *arguments: str, timeout_s: float = 110, job: Path = QUICKSTART) -> Path:
     """Run a job to its end; the run folder. What it printed is shown where it fails."""
     done = subprocess.run(
-        command(folder, name, *arguments),
+        command(folder, name, *arguments, job=job),
         check=False,
         cwd=ROOT,
         capture_output=True,

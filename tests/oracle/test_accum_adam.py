@@ -17,6 +17,7 @@ from dtrain import engine
 from dtrain.build import build_optimizers
 from dtrain.config import parse_job
 from dtrain.connect import Connection
+from dtrain.core import Core
 from dtrain.fused import FusedSteps
 from dtrain.hooks import take_over
 from dtrain.launch.checks import resolved
@@ -201,13 +202,13 @@ def trajectory(
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry a fused round, whether one landed in it."""
     calls: list[bool] = []
-    start = engine.Core.start_fused
+    start = Core.start_fused
 
-    def counted(self: engine.Core, *args: Any, landing: bool) -> Any:
+    def counted(self: Core, *args: Any, landing: bool) -> Any:
         calls.append(landing)
         return start(self, *args, landing=landing)
 
-    monkeypatch.setattr(engine.Core, "start_fused", counted)
+    monkeypatch.setattr(Core, "start_fused", counted)
     return calls
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import dtrain
-from dtrain import engine
 from dtrain.algorithm import Algorithm, Method
 from dtrain.assemble import Plan, assemble
 from dtrain.bucket import GRAIN, Bucket, Layout
@@ -48,9 +47,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, steps: int, every: int, fragmen
     done = [0]
 
     def with_recorder(recipe: Recipe, seed: int, num_islands: int) -> Plan:
-        return dataclasses.replace(assemble(recipe, seed, num_islands), method=recorder(events, done))
+        return dataclasses.replace(assemble(recipe, seed, num_islands), methods=(recorder(events, done),))
 
-    monkeypatch.setattr(engine, "assemble", with_recorder)
+    monkeypatch.setattr("dtrain.assemble.assemble", with_recorder)
     model = nn.ParameterList(nn.Parameter(torch.zeros(GRAIN)) for _ in range(fragments))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 

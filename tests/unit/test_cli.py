@@ -162,7 +162,9 @@ def test_every_key_is_listed_with_its_default_and_its_meaning(
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
     listed = {key: (default, meaning.strip()) for key, default, meaning in rows}
     sections = {name: type(getattr(Job(), name)) for name in Job.model_fields}
-    assert list(listed) == [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    of_links = {"sync": ["level.0.islands", "level.N.rate", "level.N.rtt"]}
+    keys = {name: [*section.model_fields, *of_links.get(name, ())] for name, section in sections.items()}
+    assert list(listed) == [f"{name}.{key}" for name, of in keys.items() for key in of]
     assert listed["train.lr"] == ("0.006", "peak learning rate of AdamW")
     assert listed["sync.recipe"][0] == f'"{DEFAULT_RECIPE}"'
     assert listed["sync.every"][0] == "(recipe's)"

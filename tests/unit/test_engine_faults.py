@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dtrain
-from dtrain import connect, engine
+from dtrain import connect
 from dtrain.algorithm import Algorithm
 from dtrain.assemble import Plan, assemble
 from dtrain.bucket import Bucket, Layout
@@ -55,9 +55,9 @@ def test_what_fails_in_the_background_is_raised_where_the_round_is_waited_for(mo
 
     def planned(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         plan = assemble(recipe, seed, num_islands)
-        return dataclasses.replace(plan, method=failing, delay_steps=1, rewrites_gradients=False, sends=True)
+        return dataclasses.replace(plan, methods=(failing,), delay_steps=1, rewrites_gradients=False, sends=True)
 
-    monkeypatch.setattr(engine, "assemble", planned)
+    monkeypatch.setattr("dtrain.assemble.assemble", planned)
 
     def island(connection: Connection) -> str:
         model, optimizer = pair()

@@ -376,7 +376,7 @@ def test_every_recipe_takes_an_own_codec_or_is_refused_in_one_line(name: str) ->
         assert (codes, "\n" in str(e)) == ("", False)  # noqa: PT017  (most pass)
         return
     assert recipe.algorithm == codes
-    assemble(with_steps(recipe, 1000), 0, 4).method(whole("x", torch.zeros(50)), Peers(1, 4))
+    assemble(with_steps(recipe, 1000), 0, 4).methods[0](whole("x", torch.zeros(50)), Peers(1, 4))
 
 
 def test_the_bytes_that_run_are_those_of_the_digest() -> None:

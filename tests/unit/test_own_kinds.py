@@ -88,7 +88,7 @@ def test_matchings_of_ones_own_are_met_as_often_as_in_the_rounds_that_were_looke
 @pytest.mark.parametrize("schedule", ["every", "ready"])
 def test_a2cid2_takes_them(schedule: str) -> None:
     plan = assemble(resolve("a2cid2", {"topology": "mine.py:pairs", "schedule": schedule}, 4), 0, 4)
-    plan.method(whole("x", torch.zeros(50)), Peers(1, 4))
+    plan.methods[0](whole("x", torch.zeros(50)), Peers(1, 4))
     assert (plan.graph is None) == (schedule == "every")
 
 

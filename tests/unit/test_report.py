@@ -215,6 +215,15 @@ def test_one_island_has_nobody_to_send_to() -> None:
     assert "nothing: there is one island" in [value for _, value, _ in report.closing_rows(summary)]
 
 
+def test_the_far_links_bytes_are_told_apart_in_a_job_of_two_levels() -> None:
+    parts = [replace(FIRST, wire_bytes_sent_near=100_000), replace(SECOND, wire_bytes_sent_near=200_000)]
+    summary = report.summarize(parts)
+    sent = (FIRST.wire_bytes_sent + SECOND.wire_bytes_sent) / 2
+    assert (summary["wire_bytes_sent_near"], summary["wire_bytes_sent_far"]) == (150_000, sent - 150_000)
+    assert ("To other groups", "50 kB") in [row[:2] for row in report.closing_rows(summary)]
+    assert "wire_bytes_sent_far" not in report.summarize([FIRST, SECOND])
+
+
 def test_runs_stand_side_by_side() -> None:
     header, rows = report.compare_rows([record("one"), record("two", recipe="local", eval_bits_per_byte=0.51)])
     assert header == ["", "one", "two"]

@@ -1,0 +1,157 @@
+"""In which order do the rounds of a job's levels start and land? A job without levels has one, and the order is its own.
+
+Where rounds land before an update, nearer levels land first. After an update nearer levels start last, so that what they send is
+where the far level's round began; but a nearer level that waits for its rounds has ended one before. What a level adds to the
+parameters commutes with what another adds: where one pass over the parameters lands near rounds, updates and encodes the next
+ones (``fused.py``), far rounds land before it and start after it, and only those that take the parameters' place where they
+begin (``levels.replaces``) keep that pass from its encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain.assemble import Plan, cut
+from dtrain.bucket import MAX_BUCKETS, Bucket, Flat
+from dtrain.connect import Connection
+from dtrain.core import Core, Flight, Lane
+from dtrain.levels import replaces
+from dtrain.link import Peers
+from dtrain.moments import with_moments
+from dtrain.recipe import Recipe
+
+_NAMES = ("near", "far")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    core: Core
+    buckets: Sequence[Bucket]
+    """Of all ranks of the island; the core has this rank's."""
+
+    def fragments_due(self, step: int, num_ranks: int) -> set[int]:
+        """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without asking."""
+        core = self.core
+        if num_ranks == 1:
+            return {lane.bucket.fragment for lane in core.due(step)}
+        begun = step - core.delay_steps
+        return core.begun(begun) if core.plan.sends and begun > 0 else set()
+
+
+class Rounds:
+    """All levels of one rank, the nearest first."""
+
+    def __init__(
+        self, recipe: Recipe, plans: Sequence[Plan], cuts: Sequence[Sequence[Bucket]], connection: Connection
+    ) -> None:
+        node, replica = connection.node, connection.ranks.replica
+        of_level: list[tuple[Peers, range | None]] = [(Peers(node, connection.num_nodes, plans[-1].pace.shares), None)]
+        if recipe.near is not None:
+            group = group_of(recipe, node)
+            of_level.insert(0, (Peers(node - group.start, len(group)), group))
+        self.levels = tuple(
+            Level(Core(plan, [b for b in buckets if b.owner == replica], peers, connection.ranks.total, islands), buckets)
+            for plan, buckets, (peers, islands) in zip(plans, cuts, of_level, strict=True)
+        )
+
+    @property
+    def first(self) -> Core:
+        """The nearest level's: the only one that may rewrite gradients, or share the optimizer's pass."""
+        return self.levels[0].core
+
+    @property
+    def last(self) -> Core:
+        """Whose peers are all islands."""
+        return self.levels[-1].core
+
+    @property
+    def step(self) -> int:
+        return self.first.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        for level in self.levels:
+            level.core.step = step
+
+    @property
+    def lanes(self) -> list[Lane]:
+        return [lane for level in self.levels for lane in level.core.lanes]
+
+    @property
+    def delay_steps(self) -> int:
+        """The longest."""
+        return max(level.core.delay_steps for level in self.levels)
+
+    def in_flight(self) -> list[Lane]:
+        return [lane for level in self.levels for lane in level.core.in_flight()]
+
+    def starting(self) -> Iterator[Level]:
+        """In the order in which they start after an update."""
+        near, *further = self.levels
+        if near.core.plan.delay_steps == 0:
+            yield near
+        yield from further
+        if near.core.plan.delay_steps > 0:
+            yield near
+
+    def replaced(self, step: int) -> bool:
+        """Whether a further level's round that begins after ``step`` takes the parameters' place there."""
+        return any(replaces(level.core.plan.recipe) and level.core.begun(step) for level in self.levels[1:])
+
+    def rest(self) -> None:
+        """All parameters are about to become the islands' exact mean."""
+        for level in self.levels:
+            level.core.rest()
+
+    def merged(self) -> None:
+        """All parameters are the islands' exact mean now."""
+        for level in self.levels:
+            level.core.merged()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if len(self.levels) == 1:
+            return self.first.state_dict()
+        named = zip(_NAMES, self.levels, strict=True)
+        return {f"{name}.{key}": value for name, level in named for key, value in level.core.state_dict().items()}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Raises ValueError, with nothing changed, where ``saved`` is of another recipe or another cut of the model."""
+        parts = [saved]
+        if len(self.levels) > 1:
+            parts = [{k.removeprefix(f"{name}."): v for k, v in saved.items() if k.startswith(f"{name}.")} for name in _NAMES]
+        checked = [level.core.checked(part) for level, part in zip(self.levels, parts, strict=True)]
+        for level, part in zip(self.levels, checked, strict=True):
+            level.core.load(part)
+
+
+def flights_of(lanes: Sequence[Lane]) -> list[Flight]:
+    """What they have in the air."""
+    return [lane.flight for lane in lanes if lane.flight is not None]
+
+
+def group_of(recipe: Recipe, node: int) -> range:
+    """The islands of one's group; none without levels."""
+    if recipe.near is None:
+        return range(0)
+    first = node - node % recipe.near.islands
+    return range(first, first + recipe.near.islands)
+
+
+def cut_levels(plans: Sequence[Plan], flat: Flat, optimizers: Sequence[Optimizer], num_ranks: int) -> list[list[Bucket]]:
+    """The buckets of each level, all of different numbers, by which their wires are named; raises ValueError for too many."""
+    cuts: list[list[Bucket]] = []
+    for plan in plans:
+        buckets = cut(plan.recipe, flat, num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+        if plan.recipe.moments is not None:
+            buckets = with_moments(plan.recipe.name, buckets, flat, optimizers)
+        before = sum(map(len, cuts))
+        if before + len(buckets) > MAX_BUCKETS:
+            raise ValueError(
+                f"bucket_bytes cuts the model into {before + len(buckets)} buckets, those of both levels together; at most "
+                f"{MAX_BUCKETS}: raise it"
+            )
+        cuts.append([replace(b, index=before + b.index) for b in buckets] if before else buckets)
+    return cuts
