@@ -121,7 +121,7 @@ def own_method(send: Callable[[Bucket, Link], Iterator[None]], num_islands: int,
     def bind(layout: Layout, peers: Peers) -> Algorithm:
         return Algorithm(lambda b: {}, lambda b, state, link: send(b, link), lambda b, state: None)
 
-    return replace(assemble(resolve("dpsgd", {"delay": 0, **axes}, num_islands), 0, num_islands), method=bind)
+    return replace(assemble(resolve("dpsgd", {"delay": 0, **axes}, num_islands), 0, num_islands), methods=(bind,))
 
 
 def wire(wire_bytes: int) -> Tensor:

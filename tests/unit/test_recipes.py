@@ -243,5 +243,5 @@ def test_an_h_that_adapts_has_a_text_and_is_replaced_by_a_number() -> None:
 
 
 def test_every_axis_is_a_key_of_the_job_file() -> None:
-    assert set(AXES) == set(Sync.model_fields) - {"recipe"}
+    assert set(AXES) == set(Sync.model_fields) - {"recipe", "level"}
     assert set(AXES) <= {field.name for field in fields(Recipe)}

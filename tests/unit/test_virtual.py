@@ -132,7 +132,7 @@ def lonely(other_bytes: int) -> Simulation:
     def bind(layout: Any, peers: Any) -> Algorithm:
         return Algorithm(lambda b: {}, send, lambda b, state: None)
 
-    plan = replace(assemble(resolve("dpsgd", {}, 2), 0, 2), method=bind)
+    plan = replace(assemble(resolve("dpsgd", {}, 2), 0, 2), methods=(bind,))
     link = VirtualLink(LinkModel(), 2, 0)
     return Simulation(plan, 2, [("x", (4,))], Still(4), lr=0.0, link=link, compute_s=lambda node: 1.0)
 
