@@ -67,9 +67,16 @@ def on_host(method: Method, *, moves: bool) -> Method:
             _copy(b.x, host.x)
             inner.merged(host, state)
 
-        assert inner.rest is None, "no outer loop goes anywhere before an exact average"
-        lands, is_told = (None if own is None else of for own, of in ((inner.land, land), (inner.merged, merged)))
-        return Algorithm(init, send, lands, merged=is_told)
+        def rest(b: Bucket, state: State) -> None:
+            assert inner.rest is not None
+            host = mirrored(b)
+            _copy(b.x, host.x)
+            inner.rest(host, state)
+            _copy(host.x, b.x)
+
+        own = (inner.land, land), (inner.merged, merged), (inner.rest, rest)
+        lands, is_told, rests = (None if of_method is None else of_host for of_method, of_host in own)
+        return Algorithm(init, send, lands, merged=is_told, rest=rests)
 
     return bind
 

@@ -36,6 +36,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "delayed_diloco": {"every": EVERY, "delay": 2},
     "streaming_diloco": {"every": 4, "fragments": 2, "delay": 1},
     "dilocox": {"every": EVERY, "rank": 4, "codec": "identity"},  # a code that flips would be a step of its own
+    "decoupled_diloco": {"every": EVERY, "delay": 2, "quorum": "100%"},  # whoever comes late would be left out
     "desloc": {"every": 2, "moments": "2:3"},
     "single_merge": {"schedule": "budget:5", "total_steps": STEPS},
     "semi_s2s": {"server": "sampled:2:2"},

@@ -39,7 +39,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "pure": {"recipe": "diloco", "every": 4, "delay": "round", "landing": "pure", "outer_lr": 0.2, "reduce": "gather"},
     "low rank": {"recipe": "dilocox", "every": 3, "rank": "adaptive:3"},
     "few": {"recipe": "sparseloco", "every": 3, "codec": "topk:8/64:2"},
-    "radial": {"recipe": "decoupled_diloco", "every": 3},
+    "radial": {"recipe": "decoupled_diloco", "every": 3, "delay": 1, "quorum": "100%"},
     "pairs": {"recipe": "noloco", "every": 3, "delay": 1, "codec": "int8:64"},
     "moments": {"recipe": "desloc", "every": 3, "moments": "1:2"},
 }

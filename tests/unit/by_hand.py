@@ -23,6 +23,7 @@ from dtrain.evaluate import evaluate
 from dtrain.metrics import Part, read_part
 from dtrain.models.gpt import GPT
 from dtrain.optim.adam import adamw, cosine_lr, set_lr
+from dtrain.optim.muon import MuonFP32
 from dtrain.sim import simulate
 
 DIGEST_BYTES, PROMISE_BYTES, NOTE_BYTES = 32, 4 * 8, 2 * 8  # sha256; recipe, model, ranks, seed; distance and step
@@ -122,7 +123,7 @@ def muon(model: GPT, job: Job) -> list[torch.optim.Optimizer]:
     blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
     rest = [{"params": [model.head.weight], "weight_decay": decay}, {"params": [model.embedding.weight], "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(blocks, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        MuonFP32(blocks, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), fused=True),
     ]
 
