@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,17 +35,19 @@ def arguments(page: str | None, rates: Sequence[str] = ()) -> list[str]:
     return asked or list(rates)
 
 
-def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run the quickstart job with overrides as ``folder/name``, unless it is finished already; returns its
-    summary."""
+def run_job(
+    folder: Path, name: str, overrides: Sequence[str], *, job: Path = JOB, how: Literal["run", "sim"] = "run"
+) -> dict[str, Any]:
+    """Run a job, the quickstart if none is named, with overrides as ``folder/name``, unless it is finished already; returns its
+    summary. ``how``: a process an island over its links, or all in one process, which gives the same bits."""
     summary = folder / name / "summary.json"
     if not summary.exists():
         command = [
             sys.executable,
             "-m",
             "dtrain.launch",
-            "run",
-            str(JOB),
+            how,
+            str(job),
             "--fresh",
             f"job.dir={folder}",
             f"job.name={name}",

@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.config import load_job
 from dtrain.launch.checks import resolved
-from tests.bench import overlap, quality, runs, stages
+from tests.bench import levels, overlap, quality, runs, stages
 
 
 def write_metrics(run: Path, islands: dict[int, list[tuple[float, float]]]) -> None:
@@ -55,6 +55,35 @@ def test_overlap_prints_and_keeps_its_table(
     assert all(line.endswith("| 1000 | 970 | 97.0% | 800 | 2.00 s, 20% | 2.00 s | 100% |") for line in table)
     rows = json.loads((tmp_path / "results" / "overlap.json").read_text())["rows"]
     assert [row["of_local"] for row in rows] == [0.97] * 3
+
+
+def test_levels_prints_how_far_two_levels_are_behind_and_what_each_link_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 and 3 % behind by turns: mean 1.8, deviation sqrt(1.2), half width 2.776 sqrt(1.2 / 5) = 1.36."""
+    seen = list[tuple[str, str]]()
+
+    def run_job(folder: Path, name: str, overrides: Sequence[str], *, job: Path, how: str = "run") -> dict[str, Any]:
+        resolved(load_job(job, overrides))
+        seen.append((name, how))
+        found = dict(said.split("=", 1) for said in overrides)
+        seed, lr = int(found.get("job.seed", 0)), found["train.lr"]
+        percent = 3 if seed % 2 else 1
+        bits = (2.0 if lr == "1.2e-2" else 2.5) * (1.0 if name.startswith("allreduce") else 1 + percent / 100)
+        sent = {"wire_bytes_sent": 1e9, "wire_bytes_sent_far": 2e6, "wire_bytes_sent_near": 3e8}
+        return {"eval_bits_per_byte": bits, "wait_s": 0.5, "train_s": 20.0, **sent}
+
+    monkeypatch.setattr(levels, "run_job", run_job)
+    monkeypatch.setattr(levels, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    levels.main()
+    said = capsys.readouterr().out
+    assert "two levels: +1.80 % +- 1.36 of all-reduce" in said
+    assert "far an island sends 2.00 MB, 500 times fewer than all-reduce" in said
+    assert "near it sends 300.0 MB" in said
+    assert "0.50 s of 20.0 s were spent waiting" in said
+    assert [how for name, how in seen if name == "live"] == ["run"]
+    assert all(how == "sim" for name, how in seen if name != "live")
 
 
 def test_stages_prints_what_each_part_of_dilocox_buys(
