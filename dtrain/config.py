@@ -119,7 +119,9 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
         name = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['round']"))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error" and "=" in message:
-            raise ValueError(f"{where}: {message}") from None
+            key = str(first["loc"][-1]) if first["loc"] else ""
+            said = message.removeprefix(key) if key and message.startswith(f"{key} =") else None
+            raise ValueError(f"{where}: {message if said is None else name + said}") from None
         raise ValueError(f"{where}: {name} = {first['input']!r} is not allowed: {message}") from None
 
 

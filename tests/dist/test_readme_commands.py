@@ -66,6 +66,10 @@ def test_every_command_of_the_readme_runs(
         elif words[1:3] == ["run", "launch/jobs/gossip.toml"]:
             # In this process; a live run of what that job says is a slow test (test_same_bits, fused).
             assert run_command(["sim", *words[2:], *SMALLER, "train.checkpoint_every=0"]) == 0, capsys.readouterr().err
+        elif words[1:3] == ["run", "launch/jobs/two_levels.toml"]:  # live: test_same_bits, two levels
+            smaller = [key for key in SMALLER if not key.startswith("sync.")]
+            every = "sync.level.1.every=8"
+            assert run_command(["sim", *words[2:], *smaller, every, "train.checkpoint_every=0"]) == 0, capsys.readouterr().err
         elif words[1] == "run":
             said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else ("--fresh-name", *SMALLER))])  # as make train
         elif words[1:3] == ["bench", "recipes"]:
