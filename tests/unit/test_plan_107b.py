@@ -65,6 +65,17 @@ def test_a_step_is_what_bytes_and_rate_say(
     assert tokens_per_s == pytest.approx(TOKENS / step_s, rel=2e-3)
 
 
+def test_the_readme_says_what_is_planned() -> None:
+    """The rows above are held to the planner; these are they."""
+    said = (JOB.parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[1:] for line in said.partition("| tokens/s | planned |")[2].splitlines()[2:6]]
+    assert [planned for planned, _ in rows] == ["3,733", "2,977", "1,307", "10.43"]
+    assert [measured for _, measured in rows] == ["3,728 |", "2,197 |", "1,168 |", "10.4 |"]
+    assert f"{3733 / 10.43:.0f} times all-reduce" in said
+    flight_s = INT4 * THIN / BYTES_PER_S
+    assert f"{INT4 * THIN / 1e9:.0f} GB fly for {flight_s:.0f} s behind {H * STEP_S:.0f} s of steps" in said.replace("\n", " ")
+
+
 def test_the_job_is_the_papers(planner: Planner) -> None:
     recipe, setting = asked(), planner.setting
     assert (recipe.every, recipe.rank, recipe.codec, recipe.delay) == (H, RANK, "int4:64", "round")
