@@ -194,7 +194,8 @@ def _refuse_unknown(tree: dict[str, Any], where: str) -> None:
         model = type(getattr(Job(), section))
         for key in content:
             if key not in model.model_fields:
-                hint = _did_you_mean(key, list(model.model_fields))
+                homes = [name for name, field in Job.model_fields.items() if key in field.default.__class__.model_fields]
+                hint = f"; did you mean {homes[0]}.{key}?" if homes else _did_you_mean(key, list(model.model_fields))
                 raise ValueError(f"{where}: unknown key {section}.{key}{hint}")
         for k, level in enumerate(_copied_levels(tree) if section == "sync" else ()):
             for key in level:

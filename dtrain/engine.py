@@ -84,15 +84,15 @@ class Sync:
         with ExitStack() as undo:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
+            self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
+            self._rounds = Rounds(recipe, plans, cuts, connection)
+            self.core = self._rounds.last  # whose peers are all islands
+            self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
+            self._agreement = agreement(self.core, connection, self._traffic, self._wait)
+            self._release = hook(optimizers, scaler, self)
+            if self._fused is not None:
+                self._release = take_over(optimizers[0], self._fused_step, self._release)
             undo.pop_all()
-        self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-        self._rounds = Rounds(recipe, plans, cuts, connection)
-        self.core = self._rounds.last  # whose peers are all islands
-        self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
-        self._agreement = agreement(self.core, connection, self._traffic, self._wait)
-        self._release = hook(optimizers, scaler, self)
-        if self._fused is not None:
-            self._release = take_over(optimizers[0], self._fused_step, self._release)
 
     # ---- what the optimizer hooks call
 

@@ -263,8 +263,10 @@ def _adapt(cut: _Cut, values: Tensor, state: State) -> None:
 
 
 def _needed(q: Tensor) -> int:
-    """The fewest directions that hold ENOUGH of the squared size of q (r, k); all of zeros."""
+    """The fewest directions that hold ENOUGH of the squared size of q (r, k); all of zeros, and of what is not finite."""
     q = q.double().cpu()
+    if not bool(q.isfinite().all()):
+        return len(q)
     held = torch.linalg.eigvalsh(q @ q.T).flip(0).clamp_min(0).cumsum(0)
     return 1 + int((held < ENOUGH * held[-1]).sum()) if float(held[-1]) > 0 else len(q)
 

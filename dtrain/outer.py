@@ -19,9 +19,11 @@ class Outer(NamedTuple):
     """(anchor, pseudo-gradient, state): the anchor moves against the pseudo-gradient."""
     land: Callable[[Tensor, Tensor, Tensor, Tensor, State], None]
     """(x, sent, anchor, pseudo-gradient, state): update, then x <- (x - sent) + anchor."""
-    catch_up: Callable[[Tensor, Tensor, Tensor, float, int, State], None]
-    """(anchor, late, own, w, n, state): the last update had w own, and late is to come. The anchors' mean over n islands goes to
-    where it would be if nothing had ever been late (derived in ``algorithms/diloco.py``)."""
+    momentum: float
+    """mu; 0 of an outer step that remembers nothing."""
+    catch_up: Callable[[Tensor, Tensor, Tensor, State], None]
+    """(anchor, late, lag, state): ``late`` is to come, and of momentum ``lag`` came an update late. All goes to where it would be
+    if nothing ever had (derived in ``algorithms/diloco.py``)."""
 
 
 def copy() -> Outer:
@@ -40,10 +42,10 @@ def sgd(lr: float) -> Outer:
         # x - sent is exactly zero where nothing moved in flight, so a round without delay lands exactly on the anchor.
         x.sub_(sent).add_(anchor)
 
-    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, share: float, num_nodes: int, state: State) -> None:
+    def catch_up(anchor: Tensor, late: Tensor, lag: Tensor, state: State) -> None:
         update(anchor, late, state)
 
-    return Outer(lambda anchor: {}, update, land, catch_up)
+    return Outer(lambda anchor: {}, update, land, 0.0, catch_up)
 
 
 def delayed_nesterov(lr: float, momentum: float) -> Outer:
@@ -70,11 +72,8 @@ def nesterov(lr: float, momentum: float) -> Outer:
     def land(x: Tensor, sent: Tensor, anchor: Tensor, delta: Tensor, state: State) -> None:
         operations(x.device).outer_step(x, sent, anchor, state["momentum"], delta, lr, momentum)
 
-    def catch_up(anchor: Tensor, late: Tensor, own: Tensor, share: float, num_nodes: int, state: State) -> None:
-        u, others = state["momentum"], num_nodes - 1
-        # An island alone waits for no one: what is late there is what a codec lost.
-        of_late = u.sub(own, alpha=share).mul_(others / (others + momentum) if others else 0.0)
-        anchor.add_(late, alpha=-lr * (1 + momentum)).add_(of_late, alpha=-lr * momentum**2)
-        u.add_(late).add_(of_late, alpha=momentum - 1)
+    def catch_up(anchor: Tensor, late: Tensor, lag: Tensor, state: State) -> None:
+        anchor.add_(late, alpha=-lr * (1 + momentum)).add_(lag, alpha=-lr * momentum**2)
+        state["momentum"].add_(late).add_(lag, alpha=momentum - 1)
 
-    return Outer(init, update, land, catch_up)
+    return Outer(init, update, land, momentum, catch_up)

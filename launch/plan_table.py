@@ -28,7 +28,7 @@ def table_lines(plan: Planned, width: int | None, *, show_all: bool) -> list[str
         left_out += 1
     lines = [_line({name: name for name in COLUMNS}, wide), *(_line(row, wide) for row in cells)]
     used = [f"{mark} {said}" for mark, said in MARKS.items() if any(mark in row["recipe"].split()[0] for row in cells)]
-    used += ["memory +: the host's"] if any("+" in row["memory"] for row in cells) and "memory" in wide else []
+    used += ["memory +: the host's, not checked"] if any("+" in row["memory"] for row in cells) and "memory" in wide else []
     legend = ", ".join(used)
     hidden = f"{', '.join(_LESSER[:left_out])}: in a wider terminal, or a pipe" if left_out else ""
     return [*lines, *(text for text in (legend, hidden) if text)]

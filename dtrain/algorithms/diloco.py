@@ -21,9 +21,8 @@ theta -> theta', and x_i <- theta' + (x_i - theta), so that the average has ever
 that is given all delta^s in time. Of pure that is one more update: theta' = Outer(theta, delta^t). Of eager each late part,
 l_i^s = delta^s - delta_i^s / n, has come an update late, and with Nesterov's u and mu in time means
     theta_i' = theta_i - lr ((1 + mu) l_i^t + mu^2 L_i),   u_i' = u_i + l_i^t - (1 - mu) L_i,   L_i = sum_s<t mu^(t-1-s) l_i^s.
-L_i is not kept. As mean_i l_i^s = (1 - 1/n) delta^s its mean is that of (n - 1) / (n - 1 + mu) (u_i - delta_i^t / n), which the
-average takes as well, but for what a codec loses, and where no round was dropped. One more update would move all of u once more,
-an island's own part too. A round of eager that has not landed is no part of the average, nor is one that was dropped.
+L_i is kept, with momentum: L_i <- mu L_i + l_i at each update that takes l_i along. One more update in its place would move all of
+u once more, an island's own part too. A round of eager that has not landed is no part of the average, nor is one that was dropped.
 
 Islands of unequal speed (``slots.py``) count by the steps that they trained: mean_i = sum_i w_i, and eager's 1 / n is w_i.
 Where rounds have participants, FedAvg's drawn clients (arXiv 1602.05629), the mean is that of K islands, drawn anew each round:
@@ -75,12 +74,15 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
 
         def init(b: Bucket) -> State:
             anchor = b.x.to(torch.float32).clone()
-            zeros = {name: torch.zeros_like(anchor) for name in ("own", "delta", "late")}
+            names = ("own", "delta", "late", "lag") if outer.momentum else ("own", "delta", "late")
+            zeros = {name: torch.zeros_like(anchor) for name in names}
             return {"anchor": anchor} | zeros | outer.init(anchor) | path.init(b.x.device)
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             own = state["own"]
             payload.pseudo_gradients(b, state, own)
+            if outer.momentum:
+                state["lag"].mul_(outer.momentum).add_(state["late"])
             outer.update(state["anchor"], state["late"].add_(own, alpha=share), state)
             state["late"].zero_()  # a round that is dropped leaves nothing to be applied again
             b.x.copy_(state["anchor"])
@@ -90,11 +92,13 @@ def diloco_eager(reduce: Reduce, outer: Outer) -> Method:
             torch.sub(state["delta"], state["own"], alpha=share, out=state["late"])
 
         def rest(b: Bucket, state: State) -> None:
-            if bool(state["late"].any()):
+            lag = state["lag"] if outer.momentum else state["late"]
+            if bool(state["late"].any()) or bool(lag.any()):
                 b.x.sub_(state["anchor"])
-                outer.catch_up(state["anchor"], state["late"], state["own"], share, peers.num_nodes, state)
+                outer.catch_up(state["anchor"], state["late"], lag, state)
                 b.x.add_(state["anchor"])
                 state["late"].zero_()
+                lag.zero_()
 
         return Algorithm(init=init, send=send, land=land, rest=rest)
 

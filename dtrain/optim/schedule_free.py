@@ -45,6 +45,10 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         self._held: list[tuple[Tensor, Tensor]] = []
         """Parameters with what they were, while they are x."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held = []  # of a copy; torch keeps what is in State and in groups
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._held:

@@ -28,16 +28,20 @@ LOOKS = (8, 9, 18)
 
 
 def in_time(p: Problem, s: Settings, deltas: Sequence[Tensor]) -> Tensor:
+    return outer_in_time(p, s, deltas)[0]
+
+
+def outer_in_time(p: Problem, s: Settings, deltas: Sequence[Tensor]) -> tuple[Tensor, torch.optim.Optimizer]:
     theta = p.start.clone()
     outer = outer_sgd(theta, s)
     for delta in deltas:
         theta.grad = delta.clone()
         outer.step()
-    return theta
+    return theta, outer
 
 
-def eager(p: Problem, n: int, s: Settings, steps: int) -> Tensor:
-    """The average after so many steps, all rounds landed."""
+def eager(p: Problem, n: int, s: Settings, steps: int, merges: Sequence[int] = ()) -> Tensor:
+    """The average after so many steps, all rounds landed; ``merges``: after which steps it took the parameters' place."""
     thetas = [p.start.clone() for _ in range(n)]
     outers = [outer_sgd(theta, s) for theta in thetas]
     x, late, means = [p.start.clone() for _ in range(n)], [torch.zeros_like(p.start)] * n, []
@@ -51,6 +55,10 @@ def eager(p: Problem, n: int, s: Settings, steps: int) -> Tensor:
             means.append(torch.stack(deltas).mean(dim=0))
             late = [means[-1] - d / n for d in deltas]
             x = [theta.clone() for theta in thetas]
+        if t in merges:
+            since = torch.stack([x_i - theta for x_i, theta in zip(x, thetas, strict=True)]).mean(dim=0)
+            thetas, outers = map(list, zip(*(outer_in_time(p, s, means) for _ in range(n)), strict=True))
+            late, x = [torch.zeros_like(p.start)] * n, [thetas[0] + since] * n
     since = torch.stack([x_i - theta for x_i, theta in zip(x, thetas, strict=True)]).mean(dim=0)
     return in_time(p, s, means) + since
 
@@ -120,6 +128,27 @@ def test_the_average_has_every_delta_as_if_in_time(landing: str, s: Settings, n:
             assert float((average.double() - rendering(p.double(), n, s, step)).abs().max()) <= limit
     last = torch.stack([seen.x[-1] for seen in unseen]).mean(dim=0)
     assert (n == 1 and landing == "eager") or float((unseen[0].merged - last).abs().max()) > 100 * limit, "a plain mean is off"
+
+
+@pytest.mark.parametrize("merged_at", [8, 11])
+def test_training_goes_on_from_a_merge_as_if_nothing_had_been_late(merged_at: int) -> None:
+    p, n, s = problem(3), 3, EAGER._replace(steps=13)
+
+    def island(connection: Connection) -> tuple[Tensor, Tensor]:
+        model = Quadratic(p.start, p.a[connection.node], p.c[connection.node], CUT)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=LR), []
+        with dtrain.join(model, optimizer, recipe="diloco", delay=DELAY, landing="eager", link=connection, **axes_of(s)) as sync:
+            for step in range(1, s.steps + 1):
+                sgd_step(model, optimizer)
+                if step == merged_at:
+                    sync.merge()
+                x.append(model.flat())
+            sync.merge()
+        return torch.stack(x), model.flat()
+
+    for x, merged in run_islands(n, island):
+        limit = limit_of(p, n, s._replace(steps=s.steps + s.every), "eager", [Seen(x, {}, merged)])
+        assert float((merged.double() - eager(p.double(), n, s, s.steps, [merged_at])).abs().max()) <= limit
 
 
 @pytest.mark.parametrize("landing", ["eager", "pure"])

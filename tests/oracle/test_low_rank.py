@@ -19,7 +19,7 @@ from dtrain.codec import State, by_name
 from dtrain.connect import Connection, connect_local
 from dtrain.errors import WireError
 from dtrain.link import Link, Peers
-from dtrain.low_rank import low_rank
+from dtrain.low_rank import _needed, low_rank
 from dtrain.matrices import check_rank, rank_of
 from dtrain.plan.candidates import candidates
 from dtrain.plan.sent import sent
@@ -118,6 +118,13 @@ def test_nothing_given_at_first_is_no_end() -> None:
     came = [exchange(paths, [x * k, x * k], states)[0][0] for k in (1, 0, 0)]
     assert float((came[0] - x).abs().max()) > 0.1
     assert float((sum(came, torch.zeros_like(x)) - x).abs().max()) < 1e-5
+
+
+def test_of_what_is_not_finite_all_directions_are_needed() -> None:
+    q = torch.ones(3, 5)
+    assert _needed(q) == 1
+    q[1, 2] = float("nan")
+    assert _needed(q) == 3
 
 
 def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:

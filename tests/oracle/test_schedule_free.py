@@ -124,6 +124,17 @@ def test_the_parameters_that_rounds_set_are_where_training_goes_on() -> None:
     assert torch.equal(one, alone)
 
 
+def test_a_copy_steps_on() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ScheduleFreeAdamW([p], lr=LR)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer = copy.deepcopy(optimizer)
+        (p,) = optimizer.param_groups[0]["params"]
+    assert float(p.detach().max()) < 1.0
+
+
 def test_bad_settings_and_a_step_on_the_average_are_one_line() -> None:
     x = torch.nn.Parameter(torch.ones(3))
     for bad, said in (({"lr": -1.0}, "lr = -1.0 is not allowed"), ({"lr": 0.1, "betas": (0.0, 0.9)}, "the first above 0")):

@@ -121,6 +121,7 @@ def test_values_on_the_command_line_are_toml_or_plain_words() -> None:
     ("override", "said"),
     [
         ("train.stpes=5", "unknown key train.stpes; did you mean 'steps'?"),
+        ("sync.speeds=[1, 0.5]", "unknown key sync.speeds; did you mean islands.speeds?"),
         ("trian.steps=5", "unknown section [trian]; did you mean 'train'?"),
         ("train.steps=1e3", "train.steps = 1000.0 is not allowed"),
         ("train.steps=0", "train.steps = 0 is not allowed"),
