@@ -21,8 +21,8 @@ theta -> theta', and x_i <- theta' + (x_i - theta), so that the average has ever
 that is given all delta^s in time. Of pure that is one more update: theta' = Outer(theta, delta^t). Of eager each late part,
 l_i^s = delta^s - delta_i^s / n, has come an update late, and with Nesterov's u and mu in time means
     theta_i' = theta_i - lr ((1 + mu) l_i^t + mu^2 L_i),   u_i' = u_i + l_i^t - (1 - mu) L_i,   L_i = sum_s<t mu^(t-1-s) l_i^s.
-L_i is kept, with momentum: L_i <- mu L_i + l_i at each update that takes l_i along. One more update instead would move all of u once
-more, an island's own part too. A round of eager that has not landed is no part of the average, nor is one that was dropped.
+L_i is kept, with momentum: L_i <- mu L_i + l_i at each update that takes l_i along. One more update instead would move all of u
+once more, an island's own part too. A round of eager that has not landed is no part of the average, nor is one dropped.
 
 Islands of unequal speed (``slots.py``) count by the steps that they trained: mean_i = sum_i w_i, and eager's 1 / n is w_i.
 Where rounds have participants, FedAvg's drawn clients (arXiv 1602.05629), the mean is that of K islands, drawn anew each round:
