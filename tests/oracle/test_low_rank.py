@@ -331,7 +331,7 @@ def paper(p: Problem, n: int, q: Tensor, *, eager: bool) -> tuple[Tensor, float]
 def test_it_is_its_paper(n: int, eager: bool) -> None:
     """A product of 40 terms of at most 2 rounds 80 u; the space that P spans turns by as much times P's condition, and what is
     sent of M (below 2 x 40 in norm) with it. Five rounds, each of which may double what came before."""
-    axes = {} if eager else {"delay": 0, "landing": "keep"}
+    axes = {"landing": "eager"} if eager else {"delay": 0, "landing": "keep"}
     p = problem(n)
     got, began = islands_of_dtrain(p, n, codec="identity", **axes)
     q = next(value for key, value in began.items() if key.endswith("warm.tall")).T.double()

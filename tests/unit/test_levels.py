@@ -91,8 +91,11 @@ def test_the_command_line_changes_keys_of_a_level_and_a_recipe_drops_its_other_a
         (["sync.level.1.recipe=single_merge"], "sync.level.1: "),
         (["sync.level.1.recipe=muloco"], "moments that accumulate are AdamW's, and one of them is defined with Muon"),
         (["sync.level.1.exclude=['head.*']"], "give both the same include and exclude"),
-        (["sync.level.1.outer_lr=1"], "sync.level.1: sync.outer_lr = 1 with sync.outer_momentum = 0.6 is not stable"),
-        (["sync.level.0.every=3", "sync.level.0.delay=2"], "use delay = 1 in sync.level.0, or landing = \"keep\""),
+        (["sync.level.1.outer_lr=1.4"], "sync.level.1: sync.outer_lr = 1.4 with sync.outer_momentum = 0.6 is not stable"),
+        (
+            ["sync.level.1.landing=eager", "sync.level.1.outer_lr=0.4", "sync.level.0.every=3", "sync.level.0.delay=2"],
+            'use delay = 1 in sync.level.0, or landing = "keep"',
+        ),
         (["sync.level.1.recipe=fedavg", "sync.level.0.every=3", "sync.level.0.delay=2"], "with delay = 0 a far round takes"),
         (["islands.ranks=2"], "islands.ranks = 2 with [[sync.level]]: the near level is what an island's ranks would do"),
         (["islands.start=own"], "diloco keeps an anchor that all islands share"),

@@ -155,9 +155,9 @@ def test_state_is_what_a_checkpoint_holds_of_a_round() -> None:
 
 
 def test_state_of_a_path_of_low_rank_is_what_a_checkpoint_holds() -> None:
-    """Seven vectors like the model (anchor, own, delta, late, lag, momentum, residual), and the last Q of a matrix of 37 x 11."""
+    """Five vectors as long as the model (anchor, sent, delta, momentum, residual), and the last Q of a matrix of 37 x 11."""
     _, found = counted("dilocox", {"rank": 3})
-    assert found.state_bytes == 4 * (7 * (37 * 11 + 130 + 4100) + 3 * 11)
+    assert found.state_bytes == 4 * (5 * (37 * 11 + 130 + 4100) + 3 * 11)
 
 
 def test_matrices_of_other_shapes_are_another_bucket() -> None:

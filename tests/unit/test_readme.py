@@ -12,7 +12,7 @@ import pytest
 
 from dtrain import codec_name, comparison, schedule
 from dtrain.config import Job
-from dtrain.launch.bench_recipes import JOB
+from dtrain.launch.bench_recipes import JOB, JOBS
 from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections import Sync
@@ -107,12 +107,17 @@ def test_nothing_is_left_to_be_filled_in() -> None:
     assert re.findall(r"^.*\b(?:RESULTS|TODO|TBD|FIXME|XXX)\b.*$", README, flags=re.MULTILINE) == []
 
 
-def test_what_recipes_reach_is_what_the_rows_say() -> None:
-    digest = comparison.digest(JOB.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("column", "family"), [("entry", "gossip"), ("outer loop", "diloco")])
+def test_what_recipes_reach_is_what_the_rows_say(column: str, family: str) -> None:
+    digest = comparison.digest(JOBS[family].read_text(encoding="utf-8"))
     rows = [row for row in comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl") if row.job == digest]
-    shown = [[ticked(entry)[0], *numbers] for entry, *numbers in table("entry")]
+    shown = [[ticked(entry)[0], *numbers] for entry, *numbers in table(column)]
     assert shown
     assert shown == comparison.table(rows, list(dict.fromkeys(entry for entry, *_ in shown)))
+    best = next(row for row in rows if row.entry == "allreduce")
+    assert f"{best.parameters:,} parameters" in README
+    slow = [row.bits_per_byte for row in rows if row.entry == "diloco+train.lr=1.5e-3"]
+    assert all(f"({bits:.4f} with 1.5e-3)" in README.replace("\n", " ") for bits in slow)
 
 
 def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
