@@ -7,7 +7,7 @@ mirror is not State: it is filled anew whenever it is used, and a checkpoint is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -54,12 +54,14 @@ def on_host(method: Method, *, moves: bool) -> Method:
                 yield
                 yield from flight
 
-        def land(b: Bucket, state: State) -> None:
-            assert inner.land is not None
-            host = mirrored(b)
-            _copy(b.x, host.x)
-            inner.land(host, state)
-            _copy(host.x, b.x)
+        def through(of: Callable[[Bucket, State], None]) -> Callable[[Bucket, State], None]:
+            def run(b: Bucket, state: State) -> None:
+                host = mirrored(b)
+                _copy(b.x, host.x)
+                of(host, state)
+                _copy(host.x, b.x)
+
+            return run
 
         def merged(b: Bucket, state: State) -> None:
             assert inner.merged is not None
@@ -67,16 +69,8 @@ def on_host(method: Method, *, moves: bool) -> Method:
             _copy(b.x, host.x)
             inner.merged(host, state)
 
-        def rest(b: Bucket, state: State) -> None:
-            assert inner.rest is not None
-            host = mirrored(b)
-            _copy(b.x, host.x)
-            inner.rest(host, state)
-            _copy(host.x, b.x)
-
-        own = (inner.land, land), (inner.merged, merged), (inner.rest, rest)
-        lands, is_told, rests = (None if of_method is None else of_host for of_method, of_host in own)
-        return Algorithm(init, send, lands, merged=is_told, rest=rests)
+        lands, rests = (None if of is None else through(of) for of in (inner.land, inner.rest))
+        return Algorithm(init, send, lands, merged=None if inner.merged is None else merged, rest=rests)
 
     return bind
 
