@@ -6,14 +6,15 @@
 
 Each stage talks to the same stage of the other island, and the two share their island's uplink. H is that of the ``dilocox``
 which ``dtrain plan`` would take for this job and link. In front of every run is one of ``local``, which never talks, as CPU
-timings drift: a share of local's speed is that of its own pair. Tokens/s are the median over windows, of H steps where rounds
-are, and waiting is of the same steps: the last rounds, by when ranks and H have adapted. rtt is zero, so that the link is its
-rate."""
+timings drift: a share of local's speed is that of its own pair. Tokens/s are the median over windows, from the step at which a
+round lands to that at which the next one does, and waiting and bytes are of the same steps: the last rounds, by when ranks and H
+have adapted. What is not compressed has no ranks to adapt: hold no-compression against no-adaptation. rtt is zero, so that the
+link is its rate."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +62,7 @@ ALL_REDUCE = "all-reduce"
 VARIANTS = {
     "dilocox": Variant("whole, 4-bit products, rank and H adapt", _ADAPTS),
     "no-overlap": Variant("its rounds are waited for", (*_ADAPTS, "sync.delay=0", "sync.landing=keep")),
-    "no-compression": Variant("its rounds are fp32", (_DILOCOX, *_PLAIN, "sync.every={}")),
+    "no-compression": Variant("its rounds are fp32, so that H stays", (_DILOCOX, *_PLAIN, "sync.every={}")),
     "no-adaptation": Variant("its rank and H stay", (_DILOCOX, f"sync.rank={_RANK}", "sync.every={}")),
     ALL_REDUCE: Variant("fp32 gradients every step", ("sync.recipe=allreduce",)),
 }
@@ -105,25 +106,23 @@ def _link(rate: str, every: int, *, quick: bool) -> dict[str, Any]:
         if quick and name not in QUICK:
             continue
         local, _ = _run(f"local-{name}-{rate}-{every}", ["sync.recipe=local"], rate, 2 * every, quick=quick)
-        local_speed, _ = speed(local, max(1, every // 5), every)
-        window, counted, steps = every, COUNTED * every, ROUNDS * every
-        if name == ALL_REDUCE:
-            window, counted, steps = 1, GRADIENT_COUNTED, GRADIENT_STEPS
+        local_speed = counted(local, lambda of: spread(of, every)).tokens_per_s
+        rounds, steps = (GRADIENT_COUNTED, GRADIENT_STEPS) if name == ALL_REDUCE else (COUNTED, ROUNDS * every)
         sync = [text.format(every) for text in variant.sync]
         lines, summary = _run(f"{name}-{rate}-{every}", sync, rate, steps, quick=quick)
-        tokens_per_s, waited = speed(lines, window, counted)
+        found = counted(lines, lambda of, rounds=rounds: landed(of)[-rounds - 1 :])
         rows.append(
             {
                 "variant": name,
                 "said": variant.said,
                 "parameters": summary["parameters"],
                 "steps": steps,
-                "tokens_per_s": tokens_per_s,
+                "tokens_per_s": found.tokens_per_s,
                 "local_tokens_per_s": local_speed,
-                "of_local": tokens_per_s / local_speed,
-                "waited": waited,
-                "bytes_per_step": summary["wire_bytes_sent"] / steps,
-                "last_every": None if name == ALL_REDUCE else last_every(lines),
+                "of_local": found.tokens_per_s / local_speed,
+                "waited": found.waited,
+                "bytes_per_step": found.bytes_per_step,
+                "last_every": None if name == ALL_REDUCE else found.last_window,
             }
         )
     (slowest,) = (row["tokens_per_s"] for row in rows if row["variant"] == ALL_REDUCE)
@@ -145,23 +144,40 @@ def lines_of(run: Path) -> Lines:
     return {island: sorted(lines, key=lambda line: line["step"]) for island, lines in found.items()}
 
 
-def speed(lines: Lines, window: int, counted: int) -> tuple[float, float]:
-    """Tokens/s of all islands, the median over windows of so many steps; and what part of the last ``counted`` steps, which they
-    cover, an island waited."""
-    last = {island: of[-counted - 1 :] for island, of in lines.items()}  # from the step before
-    rates = [
-        sum(window * of[b]["tokens"] / (of[b]["time_s"] - of[a]["time_s"]) for of in last.values())
-        for a, b in pairwise(range(0, counted + 1, window))
-    ]
-    waits = [(of[-1]["wait_s"] - of[0]["wait_s"]) / (of[-1]["time_s"] - of[0]["time_s"]) for of in last.values()]
-    return median(rates), mean(waits)
+@dataclass(frozen=True, slots=True)
+class Counted:
+    tokens_per_s: float
+    """Of all islands: of each the median over its windows."""
+    waited: float
+    """What part of the windows an island waited."""
+    bytes_per_step: float
+    """That an island sent."""
+    last_window: int
+    """Steps."""
 
 
-def last_every(lines: Lines) -> int | None:
-    """Steps between the last two rounds whose bytes were counted, which they are where they land."""
-    (of, *_) = lines.values()
-    landed = [b["step"] for a, b in pairwise(of) if b["wire_bytes_sent"] > a["wire_bytes_sent"]]
-    return landed[-1] - landed[-2] if len(landed) > 1 else None
+def counted(lines: Lines, ends_of: Callable[[list[dict[str, Any]]], list[int]]) -> Counted:
+    """``ends_of``: where in an island's lines a window ends and the next begins."""
+    rates, waits, sent, last = [], [], [], []
+    for of in lines.values():
+        ends = [of[at] for at in ends_of(of)]
+        spans = [(b["step"] - a["step"], b["time_s"] - a["time_s"]) for a, b in pairwise(ends)]
+        rates.append(median(steps * ends[0]["tokens"] / time_s for steps, time_s in spans))
+        waits.append((ends[-1]["wait_s"] - ends[0]["wait_s"]) / sum(time_s for _, time_s in spans))
+        sent.append((ends[-1]["wire_bytes_sent"] - ends[0]["wire_bytes_sent"]) / sum(steps for steps, _ in spans))
+        last.append(spans[-1][0])
+    return Counted(sum(rates), mean(waits), mean(sent), last[0])
+
+
+def landed(of: list[dict[str, Any]]) -> list[int]:
+    """Where rounds landed: their bytes are counted there."""
+    return [at for at in range(1, len(of)) if of[at]["wire_bytes_sent"] > of[at - 1]["wire_bytes_sent"]]
+
+
+def spread(of: list[dict[str, Any]], steps: int) -> list[int]:
+    """Of an island without rounds: five windows, or as many as it has steps, of the last so many steps."""
+    window = max(1, steps // 5)
+    return list(range(len(of) - 1, len(of) - 2 - steps, -window))[::-1]
 
 
 def _asked() -> tuple[list[str], bool]:
