@@ -251,7 +251,7 @@ def _beside(summary: Summary) -> list[tuple[str, str, str]]:
     """What only jobs have whose rounds need a quorum, or adapt."""
     rows = list[tuple[str, str, str]]()
     if "rounds_left_out_islands" in summary:
-        rows.append(("Left out of rounds", _left_out(summary), "by island; others went on, and what it learned came in with its next"))
+        rows.append(("Left out of rounds", _left_out(summary), "by island; what it learned came in with its next one"))
     if "every_steps" in summary:
         rows.append(("Steps between rounds", f"{summary['every_steps']:,}", "at the end: fewer as the rank falls"))
     if "rank_mean" in summary:

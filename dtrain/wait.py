@@ -97,9 +97,7 @@ class Wait:
         """Counts so far, of the whole island: bytes that were posted, and with several ranks those as of the last wait, when they
         were added up."""
         counts = self._counts()
-        return Stats(step, counts["wait_s"], *(int(counts[k]) for k in BYTE_KEYS))._replace(
-            **{k: int(counts[k]) for k in ROUND_KEYS if k in counts}
-        )
+        return Stats(step, counts["wait_s"], *(int(counts[k]) for k in (*BYTE_KEYS, *ROUND_KEYS) if k in counts))
 
     def _counts(self) -> dict[str, float]:
         own = {**self.island_bytes(), "wait_s": self.waited_s} | ({} if self.roll_call is None else self._rounds)

@@ -26,8 +26,8 @@ def texts(tmp_path: Path) -> Path:
 
 def test_rounds_of_a_quorum_are_counted_in_every_line_and_at_the_end(texts: Path, tmp_path: Path) -> None:
     """Of three islands two are enough, and the grace is so long that all are in each round; the third round flies at the end."""
-    quorum = ("sync.recipe=decoupled_diloco", "islands.count=3", "sync.quorum=2", 'sync.grace="60s"', "sync.every=2", "sync.delay=1")
-    run = train(job_of(texts, *quorum), tmp_path / "run")
+    quorum = ("sync.recipe=decoupled_diloco", "islands.count=3", "sync.quorum=2", 'sync.grace="60s"')
+    run = train(job_of(texts, *quorum, "sync.every=2", "sync.delay=1"), tmp_path / "run")
     for island in range(3):
         assert [line["rounds_joined"] for line in lines_of(run, island)] == [0, 0, 1, 1, 2, 2]
         assert [line["rounds_left_out"] for line in lines_of(run, island)] == [0] * 6
@@ -36,7 +36,7 @@ def test_rounds_of_a_quorum_are_counted_in_every_line_and_at_the_end(texts: Path
 
 
 def test_what_adapts_is_in_the_lines_of_steps_where_rounds_land_and_at_the_end(texts: Path, tmp_path: Path) -> None:
-    """All three products of the model's block that are smaller than itself have the fewest columns, which 2 steps are for."""
+    """Ranks begin at the fewest columns that there are, and so H stays."""
     low_rank = ("sync.recipe=dilocox", 'sync.every="adaptive:2"', 'sync.rank="adaptive:8"', "sync.delay=1", "sync.landing=keep")
     run = train(job_of(texts, *low_rank), tmp_path / "run")
     for island in range(2):

@@ -207,7 +207,7 @@ def test_progress_joins_metrics_and_status(tmp_path: Path) -> None:
 
 def test_what_an_island_writes_where_a_round_lands_stays_until_the_next(tmp_path: Path) -> None:
     of_steps = ({}, {"every_steps": 12, "rank_mean": 24.0}, {}, {"every_steps": 8, "rank_mean": 16.0}, {})
-    progress, seen = Progress(tmp_path, 1, 9), list[tuple[int | None, float | None, int | None]]()
+    progress, seen = Progress(tmp_path, 1, 9), list[tuple[int, int | None, float | None]]()
     for step, more in enumerate(of_steps, start=1):
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "island": 0, "rounds_joined": step, "rounds_left_out": step // 2} | more) + "\n")
