@@ -35,7 +35,7 @@ from dtrain.bucket import Bucket, Flat, Span, make_buckets
 from dtrain.codec import State
 from dtrain.events.graph_constants import rates_of_rounds
 from dtrain.hierarchical import hierarchical
-from dtrain.low_rank import columns_now, low_rank
+from dtrain.low_rank import low_rank, ranks_now
 from dtrain.matchmaker import Graph, graph_of
 from dtrain.matrices import adapts, check_rank, highest, rank_of
 from dtrain.methods import RULES
@@ -74,8 +74,11 @@ class Plan:
     """Rounds after which a method does the same again, over the same edges; 1 of all but those with a calendar of their own."""
     graph: Graph | None
     """Who may meet whom, where islands meet when both are ready; None where rounds have their steps."""
-    columns: Callable[[State], int] | None
-    """Of a bucket's state: columns of all factors of its next round, which H follows; None where H stays as it is."""
+    ranks: Callable[[State], list[int]] | None
+    """Of a bucket's state: its matrices' ranks in its next round; None where they stay, and in a job of two levels, where an
+    island has those of its own buckets alone."""
+    every_adapts: bool
+    """Whether H follows them."""
     quorum: int | None
     """The fewest islands of a round; None where each waits for all."""
     grace_s: float
@@ -111,7 +114,8 @@ def assemble(recipe: Recipe, seed: int, num_islands: int) -> Plan:
         moves=moves,
         turns=1 if recipe.moments is None else math.lcm(*schedule.multiples(recipe.moments)),
         graph=_graph(mixed, num_islands) if recipe.schedule == schedule.READY else None,
-        columns=columns_now if recipe.every_adapts and recipe.reduce == "low_rank" else None,
+        ranks=ranks_now if _adapts(recipe) and recipe.near is None else None,
+        every_adapts=recipe.every_adapts and recipe.reduce == "low_rank",
         quorum=needed if needed < num_islands else None,
         grace_s=units.seconds(recipe.grace),
         signs=rules.signs,
@@ -144,6 +148,10 @@ def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucke
 def columns(r: Recipe, s: Span) -> int:
     """Of the factors by which a parameter is sent; 0: as it is."""
     return 0 if r.reduce != "low_rank" or r.rank is None else rank_of(s.name, s.shape, highest(r.rank))
+
+
+def _adapts(r: Recipe) -> bool:
+    return r.reduce == "low_rank" and r.rank is not None and adapts(r.rank)
 
 
 def _graph(mixed: Mixing, num_islands: int) -> Graph:

@@ -13,6 +13,7 @@ embeddings do, is as long as before, and may have to be waited for."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ class Lane:
         self.flight: Flight | None = None
 
 
+class Adapted(NamedTuple):
+    """What of an island's rounds does not stay as it began; None where it does."""
+
+    every_steps: int | None = None
+    """H: steps from the start of the last rounds to that of the next."""
+    rank_mean: float | None = None
+    """Of the next rounds, over all matrices of the island's model that go as products."""
+
+
 class Core:
     """All lanes that this rank carries, and the step count."""
 
@@ -105,7 +115,7 @@ class Core:
         if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
             raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
         self._island_sum = island_sum
-        self._columns_at_first = self._columns = 0
+        self._columns_at_first = self._columns = self._matrices = 0
         self.adapt()
         self._columns_at_first = self._columns
 
@@ -124,7 +134,7 @@ class Core:
 
     def start_rounds(self) -> list[Flight]:
         """The rounds that start now, after step ``self.step``."""
-        if self.plan.columns is not None and self.begun(self.step):
+        if self.plan.every_adapts and self.begun(self.step):
             every = -(-self.plan.control.every * self._columns // self._columns_at_first)
             self.control = Control(max(self.plan.recipe.least_every, every), self.step)
         return [self.start(lane, self.step) for lane in self.lanes if self.starts(lane, self.step)]
@@ -132,14 +142,21 @@ class Core:
     @property
     def delay_steps(self) -> int:
         """Of the rounds that started last."""
-        whole = self.plan.columns is not None and self.plan.recipe.delay == "round"
+        whole = self.plan.every_adapts and self.plan.recipe.delay == "round"
         return self.control.every if whole else self.plan.delay_steps
 
-    def adapt(self) -> None:
-        """What was due has landed, on each rank of the island: H of the rounds that start next follows from it."""
-        if self.plan.columns is not None:
-            own = sum(self.plan.columns(lane.state) for lane in self.lanes)
-            self._columns = int(self._island_sum([own])[0])
+    def adapt(self, step: int = 0) -> None:
+        """What was due at ``step`` has landed, on each rank of the island: H of the rounds that start next follows from it."""
+        self._landed_at = step
+        if self.plan.ranks is not None:
+            own = [rank for lane in self.lanes for rank in self.plan.ranks(lane.state)]
+            self._columns, self._matrices = map(int, self._island_sum([sum(own), len(own)]))
+
+    def adapted(self, step: int | None = None) -> Adapted:
+        """What the last rounds that landed have left; nothing where a ``step`` is given and none were due there."""
+        if self.plan.ranks is None or step not in (None, self._landed_at):
+            return Adapted()
+        return Adapted(self.control.every if self.plan.every_adapts else None, self._columns / self._matrices)
 
     def begun(self, step: int) -> set[int]:
         """The fragments of which rounds start after ``step``, on whatever rank: each finds the same answer without asking."""
@@ -269,7 +286,7 @@ class Core:
 
     def load(self, saved: dict[str, Tensor]) -> None:
         self.step = int(saved["step"])
-        if self.plan.columns is not None:
+        if self.plan.every_adapts:
             self.control = Control(int(saved["every"]), int(saved["since"]))
             self._columns = int(saved["columns"])
         for lane in self.lanes:
@@ -282,7 +299,7 @@ class Core:
 
     def _refuse_crossing(self, saved: dict[str, Tensor]) -> None:
         """Another ``every`` is fine, unless a round would start while one of its bucket still flies."""
-        if self.plan.graph is not None or self.plan.columns is not None:  # nothing starts there while something flies
+        if self.plan.graph is not None or self.plan.every_adapts:  # nothing starts there while something flies
             return
         for lane in self.lanes:
             land_step = int(saved[f"bucket{lane.bucket.index}.land_step"])
@@ -296,7 +313,7 @@ class Core:
 
     def _spacing(self) -> dict[str, int]:
         """Of rounds whose H adapts: of the last that started, and of the next."""
-        if self.plan.columns is None:
+        if not self.plan.every_adapts:
             return {}
         return {"every": self.control.every, "since": self.control.since, "columns": self._columns}
 

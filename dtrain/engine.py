@@ -226,6 +226,7 @@ class Sync:
         self.settle()
         for step in range(self.step, self.step + self._rounds.delay_steps + 1):
             self._land_due(step)
+        self._rounds.drained()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of this rank's state that a bit-identical resume needs, as tensors; waits for bytes in flight."""
@@ -327,7 +328,7 @@ class Sync:
                 level.core.land(lane)
             # After a drop ranks may differ in which rounds landed; this makes them equal again.
             self._ranks.refresh([b for b in level.buckets if b.fragment in fragments], gradients=False)
-            level.core.adapt()
+            level.core.adapt(step)
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None

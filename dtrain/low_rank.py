@@ -109,9 +109,9 @@ class _Laid(NamedTuple):
     second: _Wire
 
 
-def columns_now(state: State) -> int:
-    """Of the factors of all matrices of a bucket, in its next round; of a path that ``adapts``."""
-    return int(state["ranks"].sum())
+def ranks_now(state: State) -> list[int]:
+    """Of a bucket's matrices, in its next round; of a path that ``adapts``."""
+    return [rank for rank in state["ranks"].tolist() if rank]
 
 
 def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, adapts: bool = False) -> Reduce:

@@ -42,9 +42,13 @@ class MetricsWriter:
         eval_loss_merged: float | None = None,
         consensus_distance: float | None = None,
         wire_bytes_sent_near: int | None = None,
+        rounds_joined: int | None = None,
+        rounds_left_out: int | None = None,
+        every_steps: int | None = None,
+        rank_mean: float | None = None,
     ) -> None:
-        """``step`` counts from 1; bytes and ``wait_s`` are cumulative; what is None was not measured and is left
-        out, as the loss of a step in which the island was idle."""
+        """``step`` counts from 1; bytes, rounds and ``wait_s`` are cumulative; what is None was not measured and is left
+        out, as the loss of a step in which the island was idle, and what adapts in a step in which no round landed."""
         content: dict[str, Any] = {
             "step": step,
             "island": self._island,
@@ -60,6 +64,10 @@ class MetricsWriter:
             "eval_loss_merged": eval_loss_merged,
             "consensus_distance": consensus_distance,
             "wire_bytes_sent_near": wire_bytes_sent_near,
+            "rounds_joined": rounds_joined,
+            "rounds_left_out": rounds_left_out,
+            "every_steps": every_steps,
+            "rank_mean": rank_mean,
         }
         content = {name: value for name, value in content.items() if value is not None}
         self._follow()
@@ -197,6 +205,14 @@ class Part:
     """With another island, where pairs meet when both are ready; None where rounds have their steps."""
     wire_bytes_sent_near: int | None = None
     """Of wire_bytes_sent, to islands of its own group, in a job of two levels; None in others."""
+    rounds_joined: int | None = None
+    """Of which it was a member, where a quorum of the islands is enough; None where each round waits for all."""
+    rounds_left_out: int | None = None
+    """That went on without it, there."""
+    every_steps: int | None = None
+    """H at the end, where it adapts; None where it stays."""
+    rank_mean: float | None = None
+    """Of the next round at the end, over all matrices, where ranks adapt; None where they stay."""
 
 
 def write_part(folder: Path, part: Part) -> None:

@@ -5,6 +5,7 @@ The islands' parts become ``summary.json`` and ``loss.png``; a summary becomes r
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ _SHOWN = (
     *("wire_bytes_sent", "wire_bytes_start", "wire_bytes_merge", "allreduce_wire_bytes", "wire_reduction"),
     *("eval_loss", "eval_bits_per_byte", "eval_bits_per_byte_islands", "corpus_hash"),
 )
+
+_MOST_ONE_BY_ONE = 8
+"""Islands whose counts stand in one row."""
 
 # On these a part must agree with island 0's: one that does not was left by another run.
 _COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "first_step", "corpus_hash", "bytes_per_token")
@@ -81,12 +85,18 @@ def summarize(parts: Sequence[Part]) -> Summary:
         "corpus_hash": first.corpus_hash,
         **({} if first.meetings is None else {"meetings": sum(part.meetings or 0 for part in parts) // 2}),
         **({} if first.wire_bytes_sent_near is None else _links(parts, sent)),
+        **({} if first.rounds_joined is None else _members(parts)),
+        **{name: value for name in ("every_steps", "rank_mean") if (value := getattr(first, name)) is not None},
     }
 
 
 def _links(parts: Sequence[Part], sent: float) -> Summary:
     near = statistics.mean(part.wire_bytes_sent_near or 0 for part in parts)
     return {"wire_bytes_sent_near": near, "wire_bytes_sent_far": sent - near}
+
+
+def _members(parts: Sequence[Part]) -> Summary:
+    return {f"{name}_islands": [getattr(part, name) for part in parts] for name in ("rounds_joined", "rounds_left_out")}
 
 
 def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
@@ -138,6 +148,7 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("Bytes an island sent", _bytes(summary), "against averaging all gradients in fp32 each step (all-reduce)"),
         *_far(summary),
         *_meetings(summary),
+        *_beside(summary),
         ("Sent once besides", _once(summary), "to start from equal weights, and to merge at the end"),
         (
             "Waited for the link",
@@ -170,6 +181,7 @@ def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]
         ("all-reduce would send", lambda s: units.show_bytes(s["allreduce_wire_bytes"])),
         ("fewer bytes", lambda s: _times(s["wire_reduction"]) if s["wire_reduction"] else "sent nothing"),
         ("waited for the link", lambda s: f"{_seconds(s['wait_s'])}, {_share(s['wait_s'], s['train_s'])}"),
+        *((label.lower(), functools.partial(_one_beside, label)) for label in _labels_beside(runs)),
         ("tokens/s", lambda s: _number(s["tokens_per_s"], 0)),
         ("time", lambda s: units.show_seconds(s["wall_s"])),
     ]
@@ -233,6 +245,33 @@ def _bytes(summary: Summary) -> str:
 def _meetings(summary: Summary) -> list[tuple[str, str, str]]:
     count = summary.get("meetings")
     return [] if count is None else [("Meetings", f"{count:,}", "of two islands, as soon as both were ready")]
+
+
+def _beside(summary: Summary) -> list[tuple[str, str, str]]:
+    """What only jobs have whose rounds need a quorum, or adapt."""
+    rows = list[tuple[str, str, str]]()
+    if "rounds_left_out_islands" in summary:
+        rows.append(("Left out of rounds", _left_out(summary), "by island; what it learned came in with its next one"))
+    if "every_steps" in summary:
+        rows.append(("Steps between rounds", f"{summary['every_steps']:,}", "at the end: fewer as the rank falls"))
+    if "rank_mean" in summary:
+        rows.append(("Mean rank", f"{summary['rank_mean']:.1f}", "at the end, over all matrices that go as products"))
+    return rows
+
+
+def _left_out(summary: Summary) -> str:
+    left, joined = summary["rounds_left_out_islands"], summary["rounds_joined_islands"]
+    each = ", ".join(map(str, left)) if len(left) <= _MOST_ONE_BY_ONE else f"{min(left)} to {max(left)}"
+    return f"{each} of {max(a + b for a, b in zip(left, joined, strict=True)):,}"
+
+
+def _labels_beside(runs: Sequence[RunRecord]) -> list[str]:
+    """Of all runs, each once."""
+    return list(dict.fromkeys(label for run in runs for label, _, _ in _beside(run.summary)))
+
+
+def _one_beside(label: str, summary: Summary) -> str:
+    return next((value for at, value, _ in _beside(summary) if at == label), "-")
 
 
 def _far(summary: Summary) -> list[tuple[str, str, str]]:

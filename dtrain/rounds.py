@@ -101,6 +101,11 @@ class Rounds:
         """Whether a further level's round that begins after ``step`` takes the parameters' place there."""
         return any(replaces(level.core.plan.recipe) and level.core.begun(step) for level in self.levels[1:])
 
+    def drained(self) -> None:
+        """All that flew has landed, what a run that this one goes on with had in the air among it."""
+        for level in self.levels:
+            level.core.adapt(self.step)
+
     def rest(self) -> None:
         """All parameters are about to become the islands' exact mean."""
         for level in self.levels:

@@ -254,19 +254,19 @@ def _loop(island: _Island, observe: Observe) -> None:
         ended = clock.train_s()
         seen = look(job, sync, island.inside, island.optimizers, clock, step + 1, functools.partial(_say, island))
         if metrics is not None:
-            stats = sync.stats()
+            stats, adapted = sync.stats(), sync.core.adapted(step + 1)
             metrics.line(
                 step=step + 1, loss=loss,
                 tokens=tokens, tokens_per_s=tokens / max(ended - began, 1e-9) if tokens else None,
-                wire_bytes_sent=stats.wire_bytes_sent,
-                wire_bytes_received=stats.wire_bytes_received,
-                wait_s=stats.wait_s,
+                wire_bytes_sent=stats.wire_bytes_sent, wire_bytes_received=stats.wire_bytes_received, wait_s=stats.wait_s,
                 lr=lr,
                 time_s=clock.time_s(),
                 eval_loss=seen.eval_loss,
                 eval_loss_merged=seen.eval_loss_merged,
                 consensus_distance=seen.consensus_distance,
                 wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
+                rounds_joined=stats.rounds_joined, rounds_left_out=stats.rounds_left_out,
+                every_steps=adapted.every_steps, rank_mean=adapted.rank_mean,
             )  # fmt: skip
         _checkpoint_aside(island, step + 1)
         began = ended
@@ -360,7 +360,7 @@ def _finish(island: _Island) -> None:
 def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> None:
     """The rest of ``_finish``: ``train_s``, ``stats`` and ``own_loss`` are of before the merge."""
     job, node, sync, inside = island.job, island.connection.node, island.sync, island.inside
-    steps, pace = job.train.steps, sync.core.plan.pace
+    steps, pace, adapted = job.train.steps, sync.core.plan.pace, sync.core.adapted()
     distance = sync.merge() if job.train.merge == "mean" else sync.merge_corrected()
     merge_bytes = sync.stats().wire_bytes_merge - stats.wire_bytes_merge
     merged_loss = inside.evaluate()
@@ -382,11 +382,8 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         train_s=train_s,
         compute_s=train_s - stats.wait_s,
         wait_s=stats.wait_s,
-        wire_bytes_sent=stats.wire_bytes_sent,
-        wire_bytes_received=stats.wire_bytes_received,
-        wire_bytes_start=stats.wire_bytes_start,
-        wire_bytes_merge=merge_bytes,
-        wire_bytes_consensus=stats.wire_bytes_merge,
+        wire_bytes_sent=stats.wire_bytes_sent, wire_bytes_received=stats.wire_bytes_received,
+        wire_bytes_start=stats.wire_bytes_start, wire_bytes_merge=merge_bytes, wire_bytes_consensus=stats.wire_bytes_merge,
         eval_loss=merged_loss,
         eval_loss_island=own_loss,
         eval_tokens=island.heldout[1].numel(),
@@ -395,6 +392,8 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         corpus_hash=island.corpus.hash,
         meetings=sync.core.meetings,
         wire_bytes_sent_near=stats.wire_bytes_sent_near if sync.recipe.near is not None else None,
-    )
+        rounds_joined=stats.rounds_joined, rounds_left_out=stats.rounds_left_out,
+        every_steps=adapted.every_steps, rank_mean=adapted.rank_mean,
+    )  # fmt: skip
     write_part(island.run / "logs" / f"island{node}", part)
     _say(island, "done", steps)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dtrain")
 
 BYTE_KEYS = ("sent", "received", "start", "merge", "sent_near")
+ROUND_KEYS = ("rounds_joined", "rounds_left_out")
 
 _OK, _LEFT, _LOST, _NON_FINITE, _REGROUP = range(5)
 """What a rank saw while it waited; the highest that any rank saw is the island's outcome."""
@@ -45,6 +46,10 @@ class Stats(NamedTuple):
     wire_bytes_merge: int
     wire_bytes_sent_near: int
     """Of wire_bytes_sent, to islands of one's own group; 0 in a job without levels."""
+    rounds_joined: int | None = None
+    """Of which the island was a member, where a quorum is enough; None where each round waits for all islands."""
+    rounds_left_out: int | None = None
+    """That went on without it, there."""
 
     @property
     def wire_bytes_sent_far(self) -> int:
@@ -82,18 +87,24 @@ class Wait:
         self._ranks = connection.ranks
         self._traffic = traffic
         self._totals = [0.0] * len(BYTE_KEYS)
+        self._rounds = dict.fromkeys(ROUND_KEYS, 0)
+        self._last_round = 0
+        """The step after which the newest round started that is counted in them."""
         self._base: dict[str, float] = {}
         """What a run that this one goes on with had counted."""
 
     def stats(self, step: int) -> Stats:
         """Counts so far, of the whole island: bytes that were posted, and with several ranks those as of the last wait, when they
         were added up."""
-        counts = (int(n + self._base.get(k, 0)) for k, n in self.island_bytes().items())
-        return Stats(step, self._base.get("wait_s", 0.0) + self.waited_s, *counts)
+        counts = self._counts()
+        return Stats(step, counts["wait_s"], *(int(counts[k]) for k in (*BYTE_KEYS, *ROUND_KEYS) if k in counts))
+
+    def _counts(self) -> dict[str, float]:
+        own = {**self.island_bytes(), "wait_s": self.waited_s} | ({} if self.roll_call is None else self._rounds)
+        return {k: n + self._base.get(k, 0) for k, n in own.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        now = self.stats(0)
-        counts = dict(zip(BYTE_KEYS, now[2:], strict=True)) | {"wait_s": now.wait_s}
+        counts = self._counts()
         return {f"{self._prefix}{k}": torch.tensor(float(v), dtype=torch.float64) for k, v in counts.items()}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -126,6 +137,14 @@ class Wait:
             ) from problem
         if problem is not None:
             raise problem
+        self._count_rounds(flights)
+
+    def _count_rounds(self, flights: Sequence[Flight]) -> None:
+        """Each that has members once, though it is of several buckets, and may be waited for before it lands and there again."""
+        for flight in sorted(flights, key=lambda f: f.step):
+            if flight.link.members is not None and not flight.dropped and flight.step > self._last_round:
+                self._last_round = flight.step
+                self._rounds["rounds_left_out" if flight.link.left_out else "rounds_joined"] += 1
 
     def own(self, step: int, merges: int, flights: Sequence[Flight]) -> None:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from dtrain.launch.islands import folder
 
+_STAYS = ("every_steps", "rank_mean")
+"""What an island writes where a round has landed, and is so until the next has."""
+
 
 @dataclass(frozen=True, slots=True)
 class IslandView:
@@ -23,6 +26,10 @@ class IslandView:
     tokens_per_s: float | None = None
     wire_bytes_sent: int = 0
     wait_s: float = 0.0
+    rounds_joined: int | None = None
+    rounds_left_out: int | None = None
+    every_steps: int | None = None
+    rank_mean: float | None = None
     waiting_for: tuple[int, ...] = ()
     waited_s: float = 0.0
     timeout_s: float = 0.0
@@ -68,7 +75,8 @@ class Progress:
         for line in self._metrics.lines():
             record = _record(line)
             if record is not None:
-                self._newest[record["island"]] = record
+                before = self._newest.get(record["island"], {})
+                self._newest[record["island"]] = {key: before[key] for key in _STAYS if key in before} | record
         return [self._view(i) for i in range(self.num_islands)]
 
     def _view(self, island: int) -> IslandView:
@@ -106,6 +114,7 @@ def _with_metrics(view: IslandView, record: dict[str, Any]) -> IslandView:
         tokens_per_s=record.get("tokens_per_s", view.tokens_per_s),
         wire_bytes_sent=record.get("wire_bytes_sent", 0),
         wait_s=record.get("wait_s", 0.0),
+        **{key: record.get(key) for key in ("rounds_joined", "rounds_left_out", *_STAYS)},
     )
 
 

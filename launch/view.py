@@ -5,7 +5,7 @@ The functions are pure (islands -> what is shown); LiveView owns the screen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -50,7 +50,7 @@ def picture(islands: Sequence[IslandView], columns: int, rows: int | None = None
         row.add_row(head, done, Text(count, justify="right"), Text(word, style="yellow" if _troubled(view) else "green"))
         lines.append(row)
         if two_lines and view.loss is not None:
-            lines.append(Text(f"    {'  '.join(_numbers(view))}", style="dim", no_wrap=True))
+            lines.append(Text(f"    {'  '.join(_fitting(view, columns - 4))}", style="dim", no_wrap=True))
     if left:
         lines.append(Text(f"and {len(left)} more, at step {slowest_step(left)} or later", style="dim"))
     return Group(*lines)
@@ -116,7 +116,7 @@ class LiveView:
 
 def _plain(view: IslandView) -> str:
     words = f"island {view.island}: {now(view)}"
-    return words if view.loss is None else ", ".join((words, f"step {_steps(view)}", *_numbers(view)))
+    return words if view.loss is None else ", ".join((words, f"step {_steps(view)}", *_numbers(view), *_of_rounds(view)))
 
 
 def _names(islands: Sequence[int]) -> str:
@@ -144,6 +144,24 @@ def _troubled(view: IslandView) -> bool:
 
 def _steps(view: IslandView) -> str:
     return f"{view.step}/{view.steps}"
+
+
+def _fitting(view: IslandView, columns: int) -> tuple[str, ...]:
+    """Of rounds what there is room for."""
+    said = _numbers(view)
+    for more in _of_rounds(view):
+        said = (*said, more) if len("  ".join((*said, more))) <= columns else said
+    return said
+
+
+def _of_rounds(view: IslandView) -> Iterator[str]:
+    """What only jobs have whose rounds need a quorum, or adapt."""
+    if view.rounds_left_out is not None:
+        yield f"left out of {view.rounds_left_out} of {view.rounds_left_out + (view.rounds_joined or 0)} rounds"
+    if view.every_steps is not None:
+        yield f"H {view.every_steps}"
+    if view.rank_mean is not None:
+        yield f"mean rank {view.rank_mean:.1f}"
 
 
 def _numbers(view: IslandView) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import dtrain
 from dtrain import low_rank
 from dtrain.connect import Connection, connect_local
+from dtrain.core import Adapted
 from dtrain.engine import Sync
 from tests.islands import run_islands
 
@@ -63,34 +64,42 @@ class Seen(NamedTuple):
     """After each step."""
     saved: tuple[Tensor, dict[str, Tensor]] | None
     ranks: list[int]
+    adapted: dict[int, Adapted]
+    """What an island says of it, by the steps at which it does."""
+    left: Adapted
+    """At the end."""
 
 
 def live(
     connection: Connection, kind: tuple[str, Delay], *, names: Sequence[str] = tuple(DIRECTIONS), save_at: int = 0,
-    resume: tuple[Tensor, Mapping[str, Tensor]] | None = None, **axes: Any,
+    resume: tuple[Tensor, Mapping[str, Tensor]] | None = None, steps: int = STEPS, **axes: Any,
 ) -> Seen:  # fmt: skip
     """Two of three matrices share a bucket."""
     p, model = problem(), Model(names)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     answers = {"rank": f"adaptive:{RANK}", "every": f"adaptive:{EVERY}", "codec": "identity", "bucket_bytes": 8 * M * K}
-    starts, values, saved = [], [], None
+    starts, values, adapted, saved = [], [], dict[int, Adapted](), None
     with dtrain.join(
         model, optimizer, recipe="dilocox", landing=kind[0], delay=kind[1], link=connection, **OUTER, **{**answers, **axes}
     ) as sync:
         if resume is not None:
             _load(model, sync, *resume)
-        for step in range(sync.step + 1, STEPS + 1):
+        for step in range(sync.step + 1, steps + 1):
             begun = sync.core.lanes[0].round
             for name, x in model.named_parameters():
                 x.grad = p.a[connection.node] * (x.detach() - p.c[connection.node][name])
             optimizer.step()
             starts += [step] * (sync.core.lanes[0].round - begun)
             values.append(model.values())
+            if sync.core.adapted(step) != Adapted():
+                adapted[step] = sync.core.adapted(step)
             if step == save_at:
                 saved = model.values(), {key: value.clone() for key, value in sync.state_dict().items()}
         sync.settle()
-        ranks = [int(r) for lane in sync.core.lanes for r in lane.state["ranks"]]
-    return Seen(starts, values, saved, ranks)
+        ranks = [int(r) for lane in sync.core.lanes for r in lane.state.get("ranks", ())]
+        sync.drain()
+        left = sync.core.adapted()
+    return Seen(starts, values, saved, ranks, adapted, left)
 
 
 def _load(model: Model, sync: Sync, values: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -100,13 +109,13 @@ def _load(model: Model, sync: Sync, values: Tensor, state: Mapping[str, Tensor])
     sync.load_state_dict(dict(state))
 
 
-def paper(kind: tuple[str, Delay]) -> tuple[list[int], Tensor]:
-    """Start steps, and (steps, islands, matrices, m, k)."""
+def paper(kind: tuple[str, Delay]) -> tuple[list[int], Tensor, dict[int, tuple[int, float]]]:
+    """Start steps, (steps, islands, matrices, m, k), and after each step at which a round landed H and the mean rank."""
     p = problem()
     a, c = p.a.double().view(-1, 1, 1, 1), torch.stack([torch.stack(list(of.values())) for of in p.c]).double()
     x = theta = u = late = sent = own = torch.zeros_like(c)
     landing, delay = kind
-    needed, ranks, every, since, land, starts, seen = [], [RANK] * 3, EVERY, 0, -1, [], []
+    needed, ranks, every, since, land, landed, starts, seen, adapted = [], [RANK] * 3, EVERY, 0, -1, -1, [], [], {}
     for step in range(1, STEPS + 1):
         moved = LR * a * (x - c)
         for now in ("before", "after"):
@@ -120,7 +129,7 @@ def paper(kind: tuple[str, Delay]) -> tuple[list[int], Tensor]:
                         theta, u = outer(theta, u, late + own / ISLANDS)
                         x = theta
             if land == step and (now == "after") == (delay == 0):
-                delta = own.mean(0)
+                landed, delta = step, own.mean(0)
                 needed.append([directions(d) for d in delta])
                 if len(needed) >= 5:
                     mean = torch.tensor(needed[-5:]).sum(0).tolist()
@@ -131,7 +140,9 @@ def paper(kind: tuple[str, Delay]) -> tuple[list[int], Tensor]:
                     theta, u = outer(theta, u, delta.expand_as(own))
                     x = theta + (x - sent)
         seen.append(x)
-    return starts, torch.stack(seen)
+        if landed == step:
+            adapted[step] = every, sum(ranks) / 3
+    return starts, torch.stack(seen), adapted
 
 
 def outer(theta: Tensor, u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,14 +160,18 @@ def test_h_follows_the_rank(kind: tuple[str, Delay]) -> None:
     """72 columns become 48, and 12 steps 8. What a product of 50 terms loses, and a basis of 24 columns of a condition below
     1000, is sent later: numbers of 10 at most are off by far less than they differ by where rounds start otherwise."""
     islands = run_islands(ISLANDS, lambda connection: live(connection, kind))
-    starts, want = paper(kind)
+    starts, want, adapted = paper(kind)
     apart = [b - a for a, b in itertools.pairwise(starts)]
     assert apart[0] == 12
     assert apart[-1] == 8
     assert [island.starts for island in islands] == [starts] * ISLANDS
     assert sorted(islands[0].ranks) == sorted(islands[1].ranks) == [8, 16, 24]
+    assert [island.adapted for island in islands] == [adapted] * ISLANDS
+    assert [island.left for island in islands] == [(8, 16.0)] * ISLANDS
     got = torch.stack([torch.stack(island.values) for island in islands], 1).double()
     fixed = run_islands(ISLANDS, lambda connection: live(connection, kind, every=EVERY))
+    assert fixed[0].left == (None, 16.0)
+    assert {every for every, _ in fixed[0].adapted.values()} == {None}
     otherwise = torch.stack([torch.stack(island.values) for island in fixed], 1).double()
     assert float((got - want).abs().max()) < 1e-3 < 0.1 < float((otherwise - want).abs().max())
 
@@ -184,7 +199,9 @@ def _resumed(kind: tuple[str, Delay], save_at: int, forget: Mapping[str, int]) -
 
     resumed = run_islands(ISLANDS, again)
     return all(
-        r.starts == [s for s in w.starts if s > save_at] and torch.equal(torch.stack(r.values), torch.stack(w.values[save_at:]))
+        r.starts == [s for s in w.starts if s > save_at]
+        and r.adapted == {step: said for step, said in w.adapted.items() if step > save_at}
+        and torch.equal(torch.stack(r.values), torch.stack(w.values[save_at:]))
         for r, w in zip(resumed, whole, strict=True)
     )
 
@@ -199,6 +216,21 @@ def test_a_resumed_run_is_the_undisturbed_run(kind: tuple[str, Delay], save_at: 
 @pytest.mark.parametrize(("save_at", "forget"), [(70, {"columns": 72}), (74, {"every": 12}), (74, {"since": 60})])
 def test_each_part_of_the_state_is_needed(save_at: int, forget: dict[str, int]) -> None:
     assert not _resumed(KINDS[1], save_at, forget)
+
+
+def test_a_run_that_goes_on_after_its_last_step_says_the_rank_that_it_had() -> None:
+    """The fifth round has landed, after which the rank is another, and nothing flies."""
+    axes: dict[str, Any] = {"names": ["few"], "every": 4, "steps": 23}
+    whole = run_islands(ISLANDS, lambda c: live(c, ("keep", 3), **axes, save_at=23))
+    resumed = run_islands(ISLANDS, lambda c: live(c, ("keep", 3), **axes, resume=whole[c.node].saved))
+    assert list(whole[0].adapted.values())[-2:] == [(None, 24.0), (None, 8.0)]
+    assert [r.left for r in resumed] == [w.left for w in whole] == [(None, 8.0)] * ISLANDS
+    assert not resumed[0].adapted
+
+
+def test_what_stays_is_not_said() -> None:
+    for island in run_islands(ISLANDS, lambda c: live(c, ("keep", 3), names=["few"], every=4, steps=23, rank=RANK)):
+        assert (island.adapted, island.left) == ({}, Adapted())
 
 
 class Stages:
@@ -248,6 +280,7 @@ def test_stages_of_an_island_have_the_h_of_its_whole_model(kind: tuple[str, Dela
     ranks = run_islands(2 * ISLANDS, rank)
     whole = run_islands(ISLANDS, lambda connection: live(connection, kind))
     assert [r.starts for r in ranks] == [whole[0].starts] * 4
+    assert [r.adapted for r in ranks] == [whole[0].adapted] * 4
     assert whole[0].starts[-1] - whole[0].starts[-2] == 8
     for node in range(ISLANDS):
         assert torch.equal(torch.cat([ranks[2 * node + stage].values[-1] for stage in range(2)]), whole[node].values[-1])

@@ -76,6 +76,11 @@ class Island:
             self.seen.append(self.model.flat())
             self.anchors.append(torch.cat([lane.state["anchor"] for lane in self.sync.core.lanes]).clone())
 
+    def counts(self) -> tuple[int | None, int | None]:
+        """Rounds with it, and without it, as it counts them."""
+        stats = self.sync.stats()
+        return stats.rounds_joined, stats.rounds_left_out
+
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_others_go_on_without_an_island_that_is_held_and_what_it_learned_comes_with_its_next_round(feedback: bool) -> None:
@@ -103,6 +108,7 @@ def test_others_go_on_without_an_island_that_is_held_and_what_it_learned_comes_w
     assert limit < 1e-3
     for one in got:
         assert one.members == {4: OTHERS, 8: OTHERS, 12: OTHERS, 16: ALL}
+        assert one.counts() == ((1, 3) if one.node == SLOW else (4, 0)), "of each round one, though it is of several buckets"
         assert all(torch.equal(a, b) for a, b in zip(one.anchors, got[0].anchors, strict=True))
         assert float((torch.stack(one.seen).double() - want[:, one.node]).abs().max()) <= limit
         assert (one.inbox._wires, one.inbox._unwanted) == ({}, set()), "late wires are thrown away"
@@ -138,6 +144,7 @@ def test_a_slow_island_is_waited_for_after_a_few_rounds_without_it_and_as_long_a
 
     for one in run_islands(N, island):
         assert one.members == {2 * k: OTHERS if k <= without else ALL for k in range(1, without + 2)}
+        assert one.counts() == ((1, without) if one.node == SLOW else (without + 1, 0))
 
 
 @pytest.mark.parametrize("failed", [False, True], ids=["ended", "failed"])
@@ -187,7 +194,7 @@ def test_a_resume_in_mid_flight_lands_the_members_that_were_decided() -> None:
     p, axes = problem(N), {"every": 4, "delay": 2}
     held, saved = threading.Barrier(N), dict[int, tuple[Tensor, dict[str, Tensor]]]()
 
-    def first(connection: Connection) -> Tensor:
+    def first(connection: Connection) -> tuple[Tensor, object]:
         one = Island(connection, p, **axes)
         with one.sync:
             for is_late in (False, True):
@@ -196,22 +203,48 @@ def test_a_resume_in_mid_flight_lands_the_members_that_were_decided() -> None:
                     saved[one.node] = (one.model.flat(), {k: v.clone() for k, v in one.sync.state_dict().items()})
                 held.wait(LONG_S)
             one.steps_to(7)
-        return torch.stack(one.seen[-2:])
+        return torch.stack(one.seen[-2:]), one.counts()
 
-    def again(connection: Connection) -> Tensor:
+    def again(connection: Connection) -> tuple[Tensor, object]:
         one = Island(connection, p, **axes)
         with one.sync:
             x, state = saved[one.node]
             one.model.set_flat(x)
             one.sync.load_state_dict(state)
             one.steps_to(7)
-        return torch.stack(one.seen)
+        return torch.stack(one.seen), one.counts()
 
     whole, resumed = run_islands(N, first), run_islands(N, again)
     want = paper(p, Settings(4, 7, 0.5, 0.5), 2, lambda step: OTHERS)
     for node in range(N):
-        assert torch.equal(whole[node], resumed[node])
-        assert float((whole[node][-1].double() - want[-1, node]).abs().max()) < 1e-5
+        assert torch.equal(whole[node][0], resumed[node][0])
+        assert whole[node][1] == resumed[node][1] == ((0, 1) if node == SLOW else (1, 0))
+        assert float((whole[node][0][-1].double() - want[-1, node]).abs().max()) < 1e-5
+
+
+def test_a_round_counts_once_also_where_several_fly_at_a_wait() -> None:
+    """Two fragments, of which the second's round has started before the first's when all are waited for."""
+
+    def island(connection: Connection) -> Island:
+        one = Island(connection, problem(N), every=4, delay=3, fragments=2, grace=f"{LONG_S:.0f}s")
+        with one.sync:
+            for last in (8, 13):
+                one.steps_to(last)
+                begun = [lane.flight.step for lane in one.sync.core.in_flight() if lane.flight is not None]
+                assert last == 13 or begun[0] > begun[-1], "the order of the lanes is not that of the rounds"
+                one.sync.settle()
+                assert one.counts() == (len(one.members.keys() | set(begun)), 0)
+        return one
+
+    for one in run_islands(N, island):
+        assert len(one.members) > 4
+
+
+def test_without_a_quorum_nothing_is_counted() -> None:
+    for one in run_islands(N, lambda connection: Island(connection, problem(N), every=2, quorum="100%")):
+        with one.sync:
+            assert one.counts() == (None, None)
+            assert not [key for key in one.sync.state_dict() if "rounds" in key]
 
 
 def test_the_row_has_a_quorum_of_a_majority_and_rounds_that_fly() -> None:

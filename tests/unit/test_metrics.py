@@ -78,6 +78,14 @@ def test_a_line_has_the_documented_keys_and_what_was_not_measured_is_left_out(tm
     ]
     assert list(plain) == keys
     assert list(evaluated) == [*keys, "eval_loss"]
+    writer = MetricsWriter(tmp_path / "more.jsonl", 3)
+    writer.line(
+        step=1, loss=2.5, tokens=1024, tokens_per_s=20000.0, wire_bytes_sent=0, wire_bytes_received=0, wait_s=0.0, lr=1e-3,
+        time_s=0.05, rounds_joined=3, rounds_left_out=0, every_steps=8, rank_mean=16.0,
+    )  # fmt: skip
+    writer.close()
+    more = {"rounds_joined": 3, "rounds_left_out": 0, "every_steps": 8, "rank_mean": 16.0}
+    assert list(metrics.read(tmp_path / "more.jsonl")[0].items())[len(keys) :] == list(more.items()), "0 is a count"
     assert (evaluated["island"], evaluated["step"], evaluated["eval_loss"]) == (3, 2, 1.5)
 
 

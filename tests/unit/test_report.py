@@ -300,6 +300,31 @@ def test_meetings_are_counted_once_for_both_of_a_pair(tmp_path: Path) -> None:
     assert "Meetings" not in [row[0] for row in report.closing_rows(report.summarize([FIRST, SECOND]))]
 
 
+def test_rounds_without_an_island_are_told_for_each() -> None:
+    parts = [replace(FIRST, rounds_joined=12, rounds_left_out=0), replace(SECOND, rounds_joined=9, rounds_left_out=3)]
+    summary = report.summarize(parts)
+    assert (summary["rounds_joined_islands"], summary["rounds_left_out_islands"]) == ([12, 9], [0, 3])
+    assert ("Left out of rounds", "0, 3 of 12") in [row[:2] for row in report.closing_rows(summary)]
+    many = report.summarize([replace(parts[i % 2], island=i, islands=9) for i in range(9)])
+    assert ("Left out of rounds", "0 to 3 of 12") in [row[:2] for row in report.closing_rows(many)]
+    with_quorum = replace(record("one"), summary=summary)
+    assert ["left out of rounds", "0, 3 of 12", "-"] in report.compare_rows([with_quorum, record("two")])[1]
+    assert not [row for row in report.compare_rows([record("two")])[1] if "rounds" in row[0]]
+    assert not [key for key in report.summarize([FIRST, SECOND]) if "rounds" in key]
+
+
+def test_what_adapts_is_told_as_it_was_at_the_end() -> None:
+    summary = report.summarize([replace(part, every_steps=8, rank_mean=50 / 3) for part in (FIRST, SECOND)])
+    assert (summary["every_steps"], summary["rank_mean"]) == (8, 50 / 3)
+    shown = [row[:2] for row in report.closing_rows(summary)]
+    assert {("Steps between rounds", "8"), ("Mean rank", "16.7")} <= set(shown)
+    rank_alone = replace(record("two"), summary=report.summarize([replace(part, rank_mean=24.0) for part in (FIRST, SECOND)]))
+    rows = report.compare_rows([replace(record("one"), summary=summary), rank_alone, record("three")])[1]
+    assert ["steps between rounds", "8", "-", "-"] in rows
+    assert ["mean rank", "16.7", "24.0", "-"] in rows
+    assert not {"every_steps", "rank_mean"} & report.summarize([FIRST, SECOND]).keys()
+
+
 def test_a_summary_that_lacks_something_is_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [FIRST, SECOND])
     summary = report.write_summary(run, 2)

@@ -60,6 +60,16 @@ def test_80_columns_hold_two_whole_lines_an_island() -> None:
     assert rendered([TRAINING])[0] == first, "bars do not jump when another island begins to wait"
 
 
+def test_what_is_known_of_rounds_is_shown_where_there_is_room() -> None:
+    view = replace(TRAINING, rounds_joined=9, rounds_left_out=3, every_steps=8, rank_mean=16.0)
+    numbers = "    loss 2.346  12,346 tokens/s  sent 1.5 MB  waited for link 1 min 15 s"
+    assert rendered([view], 120)[1] == f"{numbers}  left out of 3 of 12 rounds  H 8"
+    assert rendered([view], 140)[1] == f"{numbers}  left out of 3 of 12 rounds  H 8  mean rank 16.0"
+    assert rendered([view], 80)[1] == f"{numbers}  H 8", "nothing is cut off"
+    assert plain_line([view]).endswith("waited for link 1 min 15 s, left out of 3 of 12 rounds, H 8, mean rank 16.0")
+    assert rendered([replace(TRAINING, rounds_joined=2, rounds_left_out=0)], 140)[1] == f"{numbers}  left out of 0 of 2 rounds"
+
+
 @pytest.mark.parametrize(
     ("view", "ending"),
     [
@@ -193,6 +203,18 @@ def test_progress_joins_metrics_and_status(tmp_path: Path) -> None:
     assert first.state == "starting", "the numbers are an earlier start's until the island says what it does"
     assert now(second) == "waiting for island 0, 2 s of 30"
     assert slowest_step([first, second]) == 6
+
+
+def test_what_an_island_writes_where_a_round_lands_stays_until_the_next(tmp_path: Path) -> None:
+    of_steps = ({}, {"every_steps": 12, "rank_mean": 24.0}, {}, {"every_steps": 8, "rank_mean": 16.0}, {})
+    progress, seen = Progress(tmp_path, 1, 9), list[tuple[int, int | None, float | None]]()
+    for step, more in enumerate(of_steps, start=1):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "island": 0, "rounds_joined": step, "rounds_left_out": step // 2} | more) + "\n")
+        (view,) = progress.read()
+        assert (view.rounds_joined, view.rounds_left_out) == (step, step // 2)
+        seen.append((view.step, view.every_steps, view.rank_mean))
+    assert seen == [(1, None, None), (2, 12, 24.0), (3, 12, 24.0), (4, 8, 16.0), (5, 8, 16.0)]
 
 
 def test_a_first_start_says_why_it_takes_longer() -> None:
