@@ -8,17 +8,18 @@ P is the same on all islands, so mean_i e_i = mean_i M_i - out to rounding, what
 only late. Both means are ``gather``'s: each island sends its wire to all others and decodes all, its own included, in node order.
 What is no matrix rides in the first wire and has the same feedback: e <- x + e - C(x + e).
 
-With ``adapts`` a matrix has as many columns as its results needed of late, and never more than before: DiLoCoX's mean of the
-last c = WINDOW rounds' effective ranks, rounded up to a multiple of ADAPT_BY. A result's is how many of its directions hold
-ENOUGH of its squared size; its singular values are Q's, as P is orthonormal. Island 0 finds them and tells the others in a wire
-of its own, so that all have the same, whatever their machines make of Q. (``core.py``: the steps between rounds may follow.)
+With ``adapts`` a matrix has as many columns as its results needed of late, R at most, those at first: DiLoCoX's mean of the last
+c = WINDOW rounds' effective ranks, rounded up to a multiple of ADAPT_BY. A round's is how many directions hold ENOUGH of the
+squared size of a whole of which r came: s_1 >= ... >= s_r, the singular values of Q, as P is orthonormal, and at most s_r for
+each of the other min(m, k) - r. Were the whole what came, r columns would need ENOUGH r, whatever they leave behind, and R would
+fall without end. Island 0 finds the ranks and tells the others in a wire of its own, so that all have the same, whatever their
+machines make of Q. (``core.py``: the steps between rounds may follow.)
 
 Each column of a factor has scales of its own: beside the first columns, the largest, the others would round to nothing.
 
 All islands end with the same bits, also on unlike machines, and whatever precision a user sets for products of fp32:
 what all reckon by themselves, P and P Q^T, is exact or of operations that IEEE 754 defines (``same_products.py``); what is an
-island's own is sent. With ``adapts`` there is one exception left: eigenvalues in fp64 that lie within rounding of ENOUGH, of
-which two libraries may count another number. Then the wires' lengths differ, and the round ends with an error."""
+island's own is sent."""
 
 from __future__ import annotations
 
@@ -189,7 +190,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
             if told is None:
                 return
             if peers.node == _TELLS and not x.is_meta:
-                _adapt(cut, values, state)
+                _adapt(cut, at_first, values, state)
             told.post(state["ranks"], x.device, link)
             yield
             told.take(state["ranks"], link)
@@ -250,24 +251,26 @@ class _Told:
             numbers[self._places] = heard.cpu().long()
 
 
-def _adapt(cut: _Cut, values: Tensor, state: State) -> None:
-    """Note what this round needed, and find the next one's ranks."""
+def _adapt(cut: _Cut, most: Sequence[int], values: Tensor, state: State) -> None:
+    """Note what this round needed, and find the next one's ranks, of each parameter so many at most."""
     rounds, needed, ranks = state["rounds"], state["needed"], state["ranks"]
     for a in cut.matrices:
-        needed[int(rounds) % WINDOW, a.place] = _needed(a.q_of(values))
+        needed[int(rounds) % WINDOW, a.place] = min(most[a.place], _needed(a.q_of(values), min(a.shape)))
     rounds += 1
     if int(rounds) >= WINDOW:
         for a in cut.matrices:
             mean = -(-int(needed[:, a.place].sum()) // (WINDOW * ADAPT_BY)) * ADAPT_BY
-            ranks[a.place] = min(a.rank, max(mean, ADAPT_BY))
+            ranks[a.place] = min(most[a.place], max(mean, ADAPT_BY))
 
 
-def _needed(q: Tensor) -> int:
-    """The fewest directions that hold ENOUGH of the squared size of q (r, k); all of zeros, and of what is not finite."""
+def _needed(q: Tensor, directions: int) -> int:
+    """The fewest of so many directions that hold ENOUGH of the squared size, where q (r, k) has the r largest and each other is
+    as large as the least of these; r of zeros, and of what is not finite."""
     q = q.double().cpu()
     if not bool(q.isfinite().all()):
         return len(q)
-    held = torch.linalg.eigvalsh(q @ q.T).flip(0).clamp_min(0).cumsum(0)
+    sizes = torch.linalg.eigvalsh(q @ q.T).flip(0).clamp_min(0)
+    held = torch.cat([sizes, sizes[-1:].expand(directions - len(q))]).cumsum(0)
     return 1 + int((held < ENOUGH * held[-1]).sum()) if float(held[-1]) > 0 else len(q)
 
 

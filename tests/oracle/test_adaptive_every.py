@@ -179,7 +179,7 @@ def test_h_follows_the_rank(kind: tuple[str, Delay]) -> None:
 def test_all_islands_have_what_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever measures finds another number than whoever did before."""
     count = itertools.count()
-    monkeypatch.setattr(low_rank, "_needed", lambda q: 1 + 7 * next(count) % 24)
+    monkeypatch.setattr(low_rank, "_needed", lambda q, directions: 1 + 7 * next(count) % 24)
     islands = run_islands(ISLANDS, lambda connection: live(connection, ("keep", 0)))
     assert len({tuple(island.starts) for island in islands}) == 1
     assert len({tuple(island.ranks) for island in islands}) == 1

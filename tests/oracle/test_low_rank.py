@@ -122,9 +122,39 @@ def test_nothing_given_at_first_is_no_end() -> None:
 
 def test_of_what_is_not_finite_all_directions_are_needed() -> None:
     q = torch.ones(3, 5)
-    assert _needed(q) == 1
+    assert _needed(q, 5) == 1
     q[1, 2] = float("nan")
-    assert _needed(q) == 3
+    assert _needed(q, 5) == 3
+
+
+@pytest.mark.parametrize(
+    ("directions", "rank", "power", "want"), [(40, 10, 0.0, 38), (20, 10, -1.0, 19), (40, 10, -4.0, 2), (10, 10, 0.0, 10)]
+)
+def test_what_is_left_behind_counts_as_if_it_were_as_large_as_the_least_that_came(
+    directions: int, rank: int, power: float, want: int
+) -> None:
+    """Squared sizes i^power. Flat ones need 95 % of all directions, though what came would be held by 95 % of its own."""
+    sizes = [i**power for i in range(1, rank + 1)]
+    sizes += [sizes[-1]] * (directions - rank)
+    assert want == next(n for n in range(1, directions + 1) if sum(sizes[:n]) >= 0.95 * sum(sizes))
+    turn = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    q = turn @ torch.diag(torch.tensor(sizes[:rank], dtype=torch.float64).sqrt()) @ torch.eye(rank, 12, dtype=torch.float64)
+    assert _needed(q, directions) == want
+
+
+def test_a_rank_that_fell_rises_again_to_what_it_was_at_first() -> None:
+    """Rounds of one direction, then of flat ones: 24, down to the fewest, and back."""
+    m, most = 48, 24
+    path = low_rank(by_name("identity", error_feedback=False), of_rank(most), feedback_decay=1.0, adapts=True)
+    bound = path(Layout((Span("w", (m, m), 0, 0, m * m),)), Peers(0, 1))
+    state, flat, ranks = bound.init(CPU), torch.eye(m), list[int]()
+    for t in range(30):
+        x = (torch.diag(flat[0]) if t < 12 else flat).flatten()
+        exchange([bound], [x], [state])
+        ranks.append(int(state["ranks"][0]))
+    assert ranks[:4] == [24] * 4
+    assert ranks[11] == 8
+    assert ranks[-1] == 24
 
 
 def test_a_rank_that_adapts_falls_to_what_is_needed_and_is_resumed_so() -> None:
