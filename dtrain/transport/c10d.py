@@ -8,8 +8,8 @@ Wires come in another order than they are expected in: with levels a follower ex
 starts, and near wires of the same peer pass it. So each wire that is expected has a thread of its own, whatever the others do.
 A bucket expects one wire of a peer at a time: there are at most as many such threads as buckets times peers, over all levels (8
 times the peers for a model of up to 2 GiB and no bucket_bytes), and a thread costs less than the buffer of the wire it waits for.
-Only wires of rounds that went on without their senders (quorum) are waited for beside those. Sends have one thread a peer: it keeps
-their buffers until they have left, and nothing waits for that but the end."""
+Only wires of rounds that went on without their senders (quorum) are waited for beside those. Sends have one thread a peer: it
+keeps their buffers until they have left, and nothing waits for that but the end."""
 
 from __future__ import annotations
 
