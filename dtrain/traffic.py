@@ -17,7 +17,6 @@ from dtrain.topology.row import pair
 from dtrain.transport.base import MERGE, OWN_WORK_S, ROUND, START, Left, Tag, Transport, nobody
 from dtrain.wire import refuse_non_finite
 
-
 Name = tuple[int, Tag]
 """Of a wire that is waited for: who sends it, and its tag."""
 
