@@ -297,7 +297,7 @@ class LinkSection(Section):
     transport: Literal["c10d", "nccl"] = Field("c10d", description="c10d: gloo over TCP; nccl: near, static GPU links")
     rate: str = Field("none", description='an island\'s uplink, shared by its ranks: "10mbit", "1gbit", or "none"')
     rtt: str = Field("0ms", description='round-trip time added to the link, "40ms"')
-    timeout_s: float = Field(300.0, gt=0, description="how long a missing island is waited for")
+    timeout_s: float = Field(300.0, gt=0, description="how long an island may send nothing; more than a bucket takes on a link")
     port: int = Field(0, ge=0, lt=65536, description="port of the meeting point; 0 takes a free one")
     interface: str = Field("", description="network interface that carries the link; empty: loopback")
     advertise: str = Field(

@@ -14,8 +14,11 @@ from dtrain.errors import WireError
 from dtrain.spans import mark
 from dtrain.staging import Pool
 from dtrain.topology.row import pair
-from dtrain.transport.base import MERGE, OWN_WORK_S, ROUND, START, Left, Transport, nobody
+from dtrain.transport.base import MERGE, OWN_WORK_S, ROUND, START, Left, Tag, Transport, nobody
 from dtrain.wire import refuse_non_finite
+
+Name = tuple[int, Tag]
+"""Of a wire that is waited for: who sends it, and its tag."""
 
 
 @dataclass(slots=True)
@@ -63,12 +66,12 @@ class Traffic:
         with self._inbox.changed:
             return self._inbox.changed.wait_for(lambda: all(f.done for f in flights), timeout=timeout_s)
 
-    def missing(self, flights: Sequence[Flight]) -> tuple[int, ...]:
-        """Peers whose wires the flights still wait for."""
+    def missing(self, flight: Flight) -> dict[Name, int]:
+        """The wires that the flight still waits for, and their bytes."""
         with self._inbox.changed:
-            return tuple(
-                sorted({p for f in flights if not f.done for p in f.link.awaited() if not self._inbox.has(p, f.tag())})
-            )
+            names = [] if flight.done else [(peer, flight.tag()) for peer in flight.link.awaited()]
+            expected = flight.link.expected
+            return {name: expected.get(name[0], 0) for name in names if not self._inbox.has(*name)}
 
     @property
     def changed(self) -> threading.Condition:

@@ -2,23 +2,28 @@
 
 A lost island is waited for up to ``timeout_s``: it may be started again, and then everyone regroups. One that ended
 its loop is not: the rounds that are still under way are dropped, no more are started, and training goes on. Where a round need
-not wait for all, it goes on without them as long as a quorum is left (``roll_call.py``)."""
+not wait for all, it goes on without them as long as a quorum is left (``roll_call.py``).
+
+The limit is on silence, not on an exchange, which may take as long as its bytes do: each wire that is waited for begins it anew,
+whoever sent it, as an island's uplink carries what others wait for too. How far a wire is that is under way cannot be seen. So
+one alone must take less than the limit: on a link that needs longer for a bucket, raise link.timeout_s or lower bucket_bytes."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtrain import units
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.membership import SAY_EVERY_S, Notice
-from dtrain.traffic import Traffic
+from dtrain.traffic import Name, Traffic
 from dtrain.transport.base import MERGE, ROUND, START
 
 if TYPE_CHECKING:
@@ -57,22 +62,27 @@ class Stats(NamedTuple):
 
 
 class _Silence:
-    """For how long has nothing been heard of an island that is waited for? Who is still on its way to an exact average and shows
-    life is only slow, as an island may be where pairs meet when both are ready."""
+    """For how long has nothing been heard of an island that is waited for? While wires come it is only slow, and so is one that
+    is still on its way to an exact average and shows life, as an island may be where pairs meet when both are ready."""
 
     def __init__(self) -> None:
         self._heard_at = time.monotonic()
-        """When the last of those on their way showed life; who had come before could not be heard of."""
+        """When the last wire came, or the last of those on their way showed life; who had come before could not be heard of."""
+        self._awaited: Set[Name] | None = None
         self._beats: dict[int, int] = {}
         self._alive_at: dict[int, float] = {}
 
-    def of_s(self, missing: Sequence[int], coming: Mapping[int, int]) -> dict[int, float]:
-        """``coming``: how often each of those that are on their way has shown life so far."""
+    def of_s(self, awaited: Set[Name], coming: Mapping[int, int]) -> dict[int, float]:
+        """By island. ``awaited``: wires that have not come; ``coming``: how often each of those that are on their way has shown
+        life so far."""
         now = time.monotonic()
+        if self._awaited is not None and awaited != self._awaited:
+            self._heard_at = now
+        self._awaited = frozenset(awaited)
         for n, shown in coming.items():
             if self._beats.get(n) != shown:
                 self._beats[n], self._alive_at[n], self._heard_at = shown, now, now
-        return {n: now - (self._alive_at[n] if n in coming else self._heard_at) for n in missing}
+        return {n: now - (self._alive_at[n] if n in coming else self._heard_at) for n, _ in awaited}
 
 
 class Wait:
@@ -157,7 +167,11 @@ class Wait:
             waited_s = time.monotonic() - begun
             notices = membership.notices()
             spared = self._spared(flights, notices, merges)
-            missing = tuple(sorted({n for f in flights for n in self._traffic.missing([f]) if n not in spared[f]}))
+            awaited = {
+                (n, tag): wire_bytes
+                for f in flights for (n, tag), wire_bytes in self._traffic.missing(f).items() if n not in spared[f]
+            }  # fmt: skip
+            missing = tuple(sorted({n for n, _ in awaited}))
             if not missing:
                 continue
             failed = [n for n in missing if n in notices and notices[n].failed]
@@ -169,7 +183,7 @@ class Wait:
                 raise PeerLost(
                     gone, f"it left the job after step {notices[gone[0]].step}, and this island averages models with it"
                 )
-            silent_s = silence.of_s(missing, self._coming(missing, notices, averages))
+            silent_s = silence.of_s(awaited.keys(), self._coming(missing, notices, averages))
             ended = {n: notice for n, notice in notices.items() if notice.ends_rounds(merges)}
             beyond = [
                 f for f in flights
@@ -179,13 +193,18 @@ class Wait:
                 self._say_left(step, ended)
                 self._traffic.drop(beyond)
             elif late := [n for n, s in silent_s.items() if s > timeout_s]:
-                reasons = "; ".join(dict.fromkeys(text for n, text in self._traffic.lost().items() if n in late))
-                raise PeerLost(
-                    late, f"nothing came from it for {timeout_s:g} s" + (f" ({reasons})" if reasons else "")
-                )
+                raise PeerLost(late, self._of_silence(late, awaited))
             elif waited_s > say_at_s:
                 self._connection.on_wait(missing, max(silent_s.values()), timeout_s)
                 say_at_s = waited_s + SAY_EVERY_S
+
+    def _of_silence(self, late: Sequence[int], awaited: Mapping[Name, int]) -> str:
+        reasons = "; ".join(dict.fromkeys(text for n, text in self._traffic.lost().items() if n in late))
+        said = f"nothing came from it for {self._connection.timeout_s:g} s"
+        if reasons:
+            return f"{said} ({reasons})"
+        longest = units.show_bytes(max(wire_bytes for (n, _), wire_bytes in awaited.items() if n in late))
+        return f"{said}; if its link needs longer for one wire of {longest}, raise link.timeout_s"
 
     def _spared(
         self, flights: Sequence[Flight], notices: Mapping[int, Notice], merges: int

@@ -7,6 +7,7 @@ place of NCCL: what it adds, the announcements and the order, is the same.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,39 @@ def test_a_wire_that_is_forgotten_holds_up_none_behind_it(kind: str) -> None:
         other.forget(0, dropped)
         one.post(1, later, bytes_of(5, 100))
         assert torch.equal(arrived(other, 0, later), bytes_of(5, 100))
+
+
+@every_transport
+def test_a_wire_that_comes_late_holds_up_none_that_is_expected_after_it(kind: str) -> None:
+    """As with levels, where a far round's result is expected before the near rounds that pass it: here the wire that is expected
+    last comes first, alone, whether it is of the same bucket, round or kind."""
+    tags = [Tag(k, r, b, p) for k in (ROUND, MERGE) for r in (0, 7) for b in (0, 1) for p in (3, 0)]
+    with opened(kind, 2) as (one, other):
+        for tag in tags:
+            other.expect(0, tag, 100)
+        for k, tag in reversed(list(enumerate(tags))):
+            one.post(1, tag, bytes_of(k, 100))
+            assert torch.equal(arrived(other, 0, tag), bytes_of(k, 100))
+
+
+def test_gloo_has_a_thread_for_each_wire_awaited_at_once_and_no_more_and_all_end() -> None:
+    """Three peers, two buckets, many rounds; in the last round nothing comes."""
+    before, buckets, rounds = set(threading.enumerate()), 2, 20
+    with opened("c10d", 4) as (one, *others):
+        for k in range(rounds):
+            tags = [Tag(ROUND, k, b, 0) for b in range(buckets)]
+            for peer in (1, 2, 3):
+                for tag in tags:
+                    one.expect(peer, tag, 100)
+            for peer, other in enumerate(others, start=1):
+                for tag in tags:
+                    if k < rounds - 1:
+                        other.post(0, tag, bytes_of(peer, 100))
+                        assert torch.equal(arrived(one, peer, tag), bytes_of(peer, 100))
+        receiving = [t for t in set(threading.enumerate()) - before if t.name == "dtrain-receive"]
+        assert len(receiving) == 3 * buckets
+    ended = [t for t in set(threading.enumerate()) - before if t.name.startswith("dtrain")]
+    assert ended == [], "a thread that is left inside gloo aborts the interpreter's end"
 
 
 @pytest.mark.parametrize("kind", ["c10d", "ordered", "throttle"])

@@ -4,13 +4,15 @@ Four islands are two groups, and the renderings are plain torch in float64 on on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 import dtrain
 from dtrain import engine
@@ -19,6 +21,8 @@ from dtrain.core import Core
 from dtrain.engine import Sync
 from dtrain.fused import FusedSteps
 from dtrain.optim import AccumAdamW
+from dtrain.transport.base import ROUND, Left, Tag, Transport, nobody
+from dtrain.transport.c10d import GlooTransport
 from dtrain.wire import HEADER_BYTES
 from tests.islands import Quadratic, run_islands, sgd_step
 
@@ -338,3 +342,58 @@ def test_a_near_level_that_averages_gradients_keeps_its_groups_equal() -> None:
     torch.testing.assert_close(seen.double(), paper(doubled, case, mixes=False), rtol=0, atol=10 * 4 * case.steps * 3 * U)
 
 
+class Held:
+    """A transport whose rounds' wires to other groups leave when they are let go."""
+
+    def __init__(self, inner: Transport, group: Container[int]) -> None:
+        self.inbox, self.wires_on = inner.inbox, inner.wires_on
+        self._inner, self._group = inner, group
+        self._held: list[tuple[int, Tag, Tensor]] | None = []
+        self._lock = threading.Lock()
+
+    def post(self, peer: int, tag: Tag, wire: Tensor) -> None:
+        with self._lock:
+            if self._held is not None and tag.kind == ROUND and peer not in self._group:
+                self._held.append((peer, tag, wire))
+                return
+        self._inner.post(peer, tag, wire)
+
+    def let_go(self) -> None:
+        with self._lock:
+            held, self._held = self._held or [], None
+        for wire in held:
+            self._inner.post(*wire)
+
+    def expect(self, peer: int, tag: Tag, wire_bytes: int) -> None:
+        self._inner.expect(peer, tag, wire_bytes)
+
+    def forget(self, peer: int, tag: Tag) -> None:
+        self._inner.forget(peer, tag)
+
+    def close(self, *, drain_s: float, left: Left = nobody) -> None:
+        self._inner.close(drain_s=drain_s, left=left)
+
+
+def test_over_gloo_near_rounds_land_while_a_far_one_flies_however_long() -> None:
+    """No wire of the far round leaves before the last step of its flight, and followers have expected its result since it began:
+    near rounds land in each step between all the same. All is as where wires come at once."""
+    p, case, store = problem(), Case(1, "keep", 5, steps=12), HashStore()
+    levels = levels_of(case)
+    levels[1]["bucket_bytes"] = 4  # both places own one of two buckets, and follow in the other
+
+    def island(connection: Connection) -> Tensor:
+        node = connection.node
+        gloo = GlooTransport(store, "levels", node, N, interface="lo", connect_s=20.0)
+        held = Held(gloo, range(node - node % GROUP, node - node % GROUP + GROUP))
+        model = Quadratic(p.start, p.a[node], p.c[node], CUT)
+        optimizer, seen = torch.optim.SGD(model.parameters(), lr=LR), list[Tensor]()
+        with joined(replace(connection, transport=held), levels, model, optimizer):
+            for step in range(1, case.steps + 1):
+                sgd_step(model, optimizer)
+                seen.append(model.flat())
+                if step == case.every + case.far - 1:
+                    held.let_go()
+        return torch.stack([*seen, model.flat()])
+
+    over_gloo = torch.stack(run_islands(N, island, timeout_s=20.0), dim=1)
+    assert torch.equal(over_gloo, islands_of_dtrain(p, levels, case.steps))
