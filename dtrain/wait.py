@@ -7,8 +7,10 @@ not wait for all, it goes on without them as long as a quorum is left (``roll_ca
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.membership import SAY_EVERY_S, Notice
+from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, ROUND, START
 
@@ -150,6 +153,7 @@ class Wait:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
         membership, timeout_s = self._connection.membership, self._connection.timeout_s
         begun, say_at_s, silence = time.monotonic(), SAY_EVERY_S, _Silence()
+        all_here_at = math.inf
         if self.roll_call is not None:
             self.roll_call.need(flights, merges)
         while not self._traffic.wait(flights, _POLL_S):
@@ -158,7 +162,10 @@ class Wait:
             notices = membership.notices()
             spared = self._spared(flights, notices, merges)
             missing = tuple(sorted({n for f in flights for n in self._traffic.missing([f]) if n not in spared[f]}))
-            if not missing:
+            all_here_at = math.inf if missing else min(all_here_at, time.monotonic())
+            if not missing:  # what is decided is this island's own work, which ends or fails
+                if any(f.undecided and not f.done for f in flights) and time.monotonic() - all_here_at > timeout_s:
+                    raise PeerLost(self._others, f"nothing came through the meeting point for {timeout_s:g} s")
                 continue
             failed = [n for n in missing if n in notices and notices[n].failed]
             if failed and not membership.failed_may_return:
@@ -186,6 +193,29 @@ class Wait:
             elif waited_s > say_at_s:
                 self._connection.on_wait(missing, max(silent_s.values()), timeout_s)
                 say_at_s = waited_s + SAY_EVERY_S
+
+    def until(
+        self, changed: threading.Condition, true: Callable[[], bool], missing: tuple[int, ...], else_said: str
+    ) -> None:
+        """Wait for another thread, which notifies ``changed``, where one can see it and no longer than for the link. Raises
+        PeerLost: of these islands what ``else_said`` says."""
+        connection, begun, say_at_s = self._connection, time.monotonic(), SAY_EVERY_S
+        with span("wait"):
+            while True:
+                with changed:  # not while it is said: transports may need it
+                    if changed.wait_for(true, timeout=_POLL_S):
+                        break
+                waited_s = time.monotonic() - begun
+                if waited_s > connection.timeout_s:
+                    raise PeerLost(missing, f"{else_said} for {connection.timeout_s:g} s")
+                if waited_s > say_at_s:
+                    connection.on_wait(missing, waited_s, connection.timeout_s)
+                    say_at_s = waited_s + SAY_EVERY_S
+        self.waited_s += time.monotonic() - begun
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(n for n in range(self._connection.num_nodes) if n != self._connection.node)
 
     def _spared(
         self, flights: Sequence[Flight], notices: Mapping[int, Notice], merges: int
