@@ -22,7 +22,8 @@ from tests.oracle.test_ready_faults import Watched
 
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_payload_that_is_not_finite_is_raised_at_once_and_the_others_go_on(delay: int) -> None:
-    """Of two buckets one has it, and the other's wire has left: with whom that one is, is never said."""
+    """Of two buckets one has it, and the other's wire has left. Nobody has said yet with whom that one is."""
+    raised = threading.Event()
 
     def island(connection: Connection) -> str:
         one = Island(connection, problem(N), every=4, delay=delay)
@@ -33,9 +34,12 @@ def test_a_payload_that_is_not_finite_is_raised_at_once_and_the_others_go_on(del
                 x = one.model.flat()
                 x[0] = torch.inf
                 one.model.set_flat(x)
+                one.steps_to(4)
+            assert raised.wait(LONG_S / 4)
             one.steps_to(14)
         except NonFinite as e:
             one.sync.close(failed=True)
+            raised.set()
             return str(e)
         one.sync.close()
         assert one.counts() == (3, 0)
