@@ -2,7 +2,7 @@
 
 A lost island is waited for up to ``timeout_s``: it may be started again, and then everyone regroups. One that ended
 its loop is not: the rounds that are still under way are dropped, no more are started, and training goes on. Where a round need
-not wait for all, it goes on without them as long as a quorum is left (``roll_call.py``)."""
+not wait for all, it goes on without those that are gone as long as a quorum is left (``roll_call.py``)."""
 
 from __future__ import annotations
 
