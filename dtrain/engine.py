@@ -215,7 +215,7 @@ class Sync:
         return distance
 
     def settle(self) -> None:
-        """Wait for the bytes of all rounds in flight; they land when their step comes, so this leaves the trajectory alone."""
+        """Wait for the bytes of all rounds in flight. They land when their step comes, of the islands they would have been of."""
         if self._agreement is not None:
             self._agreement.withdraw()
         self._wait_for(flights_of(self._rounds.in_flight()))

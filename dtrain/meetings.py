@@ -29,7 +29,6 @@ from dtrain.core import Core, Flight
 from dtrain.errors import PeerLost
 from dtrain.matchmaker import Desk, Graph
 from dtrain.membership import HEARD_ALL, SAY_EVERY_S
-from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.transport.base import OWN_WORK_S
 from dtrain.wait import Wait
@@ -37,7 +36,6 @@ from dtrain.words import NOTHING
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.1
 """Between two looks for an answer, each twice as far from the last. A look through a meeting point on this host takes 0.1 ms."""
-_STILL_POLL_S = 0.25
 
 
 class Meetings:
@@ -45,7 +43,7 @@ class Meetings:
 
     def __init__(self, core: Core, graph: Graph, connection: Connection, traffic: Traffic, wait: Wait) -> None:
         self._core, self._graph, self._traffic, self._wait = core, graph, traffic, wait
-        self._node, self._membership, self._on_wait = connection.node, connection.membership, connection.on_wait
+        self._node, self._membership = connection.node, connection.membership
         self._others = tuple(n for n in range(connection.num_nodes) if n != connection.node)
         self._timeout_s = connection.timeout_s
         self._look_every_s = min(SAY_EVERY_S, connection.timeout_s / 4)
@@ -114,17 +112,8 @@ class Meetings:
         self._changed.notify_all()
 
     def _until(self, true: Callable[[], bool], missing: tuple[int, ...], else_said: str) -> None:
-        """Wait for the thread, where one can see it and no longer than for the link."""
-        begun, say_at_s = time.monotonic(), SAY_EVERY_S
-        with span("wait"), self._changed:
-            while not self._changed.wait_for(lambda: true() or self._error is not None, timeout=_STILL_POLL_S):
-                waited_s = time.monotonic() - begun
-                if waited_s > self._timeout_s:
-                    raise PeerLost(missing, f"{else_said} for {self._timeout_s:g} s")
-                if waited_s > say_at_s:
-                    self._on_wait(missing, waited_s, self._timeout_s)
-                    say_at_s = waited_s + SAY_EVERY_S
-        self._wait.waited_s += time.monotonic() - begun
+        """Wait for the thread."""
+        self._wait.until(self._changed, lambda: true() or self._error is not None, missing, else_said)
         self._raise_error()
 
     def _raise_failed(self, flights: Sequence[Flight]) -> None:

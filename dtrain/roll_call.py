@@ -5,14 +5,18 @@ The rule is ``quorum.py``'s; a round here is all flights that started after one 
 others later is thrown away where it arrives.
 
 Nobody is the one who decides. Whoever has all wires says so at once, mostly while the round flies; where some are missing,
-whoever needs the round first does, in training, before a checkpoint, an exact average or the end. So a slow island decides
-nothing late for others. It launches a round that was decided without it as any other, and lands it as soon as it has the
-members' wires: it is at most ``quorum.MOST_MISSED`` rounds behind, and as many rounds' wires wait for it.
+whoever is the first to land the round does. So a slow island decides nothing late for others. It launches a round that was
+decided without it as any other, and lands it as soon as it has the members' wires: it is at most ``quorum.MOST_MISSED`` rounds
+behind, and as many rounds' wires wait for it.
 
-An island that failed and cannot come back is a member of no further round, and the others go on as long as a quorum is left; so
-they do without one that ended its loop early. One that may be started again is like a slow one: after a few rounds the others
-stand still, and all go back to a checkpoint. Had they gone on, they would have to do it all again. A member that failed before
-its wire had reached all ends those that lack it, by the rules of ``wait.py``.
+Before a checkpoint, an exact average and the end a round is needed though its step has not come. The others have the time that
+the steps until then would take (and half of the link's limit at most), so that it has the members that it would have had.
+
+An island that ended its loop early is a member of no further round, and the others go on as long as a quorum is left; so they
+do without one that failed and cannot come back, as among islands of one process. Under a launcher one that was lost may be
+started again from a checkpoint, which is of all islands: whatever the others did after it would be done again. So they stand
+still after the step in which they hear of it, with a quorum too, until all go back; or where it is not started again, up to the
+link's limit. A member that failed before its wire had reached all ends those that lack it, by the rules of ``wait.py``.
 
 Who is a member follows from whose wires come first, so a run in which some are left out is not repeated bit for bit. What flies
 at a checkpoint is decided by then, and lands as it would have."""
@@ -22,8 +26,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dtrain import quorum
 from dtrain.connect import Connection
@@ -40,6 +46,8 @@ _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.1
 """Between two looks for words while a round is undecided, each twice as far from the last."""
 _LOOK_S = 0.25
 """Between two looks at who is gone, while a round is needed."""
+_STEPS_TIMED = 9
+"""From whose median it is told how long the next ones take."""
 
 
 @dataclass(slots=True)
@@ -48,6 +56,8 @@ class _Round:
 
     flights: Sequence[Flight]
     needed: bool = False
+    due_at: float = -math.inf
+    """When it would land, where it is needed before: until then only all wires are enough."""
     quorum_at: float | None = None
     """When a quorum's wires were here first."""
     said: bool = False
@@ -57,8 +67,8 @@ class RollCall:
     """One island's part in deciding who is a member. All methods but the thread's are called by the loop's thread."""
 
     def __init__(self, core: Core, roll: Roll, grace_s: float, connection: Connection, traffic: Traffic, wait: Wait) -> None:
-        self._core, self._roll, self._grace_s, self._traffic = core, roll, grace_s, traffic
-        self._node, self._membership = connection.node, connection.membership
+        self._core, self._roll, self._grace_s, self._traffic, self._wait = core, roll, grace_s, traffic, wait
+        self._node, self._membership, self._timeout_s = connection.node, connection.membership, connection.timeout_s
         self._look_every_s = min(SAY_EVERY_S, connection.timeout_s / 4)
         """Who shows no life for timeout_s is lost."""
         self._changed = traffic.changed
@@ -67,6 +77,10 @@ class RollCall:
         self._notices: Mapping[int, Notice] = {}
         self._merges = 0
         """Exact averages that this island has done."""
+        self._lost: tuple[int, ...] = ()
+        self._stepped: tuple[float, float] | None = None
+        """When the last step ended, and how long the island had waited by then; None where more than a step lies between."""
+        self._steps_s = deque[float](maxlen=_STEPS_TIMED)
         self._heard = 0
         self._news = False
         """Whether the loop's thread wants something since the last look."""
@@ -77,20 +91,34 @@ class RollCall:
         self._thread.start()
 
     def after_step(self) -> Sequence[Flight]:
-        """A step has ended: the rounds that start now; the caller launches them and calls ``ask``. Raises Regroup, and what else
-        kept the thread from its work."""
+        """A step has ended: the rounds that start now; the caller launches them and calls ``ask``. Stands still where an island
+        was lost. Raises Regroup, PeerLost, and what else kept the thread from its work."""
         self.raise_error()
+        self._time_step()
+        if lost := self._lost:
+            self._wait.until(self._changed, self._goes_on, lost, "it was not started again")
+            self.raise_error()
         return self._core.start_rounds()
 
     def ask(self, flights: Sequence[Flight]) -> None:
-        """Flights that were launched: who are their members?"""
+        """Flights that were launched: who are their members? Raises NonFinite, and what else kept one from its first part: who
+        did not send all its wires is no member, and may have to wait for long until another says so."""
+        failed = [flight for flight in flights if flight.error is not None]
+        if failed:
+            self._wait.all(self._core.step, self._merges, failed)
         if flights:
             with self._changed:
                 self._rounds[flights[0].step] = _Round(flights)
                 self._wake()
 
     def withdraw(self) -> None:
-        """Nothing is taken back: a round that was launched is decided."""
+        """The loop is about to wait for what flies before its step has come. Nothing is taken back: a round that was launched is
+        decided, though not earlier than it has to be for that."""
+        step_s, self._stepped = median(self._steps_s or (0.0,)), None
+        with self._changed:
+            for step, one in self._rounds.items():
+                left_s = (step + self._core.delay_steps - self._core.step) * step_s
+                one.due_at = time.monotonic() + min(left_s, self._timeout_s / 2)  # at timeout_s who is missing is lost
 
     def need(self, flights: Sequence[Flight], merges: int) -> None:
         """The loop waits for them from now on."""
@@ -119,6 +147,16 @@ class RollCall:
             self._open = False
             self._changed.notify_all()
         self._thread.join(timeout=OWN_WORK_S)
+
+    def _goes_on(self) -> bool:
+        return not self._lost or self._error is not None
+
+    def _time_step(self) -> None:
+        now, waited_s = time.monotonic(), self._wait.waited_s
+        if self._stepped is not None:
+            began, waited_before_s = self._stepped
+            self._steps_s.append(now - began - (waited_s - waited_before_s))
+        self._stepped = now, waited_s
 
     def _wake(self) -> None:
         self._news = True
@@ -170,8 +208,12 @@ class RollCall:
 
     def _look_around(self) -> None:
         self._membership.beat(self._heard)
-        self._membership.check_regroup()
+        lost = self._membership.lost()
+        self._membership.check_regroup()  # after it: who is started again is lost no more, and all are to regroup
         self._notices = self._membership.notices()
+        with self._changed:
+            self._lost = lost
+            self._changed.notify_all()
 
     def _hear(self) -> None:
         """What is new; rounds that have members now go on."""
@@ -184,7 +226,7 @@ class RollCall:
             for step, one in list(self._rounds.items()):
                 if step in self._roll.members:
                     self._traffic.decide(one.flights, self._roll.members[step])
-                if step in self._roll.members or any(flight.done for flight in one.flights):  # given up, or not finite
+                if step in self._roll.members or all(flight.done for flight in one.flights):  # given up
                     del self._rounds[step]
 
     def _sayable(self) -> dict[int, frozenset[int]]:
@@ -197,7 +239,8 @@ class RollCall:
             here = (self._traffic.here(one.flights) | {self._node}) - gone
             if one.quorum_at is None and len(here) >= self._roll.quorum:
                 one.quorum_at = now
-            hurry = one.needed and one.quorum_at is not None and now - one.quorum_at >= self._grace_s
+            is_due = one.needed and now >= one.due_at
+            hurry = is_due and one.quorum_at is not None and now - one.quorum_at >= self._grace_s
             if quorum.may_say(self._roll, here, gone, hurry=hurry):
                 found[step] = here
         return found

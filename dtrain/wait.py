@@ -2,7 +2,7 @@
 
 A lost island is waited for up to ``timeout_s``: it may be started again, and then everyone regroups. One that ended
 its loop is not: the rounds that are still under way are dropped, no more are started, and training goes on. Where a round need
-not wait for all, it goes on without them as long as a quorum is left (``roll_call.py``).
+not wait for all, it goes on without those that are gone as long as a quorum is left (``roll_call.py``).
 
 The limit is on silence, not on an exchange, which may take as long as its bytes do: each wire that is waited for begins it anew,
 whoever sent it, as an island's uplink carries what others wait for too. How far a wire is that is under way cannot be seen. So
@@ -11,8 +11,10 @@ one alone must take less than the limit: on a link that needs longer for a bucke
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.membership import SAY_EVERY_S, Notice
+from dtrain.spans import span
 from dtrain.traffic import Name, Traffic
 from dtrain.transport.base import MERGE, ROUND, START
 
@@ -160,6 +163,7 @@ class Wait:
         """Wait for this rank's flights alone. ``merges``: exact averages this island has done."""
         membership, timeout_s = self._connection.membership, self._connection.timeout_s
         begun, say_at_s, silence = time.monotonic(), SAY_EVERY_S, _Silence()
+        all_here_at = math.inf
         if self.roll_call is not None:
             self.roll_call.need(flights, merges)
         while not self._traffic.wait(flights, _POLL_S):
@@ -172,7 +176,10 @@ class Wait:
                 for f in flights for (n, tag), wire_bytes in self._traffic.missing(f).items() if n not in spared[f]
             }  # fmt: skip
             missing = tuple(sorted({n for n, _ in awaited}))
-            if not missing:
+            all_here_at = math.inf if missing else min(all_here_at, time.monotonic())
+            if not missing:  # what is decided is this island's own work, which ends or fails
+                if any(f.undecided and not f.done for f in flights) and time.monotonic() - all_here_at > timeout_s:
+                    raise PeerLost(self._others, f"nothing came through the meeting point for {timeout_s:g} s")
                 continue
             failed = [n for n in missing if n in notices and notices[n].failed]
             if failed and not membership.failed_may_return:
@@ -205,6 +212,29 @@ class Wait:
             return f"{said} ({reasons})"
         longest = units.show_bytes(max(wire_bytes for (n, _), wire_bytes in awaited.items() if n in late))
         return f"{said}; if its link needs longer for one wire of {longest}, raise link.timeout_s"
+
+    def until(
+        self, changed: threading.Condition, true: Callable[[], bool], missing: tuple[int, ...], else_said: str
+    ) -> None:
+        """Wait for another thread, which notifies ``changed``, where one can see it and no longer than for the link. Raises
+        PeerLost: of these islands what ``else_said`` says."""
+        connection, begun, say_at_s = self._connection, time.monotonic(), SAY_EVERY_S
+        with span("wait"):
+            while True:
+                with changed:  # not while it is said: transports may need it
+                    if changed.wait_for(true, timeout=_POLL_S):
+                        break
+                waited_s = time.monotonic() - begun
+                if waited_s > connection.timeout_s:
+                    raise PeerLost(missing, f"{else_said} for {connection.timeout_s:g} s")
+                if waited_s > say_at_s:
+                    connection.on_wait(missing, waited_s, connection.timeout_s)
+                    say_at_s = waited_s + SAY_EVERY_S
+        self.waited_s += time.monotonic() - begun
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(n for n in range(self._connection.num_nodes) if n != self._connection.node)
 
     def _spared(
         self, flights: Sequence[Flight], notices: Mapping[int, Notice], merges: int

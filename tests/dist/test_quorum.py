@@ -48,7 +48,7 @@ def test_the_others_go_on_while_an_island_is_stopped_and_it_catches_up(tmp_path:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_island_comes_back_and_all_go_on_from_the_checkpoint(tmp_path: Path) -> None:
-    """The others stand still for it after a few rounds: at the end they would have to go back all the way."""
+    """The others stand still for it as soon as they hear of it: at the end they would have to go back all the way."""
     run = tmp_path / "lost"
     with job.started(tmp_path, "lost", *job.SMALL, *QUORUM) as process:
         job.until(lambda: job.steps_written(run) >= 180, "180 lines of metrics")
