@@ -168,9 +168,9 @@ class Sync:
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """The exact average of all islands in the model while the block runs, rounds in flight apart; all islands enter it after
-        the same number of steps. Its waiting is not counted."""
-        waited_s = self._wait.waited_s
+        the same number of steps. The average's waiting is not counted, that for rounds in flight is."""
         self.settle()
+        waited_s = self._wait.waited_s
         restore = self._exact.keep(self._rounds)
         try:
             self._average()
@@ -203,8 +203,8 @@ class Sync:
     def consensus_distance(self) -> float:
         """sqrt(mean_i |x_i - mean x|^2) over all shared parameters. Costs an exact average on the link, whose waiting is not
         counted; leaves the model alone."""
-        waited_s = self._wait.waited_s
         self.settle()
+        waited_s = self._wait.waited_s
         restore = self._exact.keep(self._rounds)
         try:
             distance = self._average()
