@@ -224,7 +224,7 @@ class Sync:
     def drain(self) -> None:
         """Wait for all rounds in flight and land them now, in the order of their steps."""
         self.settle()
-        for step in range(self.step, self.step + self._rounds.delay_steps + 1):
+        for step in self._rounds.landings:
             self._land_due(step)
         self._rounds.drained()
 
