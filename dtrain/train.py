@@ -328,6 +328,7 @@ def _save(island: _Island, step: int) -> None:
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
         | checkpoint.optimizers_tensors(island.optimizers, prefix)
+        | checkpoint.averaged_names(island.optimizers, island.model, prefix)
         | {f"{prefix}sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
         | {f"clock.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}

@@ -182,7 +182,7 @@ def test_idle_steps_are_spread_evenly_and_every_period_has_as_many() -> None:
         ("dpsgd", {}, [1.0, 1.0, 0.5], "is for rounds that are many steps apart"),
         ("diloco", {"schedule": "budget:10"}, [1.0, 1.0, 0.5], "is for rounds that are many steps apart"),
         *(
-            (name, {"every": 10}, [1.0, 1.0, 0.5], 'and in those of sync.reduce = "neighbours" none would count less; leave it out')
+            (name, {"every": 10}, [1.0, 1.0, 0.5], 'in those of sync.reduce = "neighbours" none would count less; leave it')
             for name in ("noloco", "dpsgd", "choco", "push_sum", "a2cid2")
         ),
         (
