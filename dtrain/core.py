@@ -178,6 +178,22 @@ class Core:
         """The latest step at which what flies now may land."""
         return max(self.step + self.delay_steps, *self._loaded, 0)
 
+    def to_land(self, step: int) -> int:
+        """How many updates after the next one the last of what flies after ``step`` lands, on whatever island: each finds the same
+        answer without asking. 0: who waits for it there waits no longer than the next update does."""
+        if self.plan.graph is not None:
+            return 0
+        begun, delay = self._begun_last(step), self.delay_steps
+        lands = [*self._loaded, begun + delay] if begun else self._loaded
+        return max([0, *(land - 1 - step for land in lands)])
+
+    def _begun_last(self, step: int) -> int:
+        """The step up to ``step`` after which the last rounds started that may fly after it; 0: none of this run."""
+        if self.plan.every_adapts:  # what flew before them had landed
+            return self.control.since if self._loaded_at < self.control.since <= step else 0
+        first = max(self._loaded_at, step - self.delay_steps)
+        return next((begun for begun in range(step, first, -1) if self.begun(begun)), 0)
+
     def starts(self, lane: Lane, step: int) -> bool:
         """Whether a round of the lane starts after ``step``."""
         if self.plan.graph is not None and lane.land_step >= 0:

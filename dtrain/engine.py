@@ -86,7 +86,7 @@ class Sync:
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
             self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
             self._rounds = Rounds(recipe, plans, cuts, connection)
-            self.core = self._rounds.last  # whose peers are all islands
+            self.core, self.levels = self._rounds.last, self._rounds.levels  # the core's peers are all islands
             self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
             self._agreement = agreement(self.core, connection, self._traffic, self._wait)
             self._release = hook(optimizers, scaler, self)
