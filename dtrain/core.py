@@ -179,7 +179,7 @@ class Core:
         return max(self.step + self.delay_steps, *self._loaded, 0)
 
     def to_land(self, step: int) -> int:
-        """How many updates after the next one the last of what flies after ``step`` lands, on whatever island: each finds the same
+        """How many updates after the next one the last of what flies after ``step`` lands, on any island: each finds the same
         answer without asking. 0: who waits for it there waits no longer than the next update does."""
         if self.plan.graph is not None:
             return 0
