@@ -2,8 +2,8 @@
 
 A checkpoint holds what the rounds in flight have brought, and so waits for them. Just after a start that is a whole flight, and
 those that are due each so many steps mostly come there. So one that is due after step t is written after the first step, from t
-on and before the next is due, where all that flies lands before the next update, which would wait for it as long; where there is no
-such step, as fragments take turns, after the one from which the last of it has the fewest updates to go. That is less than a
+on and before the next is due, where all that flies lands before the next update, which would wait for it as long; where there is
+no such step, as fragments take turns, after the one from which the last of it has the fewest updates to go. That is less than a
 period later, and follows from the step and the plan, and from H where that adapts: all islands come to the same. The last step is
 always one."""
 
@@ -18,7 +18,7 @@ class Saves:
     """Of one run, as any of its ranks sees them."""
 
     def __init__(self, cores: Sequence[Core], *, every: int, last: int) -> None:
-        """``cores``: of all levels. ``every``: steps between two that are due; 0: none ever. ``last``: the run's last step."""
+        """``cores``: of all levels. ``every``: steps between two that are due; 0: none. ``last``: the run's last step."""
         self._cores, self._every, self._last = cores, every, last
         self._due = self._chosen = 0
 
