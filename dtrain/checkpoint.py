@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dtrain.optim import ScheduleFreeAdamW, average_of
+
 _MANIFEST = "manifest.json"
+_NAMES = ".names"
+"""Behind an optimizer's name."""
 _ONE_WRITES = threading.Lock()
 """The islands of ``dtrain sim`` are threads, and Python's warning filters belong to the process."""
 
@@ -116,16 +121,29 @@ def discard_partial(run: Path) -> None:
 
 
 def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
-    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time. New
-    islands have no parameters of their own yet: of those too it is the mean."""
+    """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time: of the
+    models that training stands for (``at_averages``), as the merge at the end has it. New islands have no parameters of their own
+    yet: of those too it is the mean."""
     islands = [load_island(run, step, i) for i in range(num_islands)]
-    weights = {}
-    for key, first in islands[0].items():
-        if key.startswith("model."):
-            mean = torch.stack([state[key].to(torch.float64) for state in islands]).mean(dim=0)
-            weights[key.removeprefix("model.")] = mean.to(first.dtype)
+    models, weights = [_model_of(state) for state in islands], dict[str, Tensor]()
+    for name, first in models[0].items():
+        weights[name] = torch.stack([model[name].to(torch.float64) for model in models]).mean(dim=0).to(first.dtype)
     time_s = max(float(state.get("clock.time_s", 0.0)) for state in islands)
     save_weights(run / "init.safetensors", weights, step=step, more={"time_s": repr(time_s), "islands": str(num_islands)})
+
+
+def _model_of(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an island's training stands for: its parameters, but x of those that Schedule-Free steps."""
+    weights = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
+    for optimizer in (key.removesuffix(_NAMES) for key in saved if key.endswith(_NAMES)):
+        names = _read_json(saved[optimizer + _NAMES])
+        for group in _read_json(saved[f"{optimizer}.groups"]):
+            for index in group["params"]:
+                at, name = f"{optimizer}.state.{index}.", names[index]
+                if f"{at}x" in saved:  # what never had a gradient is its own average
+                    state = {key: saved[at + key] for key in ("z", "x")}
+                    weights[name] = average_of(weights[name], state, group["betas"][0])
+    return weights
 
 
 def merged_note(path: Path) -> str:
@@ -169,8 +187,7 @@ def weights_time_s(path: Path) -> float:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
     """A torch optimizer's state as flat tensors; hyper-parameters are JSON in a byte tensor."""
     saved = optimizer.state_dict()
-    groups = json.dumps(saved["param_groups"]).encode()
-    out = {f"{name}.groups": torch.frombuffer(bytearray(groups), dtype=torch.uint8)}
+    out = {f"{name}.groups": _as_json(saved["param_groups"])}
     for index, state in saved["state"].items():
         out |= {f"{name}.state.{index}.{key}": value for key, value in state.items()}
     return out
@@ -182,7 +199,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors:
         if key.startswith(f"{name}.state."):
             index, field = key.removeprefix(f"{name}.state.").split(".", 1)
             state.setdefault(int(index), {})[field] = value
-    groups = json.loads(bytes(tensors[f"{name}.groups"].tolist()))
+    groups = _read_json(tensors[f"{name}.groups"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -192,9 +209,28 @@ def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer], prefix: str 
     return {key: value for tensors in each for key, value in tensors.items()}
 
 
+def averaged_names(optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Beside ``optimizers_tensors``: the names of the parameters, in the order of their numbers there, whose averages are the
+    model. Nothing of other optimizers."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        prefix + _name(k) + _NAMES: _as_json([names[p] for group in optimizer.param_groups for p in group["params"]])
+        for k, optimizer in enumerate(optimizers)
+        if isinstance(optimizer, ScheduleFreeAdamW)
+    }
+
+
 def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     for k, optimizer in enumerate(optimizers):
         load_optimizer_tensors(optimizer, prefix + _name(k), tensors)
+
+
+def _as_json(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _read_json(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
 
 
 def _name(k: int) -> str:

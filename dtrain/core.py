@@ -116,6 +116,10 @@ class Core:
             raise ValueError(f'{plan.recipe.name}: a method with grad is run where its row says payload = "gradients" only')
         self._island_sum = island_sum
         self._columns_at_first = self._columns = self._matrices = 0
+        self._loaded_at = 0
+        """The step of the state that this goes on with."""
+        self._loaded: dict[int, set[int]] = {}
+        """Which fragments' rounds were in the air there, on whatever rank, by the updates before which they land."""
         self.adapt()
         self._columns_at_first = self._columns
 
@@ -161,6 +165,34 @@ class Core:
     def begun(self, step: int) -> set[int]:
         """The fragments of which rounds start after ``step``, on whatever rank: each finds the same answer without asking."""
         return {f for f in range(self.plan.recipe.fragments) if self.plan.when(step, f, self.control)}
+
+    def landing(self, step: int) -> set[int]:
+        """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without asking. What flew
+        in a state that was loaded lands where it would have, though every and delay may be others now."""
+        begun = step - self.delay_steps
+        own = self.begun(begun) if self.plan.sends and begun > self._loaded_at else set[int]()
+        return own | self._loaded.get(step, set())
+
+    @property
+    def last_landing(self) -> int:
+        """The latest step at which what flies now may land."""
+        return max(self.step + self.delay_steps, *self._loaded, 0)
+
+    def to_land(self, step: int) -> int:
+        """How many updates after the next one the last of what flies after ``step`` lands, on any island: each finds the same
+        answer without asking. 0: who waits for it there waits no longer than the next update does."""
+        if self.plan.graph is not None:
+            return 0
+        begun, delay = self._begun_last(step), self.delay_steps
+        lands = [*self._loaded, begun + delay] if begun else self._loaded
+        return max([0, *(land - 1 - step for land in lands)])
+
+    def _begun_last(self, step: int) -> int:
+        """The step up to ``step`` after which the last rounds started that may fly after it; 0: none of this run."""
+        if self.plan.every_adapts:  # what flew before them had landed
+            return self.control.since if self._loaded_at < self.control.since <= step else 0
+        first = max(self._loaded_at, step - self.delay_steps)
+        return next((begun for begun in range(step, first, -1) if self.begun(begun)), 0)
 
     def starts(self, lane: Lane, step: int) -> bool:
         """Whether a round of the lane starts after ``step``."""
@@ -296,6 +328,20 @@ class Core:
             lane.flight = None
             for key, value in lane.state.items():
                 value.copy_(saved[f"{name}.{key}"])
+        self._loaded_at, self._loaded = self.step, self._flying_on_island()
+
+    def _flying_on_island(self) -> dict[int, set[int]]:
+        """The fragments in the air on any rank of the island, all of which call it, by the updates before which they land."""
+        steps, lanes = ([0] * self.plan.recipe.fragments for _ in range(2))
+        for lane in self.in_flight():
+            steps[lane.bucket.fragment] += lane.land_step
+            lanes[lane.bucket.fragment] += 1
+        totals = list(map(int, self._island_sum([*steps, *lanes])))
+        found: dict[int, set[int]] = {}
+        for fragment, (total, count) in enumerate(zip(totals[: len(steps)], totals[len(steps) :], strict=True)):
+            if count:  # a fragment's buckets all start at one step, and land at one
+                found.setdefault(total // count, set()).add(fragment)
+        return found
 
     def _refuse_crossing(self, saved: dict[str, Tensor]) -> None:
         """Another ``every`` is fine, unless a round would start while one of its bucket still flies."""

@@ -86,7 +86,7 @@ class Sync:
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
             self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
             self._rounds = Rounds(recipe, plans, cuts, connection)
-            self.core = self._rounds.last  # whose peers are all islands
+            self.core, self.levels = self._rounds.last, self._rounds.levels  # the core's peers are all islands
             self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
             self._agreement = agreement(self.core, connection, self._traffic, self._wait)
             self._release = hook(optimizers, scaler, self)
@@ -168,9 +168,9 @@ class Sync:
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """The exact average of all islands in the model while the block runs, rounds in flight apart; all islands enter it after
-        the same number of steps. Its waiting is not counted."""
-        waited_s = self._wait.waited_s
+        the same number of steps. The average's waiting is not counted, that for rounds in flight is."""
         self.settle()
+        waited_s = self._wait.waited_s
         restore = self._exact.keep(self._rounds)
         try:
             self._average()
@@ -203,8 +203,8 @@ class Sync:
     def consensus_distance(self) -> float:
         """sqrt(mean_i |x_i - mean x|^2) over all shared parameters. Costs an exact average on the link, whose waiting is not
         counted; leaves the model alone."""
-        waited_s = self._wait.waited_s
         self.settle()
+        waited_s = self._wait.waited_s
         restore = self._exact.keep(self._rounds)
         try:
             distance = self._average()
@@ -224,7 +224,7 @@ class Sync:
     def drain(self) -> None:
         """Wait for all rounds in flight and land them now, in the order of their steps."""
         self.settle()
-        for step in range(self.step, self.step + self._rounds.delay_steps + 1):
+        for step in self._rounds.landings:
             self._land_due(step)
         self._rounds.drained()
 

@@ -30,15 +30,22 @@ def look(
     say: Callable[[State, int], None],
 ) -> Seen:  # fmt: skip
     """After optimizer step ``step``; leaves the trajectory alone. All islands call it after the same steps, and all ranks of
-    an island together."""
-    distance = _distance(job, sync, clock, step)
-    every = job.train.eval_every
-    if not every or step % every or step == job.train.steps:  # the last step is evaluated at the end
+    an island together. What waits for rounds in flight is training's; only what looking takes is put aside."""
+    distances, losses = _due(job.train.consensus_every, step), _due(job.train.eval_every, step) and step != job.train.steps
+    merged = losses and job.train.eval_merged
+    if distances or merged:
+        sync.settle()
+    distance = _distance(sync, clock) if distances else None
+    if not losses:  # the last step is evaluated at the end
         return Seen(None, None, distance)
     with clock.aside(), at_averages(optimizers):
         say("evaluating", step)
         own = inside.evaluate()
-        return Seen(own, _merged(sync, inside) if job.train.eval_merged else None, distance)
+        return Seen(own, _merged(sync, inside) if merged else None, distance)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _merged(sync: Sync, inside: Inside) -> float:
@@ -46,9 +53,6 @@ def _merged(sync: Sync, inside: Inside) -> float:
         return inside.evaluate()
 
 
-def _distance(job: Job, sync: Sync, clock: Clock, step: int) -> float | None:
-    every = job.train.consensus_every
-    if not every or step % every:
-        return None
+def _distance(sync: Sync, clock: Clock) -> float:
     with clock.aside():
         return sync.consensus_distance()

@@ -135,7 +135,7 @@ def with_start(recipe: Recipe, start: Literal["same", "own"]) -> Recipe:
 
 def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Recipe:
     """The recipe for islands of unequal speed, one number an island; none: all alike. Raises ValueError for what are no speeds,
-    and for rounds between which somebody would not train."""
+    for rounds between which somebody would not train, and for those that do not weigh by what each has trained."""
     if not speeds:
         return recipe
     said = f"islands.speeds = [{', '.join(f'{v:g}' for v in speeds)}]"
@@ -151,6 +151,16 @@ def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Re
         raise ValueError(
             f'{said} is for rounds that are many steps apart, and sync.recipe = "{recipe.name}" has sync.every = {recipe.every} '
             f'with sync.schedule = "{recipe.schedule}"; leave it out, or use sync.recipe = "async_diloco"'
+        )
+    if recipe.every_adapts:
+        raise ValueError(
+            f'{said} is for rounds as far apart as at first, and sync.every = "{schedule.adaptive(recipe.every)}" brings them '
+            f"nearer; leave it out, or use sync.every = {recipe.every}"
+        )
+    if recipe.reduce in ("none", "neighbours"):
+        raise ValueError(
+            f"{said} is for means of all islands, in which each counts by what it trained, and in those of sync.reduce = "
+            f'"{recipe.reduce}" none would count less; leave it out, or use sync.recipe = "async_diloco"'
         )
     pace = slots.pace(speeds, recipe.every)
     if min(pace.steps) < 1:

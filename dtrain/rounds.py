@@ -34,11 +34,7 @@ class Level:
 
     def fragments_due(self, step: int, num_ranks: int) -> set[int]:
         """The fragments of which rounds land at this step, on whatever rank: each finds the same answer without asking."""
-        core = self.core
-        if num_ranks == 1:
-            return {lane.bucket.fragment for lane in core.due(step)}
-        begun = step - core.delay_steps
-        return core.begun(begun) if core.plan.sends and begun > 0 else set()
+        return {lane.bucket.fragment for lane in self.core.due(step)} if num_ranks == 1 else self.core.landing(step)
 
 
 class Rounds:
@@ -81,9 +77,9 @@ class Rounds:
         return [lane for level in self.levels for lane in level.core.lanes]
 
     @property
-    def delay_steps(self) -> int:
-        """The longest."""
-        return max(level.core.delay_steps for level in self.levels)
+    def landings(self) -> range:
+        """The steps at which what flies now may land."""
+        return range(self.step, max(level.core.last_landing for level in self.levels) + 1)
 
     def in_flight(self) -> list[Lane]:
         return [lane for level in self.levels for lane in level.core.in_flight()]

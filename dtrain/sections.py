@@ -106,7 +106,7 @@ class Train(Section):
     consensus_every: int = Field(
         0, ge=0, description="steps between measurements of how far apart the islands are; each is an exact average, waited for"
     )
-    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0 writes none")
+    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints, put off while rounds fly; 0: none")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 

@@ -41,6 +41,7 @@ from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
+from dtrain.saves import Saves
 from dtrain.spans import span
 from dtrain.wait import Stats
 
@@ -241,6 +242,7 @@ def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
     metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
     floor = 1.0 if job.train.optimizer == "schedule_free" else 0.1  # of the learning rate, which then stays after its warm-up
+    saves = Saves([level.core for level in sync.levels], every=job.train.checkpoint_every, last=job.train.steps)
     said_at, began = 0.0, clock.train_s()
     for step in range(sync.step, job.train.steps):
         observe(step)
@@ -268,7 +270,8 @@ def _loop(island: _Island, observe: Observe) -> None:
                 rounds_joined=stats.rounds_joined, rounds_left_out=stats.rounds_left_out,
                 every_steps=adapted.every_steps, rank_mean=adapted.rank_mean,
             )  # fmt: skip
-        _checkpoint_aside(island, step + 1)
+        if saves.after(step + 1):
+            _checkpoint_aside(island, step + 1)
         began = ended
     observe(job.train.steps)
     if metrics is not None:
@@ -313,9 +316,6 @@ def _say(island: _Island, state: State, step: int) -> None:
 
 
 def _checkpoint_aside(island: _Island, step: int) -> None:
-    every = island.job.train.checkpoint_every
-    if not every or (step % every and step != island.job.train.steps):
-        return
     island.sync.settle()  # waiting for the link is not put aside: stats() count it too
     with island.clock.aside():
         _say(island, "training", step)  # no longer "waiting", if that was said last
@@ -328,6 +328,7 @@ def _save(island: _Island, step: int) -> None:
     tensors = (
         {f"model.{k}": v for k, v in island.model.state_dict().items()}
         | checkpoint.optimizers_tensors(island.optimizers, prefix)
+        | checkpoint.averaged_names(island.optimizers, island.model, prefix)
         | {f"{prefix}sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}
         | {f"clock.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}

@@ -5,7 +5,7 @@ from dtrain.optim.accum_adam import AccumAdamW
 from dtrain.optim.adam import adamw, cosine_lr, decay_groups, set_lr
 from dtrain.optim.muon import hidden_matrices, muon_adamw
 from dtrain.optim.sam import SAM
-from dtrain.optim.schedule_free import ScheduleFreeAdamW, at_averages
+from dtrain.optim.schedule_free import ScheduleFreeAdamW, at_averages, average_of
 
 __all__ = [
     "SAM",
@@ -13,6 +13,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "adamw",
     "at_averages",
+    "average_of",
     "cosine_lr",
     "decay_groups",
     "hidden_matrices",

@@ -12,7 +12,7 @@ exactly 0 where nobody moved it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,7 +90,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p in self.state:
                     self._held.append((p, p.detach().clone()))
-                    p.add_(self.state[p]["x"] - _mixture(self.state[p], group["betas"][0]))
+                    p.copy_(average_of(p, self.state[p], group["betas"][0]))
 
     @torch.no_grad()
     def train(self) -> None:
@@ -100,7 +100,12 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         self._held = []
 
 
-def _mixture(state: dict[str, Tensor], b1: float) -> Tensor:
+def average_of(p: Tensor, state: Mapping[str, Tensor], b1: float) -> Tensor:
+    """x, moved as the parameter was since the last step; of the shape of ``p``. ``state``: its ``z`` and ``x``."""
+    return p + (state["x"] - _mixture(state, b1))
+
+
+def _mixture(state: Mapping[str, Tensor], b1: float) -> Tensor:
     return torch.lerp(state["z"], state["x"], b1)
 
 

@@ -168,6 +168,10 @@ def test_a_job_evaluates_and_merges_the_averages_and_goes_on_to_the_bit(texts: P
         assert part_of(run, island).eval_loss_island == evaluate(model, heldout_sequences(corpus, 16))
         trained = checkpoint.load_island(run, 6, island, lambda key: key.startswith("model."))
         assert not same(own, {key.removeprefix("model."): value for key, value in trained.items()}), "training goes on elsewhere"
+    checkpoint.merge_for_resume(run, 6, 2)  # for islands of another number: the average of what is evaluated, not of y
+    owns = [weights_of(run, island) for island in range(2)]
+    assert not same(*owns)
+    assert same(load_file(run / "init.safetensors"), {k: ((owns[0][k].double() + owns[1][k]) / 2).float() for k in owns[0]})
     model.load_state_dict(load_file(run / "model.safetensors"))
     assert part_of(run, 0).eval_loss == evaluate(model, heldout_sequences(corpus, 16))
     again = tmp_path / "again"

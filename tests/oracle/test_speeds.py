@@ -181,6 +181,14 @@ def test_idle_steps_are_spread_evenly_and_every_period_has_as_many() -> None:
         ("allreduce", {}, [1.0, 1.0, 0.5], 'has sync.every = 1 with sync.schedule = "every"; leave it out, or use sync.recipe'),
         ("dpsgd", {}, [1.0, 1.0, 0.5], "is for rounds that are many steps apart"),
         ("diloco", {"schedule": "budget:10"}, [1.0, 1.0, 0.5], "is for rounds that are many steps apart"),
+        *(
+            (name, {"every": 10}, [1.0, 1.0, 0.5], 'in those of sync.reduce = "neighbours" none would count less; leave it')
+            for name in ("noloco", "dpsgd", "choco", "push_sum", "a2cid2")
+        ),
+        (
+            "dilocox", {"rank": "adaptive:32", "every": "adaptive:20"}, [1.0, 1.0, 0.5],
+            'and sync.every = "adaptive:20" brings them nearer; leave it out, or use sync.every = 20',
+        ),
         (
             "eager_diloco", {"outer_momentum": 0.9, "outer_lr": 0.42}, [1.0, 1.0, 0.1],
             "of 3 islands, of which the slowest has 1 / 21 of each mean",

@@ -31,10 +31,11 @@ ROUNDS = ("sync.recipe=async_diloco", "sync.every=4", "sync.delay=3", "islands.s
 
 @pytest.mark.parametrize("after", [5, 6])
 def test_a_run_goes_on_between_idle_steps_to_the_bit(tmp_path: Path, after: int) -> None:
-    """Of a round that lands with step 7, and on island 1 with steps 2, 4, 6 and 8 idle: from the end of step 5, before an idle
-    one, and from the end of 6, before one that is none."""
+    """Of a round that lands with the next step, and on island 1 with steps 2, 4, 6 and 8 idle: from the end of step 5, before an
+    idle one, and from the end of 6, before one that is none."""
     texts = write_texts(tmp_path / "texts")
-    job = job_of(texts, *ROUNDS, f"train.checkpoint_every={after}", "train.eval_every=2", "train.consensus_every=4")
+    often = (f"sync.delay={after - 3}", f"train.checkpoint_every={after}")
+    job = job_of(texts, *ROUNDS, *often, "train.eval_every=2", "train.consensus_every=4")
     whole, again = train(job, tmp_path / "whole"), tmp_path / "again"
     shutil.copytree(checkpoint.step_folder(whole, after), checkpoint.step_folder(again, after))
     train(job, again, resume_step=after)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import dtrain
 from dtrain import checkpoint
 from dtrain.build import build_model
+from dtrain.clock import Clock
+from dtrain.connect import Connection
 from dtrain.data.corpus import load_corpus
 from dtrain.data.sampler import heldout_sequences
+from dtrain.engine import Sync
 from dtrain.evaluate import evaluate
+from dtrain.looks import look
+from dtrain.transport.throttle import Throttle
+from tests.islands import Quadratic, run_islands, sgd_step
 from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of, write_texts
 
 
@@ -69,3 +81,59 @@ def test_a_run_that_goes_on_looks_again_and_is_the_same(texts: Path, tmp_path: P
         again, at_first = ([line.get("eval_loss_merged") for line in lines_of(of, island)[-3:]] for of in (run, whole))
         assert again == at_first == [at_first[0], None, None]
         assert again[0] is not None
+
+
+WIRE_S = 0.05
+
+
+def looked_at(see: Callable[[Sync, torch.optim.Optimizer, Clock], None]) -> list[tuple[float, float, float, float]]:
+    """Of two islands that look while a round flies: train_s when they began to look, and after; what was put aside; the wait_s
+    that is counted. Nobody has the round's bytes before WIRE_S has passed, as it is launched after the clocks began."""
+    both = threading.Barrier(2)
+
+    def island(connection: Connection) -> tuple[float, float, float, float]:
+        link = dataclasses.replace(connection, transport=Throttle(connection.transport, uplink=None, rtt_s=2 * WIRE_S))
+        model = Quadratic(torch.zeros(4), torch.ones(4), torch.ones(4), 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with dtrain.join(model, optimizer, recipe="fedavg", every=2, delay=2, link=link) as sync:
+            sgd_step(model, optimizer)
+            before_s, now = sync.stats().wait_s, time.monotonic()
+            clock = Clock(0.0, now, 0.0, 0.0, now)
+            both.wait(60)
+            sgd_step(model, optimizer)
+            begun_s = clock.train_s()
+            see(sync, optimizer, clock)
+            return begun_s, clock.train_s(), clock.aside_s, sync.stats().wait_s - before_s
+
+    return run_islands(2, island)
+
+
+@pytest.mark.parametrize("what", ["train.consensus_every=2", "train.eval_every=2 train.eval_merged=true"])
+def test_waiting_for_what_flies_is_trainings_and_only_the_look_is_put_aside(texts: Path, what: str) -> None:
+    """And no wait is counted that lies on no clock: of an average that only a look has made."""
+    job = job_of(texts, *what.split())
+    inside: Any = SimpleNamespace(evaluate=lambda: 0.0)
+
+    def see(sync: Sync, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+        seen = look(job, sync, inside, [optimizer], clock, 2, lambda state, step: None)
+        assert seen.consensus_distance == 0.0 or seen.eval_loss_merged == 0.0
+
+    for begun_s, train_s, aside_s, wait_s in looked_at(see):
+        assert train_s >= WIRE_S
+        assert WIRE_S - begun_s <= wait_s <= train_s
+        assert aside_s > 0.0
+
+
+def consensus(sync: Sync, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    sync.consensus_distance()
+
+
+def merged(sync: Sync, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    with sync.merged():
+        pass
+
+
+@pytest.mark.parametrize("see", [consensus, merged])
+def test_one_who_looks_from_a_loop_of_ones_own_counts_that_waiting_too(see: Callable[..., None]) -> None:
+    for begun_s, _, _, wait_s in looked_at(see):
+        assert wait_s >= WIRE_S - begun_s
