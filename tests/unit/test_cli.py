@@ -77,7 +77,7 @@ def test_help_is_quick_and_names_the_first_commands() -> None:
             ],
             'train.eval_merged = true is of the mean, and train.merge = "variance_corrected" ends with another; leave it out',
         ),
-        (["sim", "job.toml", "train.eval_merged=true", "train.eval_every=0"], "train.eval_merged = true has no effect with train."),
+        (["sim", "job.toml", "train.eval_merged=true", "train.eval_every=0"], "train.eval_merged = true has no effect"),
         (["sim", "job.toml", "train.merge=variance_corrected"], 'train.merge = "variance_corrected" stretches the mean of'),
         (["run", "job.toml", "islands.start=own", "--", "job.toml"], "islands.start = 'own' has no effect on a script"),
         (["run", "job.toml", "train.merge=variance_corrected", "--", "job.toml"], "train.merge = 'variance_corrected' has no"),
