@@ -212,8 +212,8 @@ def _check_sim(job: Job) -> None:
         )
     if job.sim.has_clock and quorum.size(recipe.quorum, job.islands.count) < job.islands.count:
         raise ValueError(
-            f"sync.quorum = {recipe.quorum!r}: on a virtual clock each round waits for all islands; use sync.quorum = \"100%\", or "
-            "sim.step_s=0 with sim.problem=gpt"
+            f"sync.quorum = {recipe.quorum!r}: on a virtual clock each round waits for all islands; use "
+            'sync.quorum = "100%", or sim.step_s=0 with sim.problem=gpt'
         )
     if job.sim.problem == "gpt":
         return

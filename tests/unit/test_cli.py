@@ -134,7 +134,10 @@ def test_a_recipe_shown_says_its_answers_and_what_they_cost() -> None:
     wants = {name: dict(sheet(name)).get("optimizer") for name in ("diloco", "muloco", "demo", "desloc", "accum_adam")}
     muon, accumulates = 'Muon, train.optimizer = "muon"', "AccumAdamW, train.moments_every = 4"
     assert list(wants.values()) == [None, muon, "SGD without momentum", "AdamW", accumulates]
-    assert shown["bytes a parameter a step"] == "0.06, sent by each of 4 islands"
+    assert shown["bytes a parameter a step"] == "0.06, sent by each of 4 islands, of a 1024 x 1024 matrix"
+    peers = {name: dict(sheet(name))["who talks to whom?"] for name in ("noloco", "desloc", "demo", "local")}
+    assert list(peers.values()) == ["pairs drawn for each round", "all islands", "all islands", "-"]
+    assert dict(sheet("noloco"))["what?"] == 'algorithm = "noloco", payload = "parameters", and pseudo-gradients'
     assert shown["memory"].startswith("22 bytes a parameter kept between steps")
     streaming = dict(sheet("streaming_diloco"))
     assert streaming["how late does it land?"] == 'delay = 5, landing = "blend", alpha = 0.5'
