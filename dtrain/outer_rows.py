@@ -78,8 +78,8 @@ OUTER = (
     ),
     Recipe(
         name="dilocox",
-        summary="DiLoCo with matrices as 4-bit products of rank 32; rounds fly for all of the next 125 steps and land on what was "
-        "trained meanwhile",
+        summary="DiLoCo with matrices as 4-bit products of rank 32; rounds fly for all of the next 125 steps and land on what "
+        "was trained meanwhile",
         paper="arXiv 2506.21263 (there landing=pure, which bears less: outer_lr=0.4)",
         algorithm="diloco",
         payload="pseudo_gradients",
