@@ -6,16 +6,30 @@ clock, no environment."""
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dtrain import units
 from dtrain.sections import Data, Islands, JobSection, Level, LinkSection, ModelSection, Section, Sim, Sync, Train
 from dtrain.units import LINK_KEYS
+
+Whose = Callable[[str, str], str]
+"""(section, key) -> where somebody wrote it: the job file's path, or that it was typed."""
+_TYPED = "on the command line"
+_USE = {
+    "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "bool_type": "true or false", "list_type": "a list", "finite_number": "a finite number", "literal_error": "{expected}",
+    "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}", "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less", "too_short": "a list of {min_length} or more",
+}  # fmt: skip
+"""What pydantic's errors mean for a person who has to write something else."""
 
 
 class Job(Section):
@@ -111,18 +125,59 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
             branch[key] = value
     if levels:
         tree["sync"]["level"] = levels
-    _refuse_unknown(tree, where)
+    typed = {(section, key) for section, key, _ in changes} | {(section, "") for section, _, _ in changes if section not in raw}
+
+    def whose(section: str, key: str) -> str:
+        return _TYPED if (section, key) in typed else where
+
+    _refuse_unknown(tree, whose)
     try:
         return Job.model_validate(_ints_to_floats(tree))
     except ValidationError as e:
-        first = e.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['round']"))
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error" and "=" in message:
-            key = str(first["loc"][-1]) if first["loc"] else ""
-            said = message.removeprefix(key) if key and message.startswith(f"{key} =") else None
-            raise ValueError(f"{where}: {message if said is None else name + said}") from None
-        raise ValueError(f"{where}: {name} = {first['input']!r} is not allowed: {message}") from None
+        raise ValueError(_refusal(e, whose)) from None
+
+
+def _refusal(refused: ValidationError, whose: Whose) -> str:
+    """The first of its errors as a line that says what is wrong where, and what to write instead."""
+    errors = refused.errors()
+    first = errors[0]
+    place = _place(first)
+    name = ".".join(map(str, place))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and "=" in message:
+        key = str(place[-1]) if place else ""
+        message = name + message.removeprefix(key) if key and message.startswith(f"{key} =") else message
+        keys = re.findall(r"\b([a-z]+)\.((?:level\.\d\.)?[a-z_]+)", message)
+        return f"{next((by for pair in keys if (by := whose(*pair)) == _TYPED), whose('', ''))}: {message}"
+    section, _, key = name.partition(".")
+    where = whose(section, re.sub(r"\.\d+$", "", key))
+    said = message
+    if first["type"] in _USE:
+        both = (e for e in errors if _place(e) == place and e["type"] in _USE)  # of a key that may be a number or text
+        words = [_USE[e["type"]].format(**e.get("ctx", {})) for e in both]
+        said = f"use {' or '.join(dict.fromkeys(words))}{_example(place, typed=where == _TYPED)}"
+    return f"{where}: {name} = {first['input']!r} is not allowed{'; ' if said is not message else ': '}{said}"
+
+
+def _place(error: ErrorDetails) -> list[int | str]:
+    """Section, key, and what may follow of a level or a list."""
+    return [part for part in error["loc"] if part not in ("int", "str", "literal['round']")]
+
+
+def _example(place: Sequence[int | str], *, typed: bool) -> str:
+    """As the key's own answer shows it, where it has an example; a shell wants a list in quotes."""
+    (section, key, *below), length = place, 2
+    model = type(getattr(Job(), str(section)))
+    if key == "level" and len(below) > 1:
+        model, key, length = Level, below[1], 4
+    field = model.model_fields.get(str(key))
+    if field is None or not field.examples:
+        return ""
+    (value,) = field.examples
+    if not typed:
+        return f", as {key} = {toml_value(value)}"
+    said = value if isinstance(value, str) else toml_value(value).replace(", ", ",")
+    return f", as {shlex.quote('.'.join(map(str, place[:length])) + '=' + said)}"
 
 
 def runs_a_script(job: Job) -> bool:
@@ -162,7 +217,9 @@ def _split_override(text: str) -> tuple[str, str, object]:
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not (equals and dot and section and key):
-        raise ValueError(f"{text!r} is not an override; write section.key=value, as in sync.every=50")
+        piece = text.endswith((",", "]"))  # of a list with blanks, which a shell took apart
+        hint = "; a list goes in quotes, without blanks: 'islands.speeds=[1,0.5]'" if piece else ""
+        raise ValueError(f"{text!r} is not an override; write section.key=value, as in sync.every=50{hint}")
     try:
         return section, key, tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
@@ -185,23 +242,25 @@ def _level_of(levels: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], s
     return levels[int(number)], inner
 
 
-def _refuse_unknown(tree: dict[str, Any], where: str) -> None:
+def _refuse_unknown(tree: dict[str, Any], whose: Whose) -> None:
     for section, content in tree.items():
         if section not in Job.model_fields:
-            raise ValueError(f"{where}: unknown section [{section}]{_did_you_mean(section, list(Job.model_fields))}")
+            raise ValueError(f"{whose(section, '')}: unknown section [{section}]{_did_you_mean(section, list(Job.model_fields))}")
         if not isinstance(content, dict):
-            raise ValueError(f"{where}: {section} = {content!r} is not a section; write [{section}] and its keys below")
+            raise ValueError(
+                f"{whose(section, '')}: {section} = {content!r} is not a section; write [{section}] and its keys below"
+            )
         model = type(getattr(Job(), section))
         for key in content:
             if key not in model.model_fields:
                 homes = [name for name, field in Job.model_fields.items() if key in field.default.__class__.model_fields]
                 hint = f"; did you mean {homes[0]}.{key}?" if homes else _did_you_mean(key, list(model.model_fields))
-                raise ValueError(f"{where}: unknown key {section}.{key}{hint}")
+                raise ValueError(f"{whose(section, key)}: unknown key {section}.{key}{hint}")
         for k, level in enumerate(_copied_levels(tree) if section == "sync" else ()):
             for key in level:
                 if key not in Level.model_fields:
                     hint = _did_you_mean(key, list(Level.model_fields))
-                    raise ValueError(f"{where}: unknown key sync.level.{k}.{key}{hint}")
+                    raise ValueError(f"{whose('sync', f'level.{k}.{key}')}: unknown key sync.level.{k}.{key}{hint}")
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -78,8 +78,9 @@ OUTER = (
     ),
     Recipe(
         name="dilocox",
-        summary="DiLoCo with matrices as 4-bit products of rank 32, whose rounds fly for all of the next 125 steps",
-        paper="arXiv 2506.21263",
+        summary="DiLoCo with matrices as 4-bit products of rank 32; rounds fly for all of the next 125 steps and land on what "
+        "was trained meanwhile",
+        paper="arXiv 2506.21263 (there landing=pure, which bears less: outer_lr=0.4)",
         algorithm="diloco",
         payload="pseudo_gradients",
         every=125,

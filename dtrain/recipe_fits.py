@@ -127,6 +127,20 @@ def check_used(r: Recipe, row: Recipe, changes: Mapping[str, object]) -> None:
         raise ValueError(f"sync.{axis} = {value!r} has no effect with sync.{reason}; leave it out, or choose another recipe")
 
 
+def _others(r: Recipe, needs: Mapping[str, object]) -> dict[str, object]:
+    """Those of the needed answers that the recipe does not give."""
+    return {axis: answer for axis, answer in needs.items() if getattr(r, axis) != answer}
+
+
+def _instead(answers: Mapping[str, object]) -> str:
+    return " and ".join(f"{axis} = {_word(answer)}" for axis, answer in answers.items())
+
+
+def _word(answer: object) -> str:
+    """As a job file says it."""
+    return f'"{answer}"' if isinstance(answer, str) else str(answer)
+
+
 def _check_server(r: Recipe, server: str) -> None:
     if "server" not in RULES[r.algorithm].axes or r.reduce != "neighbours":
         raise ValueError(
@@ -144,16 +158,18 @@ def _check_participants(r: Recipe, participants: int, num_islands: int) -> None:
     """It is an axis of diloco alone."""
     if participants > num_islands:
         raise ValueError(f"sync.participants = {participants} of {num_islands} islands; use fewer, or leave it out")
-    if r.reduce != "gather":
+    why = {
+        "reduce": "all islands would have a part in each mean",
+        "landing": "those that were not drawn would keep some of what they have",
+        "delay": "those that were not drawn would keep some of what they have",
+    }
+    wrong = _others(r, {"reduce": "gather", "landing": "keep", "delay": 0})
+    if wrong:
+        reasons = " and ".join(dict.fromkeys(why[axis] for axis in wrong))
+        have = " and ".join(f"sync.{axis} = {_word(getattr(r, axis))}" for axis in wrong)
         raise ValueError(
-            f'sync.participants = {participants} with sync.reduce = "{r.reduce}", where all islands have a part in each mean; '
-            'use reduce = "gather"'
-        )
-    if r.landing != "keep" or r.delay_steps != 0:
-        raise ValueError(
-            f"sync.participants = {participants}: all islands take the mean of those drawn in place of what they have, and with "
-            f'sync.landing = "{r.landing}" and sync.delay = {r.delay} the others would keep some; use landing = "keep" and '
-            "delay = 0"
+            f"sync.participants = {participants}: all islands take the mean of those that are drawn, and with {have} {reasons}; "
+            f"use {_instead(wrong)}"
         )
 
 
@@ -194,7 +210,7 @@ def check_ranks(r: Recipe, num_ranks: int) -> None:
     if r.quorum not in (None, "100%") and num_ranks > 1:
         raise ValueError(
             f"islands.ranks = {num_ranks}: with sync.quorum = {r.quorum!r} each rank would look whose wires are here, and those "
-            'of an island have one model; use islands.ranks=1, or sync.quorum="100%"'
+            'of an island have one model; use islands.ranks=1, or sync.quorum = "100%"'
         )
     if r.schedule == schedule.READY and num_ranks > 1:
         raise ValueError(
@@ -219,10 +235,9 @@ def _check_ready(r: Recipe) -> None:
 def _check_adapts(r: Recipe) -> None:
     said = f'sync.every = "{schedule.adaptive(r.every)}"'
     if r.reduce != "low_rank" or r.rank is None or not adapts(r.rank):
-        what = f"sync.rank = {r.rank!r}" if r.reduce == "low_rank" else f'sync.reduce = "{r.reduce}"'
+        remedy = "sync.rank=adaptive:32" if r.reduce == "low_rank" else "sync.recipe=dilocox sync.rank=adaptive:32"
         raise ValueError(
-            f'{said} follows the ranks of sync.reduce = "low_rank", and those of {what} do not change; use sync.rank = '
-            f'"adaptive:32" with sync.recipe = "dilocox", or sync.every = {r.every}'
+            f'{said} needs sync.reduce = "low_rank" with a rank that adapts; use {remedy}, or sync.every = {r.every}'
         )
     if r.fragments != 1:
         raise ValueError(
@@ -237,13 +252,13 @@ def _check_adapts(r: Recipe) -> None:
 
 
 def _check_quorum(r: Recipe) -> None:
-    needs = (("algorithm", "diloco"), ("reduce", "gather"), ("landing", "keep"))
-    for axis, answer in needs:
-        if getattr(r, axis) != answer:
-            raise ValueError(
-                f'sync.quorum = {r.quorum!r} leaves islands out of a round, and sync.{axis} = "{getattr(r, axis)}" cannot: use '
-                f'{axis} = "{answer}", or quorum="100%"'
-            )
+    wrong = _others(r, {"algorithm": "diloco", "reduce": "gather", "landing": "keep"})
+    if wrong:
+        have = " and ".join(f"sync.{axis} = {_word(getattr(r, axis))}" for axis in wrong)
+        raise ValueError(
+            f"sync.quorum = {_word(r.quorum)} leaves islands out of a round, and {have} cannot: use {_instead(wrong)}, or "
+            'quorum = "100%"'
+        )
 
 
 def check_together(r: Recipe, num_islands: int) -> None:

@@ -140,8 +140,12 @@ def with_speeds(recipe: Recipe, speeds: Sequence[float], num_islands: int) -> Re
         return recipe
     said = f"islands.speeds = [{', '.join(f'{v:g}' for v in speeds)}]"
     if len(speeds) != num_islands:
-        raise ValueError(f"{said} is of {len(speeds)} islands, and there are {num_islands}; name one for each")
-    if not all(0 < v <= 1 for v in speeds) or max(speeds) != 1:
+        named = f"{len(speeds)} island{'s' * (len(speeds) != 1)}"
+        raise ValueError(f"{said} names {named}, and there are {num_islands}; give a speed for each")
+    if not all(v > 0 for v in speeds):
+        slowest = next(k for k, v in enumerate(speeds) if not v > 0)
+        raise ValueError(f"{said}: island {slowest} would never train; use numbers above 0, and 1 for the fastest")
+    if max(speeds) != 1:
         raise ValueError(f"{said}: they are beside the fastest island's; divide each by the largest, so that that is 1")
     if min(speeds) == 1:
         return recipe

@@ -42,7 +42,8 @@ class Islands(Section):
         "same", description="same: from one model; own: every island from weights of its own seed, never in sync"
     )
     speeds: list[float] = Field(
-        [], description="of each island beside the fastest's 1: one of 0.5 trains in half of the steps; empty: all alike"
+        [], examples=[[1, 0.5]],
+        description="of each island beside the fastest's 1: one of 0.5 trains in half of the steps; empty: all alike",
     )
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
     max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
@@ -97,9 +98,7 @@ class Train(Section):
     merge: Literal["mean", "variance_corrected"] = Field(
         "mean", description="the last exchange; variance_corrected is for islands.start = \"own\": a mean loses their variance"
     )
-    eval_every: int = Field(
-        250, ge=0, description="steps between evaluations of each island's own model; 0: at the end"
-    )
+    eval_every: int = Field(250, ge=0, description="steps between evaluations of each island's own model; 0: at the end")
     eval_merged: bool = Field(
         False, description="evaluate the islands' mean too, each time: what a merge would give; an exact average, waited for"
     )
@@ -114,39 +113,41 @@ class Answers(Section):
     """The eight answers. A key that is left out takes its recipe's answer."""
 
     recipe: str | None = Field(None, description="a row that dtrain recipes lists, or FILE.py:ROW, one of your own")
-    algorithm: AlgorithmName | None = Field(
-        None, description="what is sent, and how it is applied: a file of dtrain/algorithms"
-    )
+    algorithm: AlgorithmName | None = Field(None, description="what is sent, and how it is applied: a file of dtrain/algorithms")
     topology: str | None = Field(
-        None,
+        None, examples=["ring"],
         description='who talks to whom (gossip methods): a name that `dtrain topology` lists, as "ring", or FILE.py:FUNCTION of '
         "your own",
     )
     graph: str | None = Field(
-        None, description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them'
+        None, examples=["barabasi_albert:3"],
+        description='the edges of topology "graph", "coloured" and "directed": "barabasi_albert:3", or a file of them',
     )
     server: str | None = Field(
-        None,
+        None, examples=["sampled:2:5"],
         description='rounds that reach beyond the neighbours: after every H others, K islands that are drawn take their mean, '
         '"sampled:K:H" for themselves, "all:K:H" for all',
     )
     participants: int | None = Field(
-        None, ge=1, description="K islands that are drawn for each round, whose mean all take (outer loops); left out: all"
+        None, ge=1, examples=[2],
+        description='K islands that are drawn for each round, whose mean all take (outer loops, by reduce = "gather"); none: all',
     )
     every: int | str | None = Field(
-        None, description='H: optimizer steps between two rounds; "adaptive:H": H at first, fewer as rank = "adaptive:R" falls'
+        None, examples=[50],
+        description='H: optimizer steps between two rounds; "adaptive:H": H at first, fewer as rank = "adaptive:R" falls',
     )
     schedule: str | None = Field(
-        None,
+        None, examples=["budget:20%"],
         description='"every", or a budget that is spent ever faster: "budget:R" rounds in all, "budget:S%" of the steps; a '
         'growth p behind it, "budget:20%:2", makes their density t^p, t without; or "ready": pairs (a2cid2) meet when both are',
     )
     moments: str | None = Field(
-        None, description='rounds that take AdamW\'s moments along (desloc): "3:6", the first every 3rd, the second every 6th'
+        None, examples=["3:6"],
+        description='rounds that take AdamW\'s moments along (desloc): "3:6", the first every 3rd, the second every 6th',
     )
     fragments: int | None = Field(None, ge=1, description="parts of the model that take turns; 1 sends all at once")
     codec: str | None = Field(
-        None,
+        None, examples=["int4:64"],
         description='"identity", "bf16", "int8", "int4", "e3m0", "lut4", "sign", with a block size: "int4:64", '
         '"int4:64:stochastic" rounds at random; "topk:64/4096:2": 64 of 4096, 2 bits each; "codebook8": 256 means for 4096; '
         '"dct:32/64": 32 cosines of 64 x 64; or FILE.py:NAME',
@@ -166,31 +167,29 @@ class Answers(Section):
     )
     gamma: float | None = Field(None, gt=0, le=1, description="the consensus step size of choco, beer, deepsqueeze, noloco")
     delay: int | Literal["round"] | None = Field(
-        None, description='optimizer steps a round may fly before it lands; "round" means every'
+        None, examples=[5], description='optimizer steps a round may fly before it lands; "round" means every'
     )
     gossip_steps: int | None = Field(None, ge=1, description="gossip steps in a row, of multi_gossip and chebyshev")
-    landing: Literal["keep", "eager", "pure", "blend"] | None = Field(
-        None, description="what becomes of progress made in flight"
-    )
+    landing: Literal["keep", "eager", "pure", "blend"] | None = Field(None, description="what becomes of progress made in flight")
     alpha: float | None = Field(None, ge=0, lt=1, description="of landing = \"blend\": the share that local parameters keep")
     quorum: int | str | None = Field(
-        None, description='islands that a round (diloco) does not go on without, or "60%" of them; left out: all'
+        None, examples=["60%"],
+        description='islands that a round (diloco) does not go on without, or "60%" of them; left out: all',
     )
     grace: str | None = Field(
-        None, description='how long a needed round waits for the others once a quorum\'s wires are here: "2s"'
+        None, examples=["2s"], description='how long a needed round waits for the others once a quorum\'s wires are here: "2s"'
     )
-    bucket_bytes: int | None = Field(
-        None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most"
-    )
+    bucket_bytes: int | None = Field(None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most")
     rank: int | str | None = Field(
-        None, description='r of reduce = "low_rank": a matrix goes as r columns and r rows; "adaptive:R": as few as do, R at most'
+        None, examples=[32],
+        description='r of reduce = "low_rank": a matrix goes as r columns and r rows; "adaptive:R": as few as do, R at most',
     )
     include: list[str] | None = Field(
-        None, min_length=1, description='parameters that islands share, as patterns of names: ["blocks.*"]; left out: all'
+        None, min_length=1, examples=[["blocks.*"]],
+        description='parameters that islands share, as patterns of names: ["blocks.*"]; left out: all',
     )
     exclude: list[str] | None = Field(
-        None,
-        min_length=1,
+        None, min_length=1, examples=[["head.*"]],
         description='parameters that stay each island\'s own, also in the merge (its file has island 0\'s): ["head.*"]',
     )
 
@@ -295,8 +294,10 @@ class Sync(Answers):
 
 class LinkSection(Section):
     transport: Literal["c10d", "nccl"] = Field("c10d", description="c10d: gloo over TCP; nccl: near, static GPU links")
-    rate: str = Field("none", description='an island\'s uplink, shared by its ranks: "10mbit", "1gbit", or "none"')
-    rtt: str = Field("0ms", description='round-trip time added to the link, "40ms"')
+    rate: str = Field(
+        "none", examples=["10mbit"], description='an island\'s uplink, shared by its ranks: "10mbit", "1gbit", or "none"'
+    )
+    rtt: str = Field("0ms", examples=["40ms"], description='round-trip time added to the link, "40ms"')
     timeout_s: float = Field(300.0, gt=0, description="how long an island may send nothing; more than a bucket takes on a link")
     port: int = Field(0, ge=0, lt=65536, description="port of the meeting point; 0 takes a free one")
     interface: str = Field("", description="network interface that carries the link; empty: loopback")
@@ -349,12 +350,12 @@ class Sim(Section):
         0.0, ge=0, allow_inf_nan=False, description="slow islands, drawn by the seed: their number, or below 1 their share"
     )
     straggler_factor: float = Field(2.0, ge=1, allow_inf_nan=False, description="how many times longer they compute")
-    jitter: str = Field("0ms", description="mean of the exponential delay that each wire gets besides rtt / 2")
+    jitter: str = Field("0ms", examples=["5ms"], description="mean of the exponential delay that each wire gets besides rtt / 2")
     loss: float = Field(0.0, ge=0, lt=1, description="share of packets that are lost, and sent again an rtt later")
     links: str = Field(
-        "", description='rate and rtt between two islands where they are others: "0-1:10mbit/80ms, 0-2:none/5ms"'
+        "", examples=["0-1:10mbit/80ms"],
+        description='rate and rtt between two islands where they are others: "0-1:10mbit/80ms, 0-2:none/5ms"',
     )
-
     processes: int = Field(
         0, ge=0, description="that share the islands of a virtual clock; 0: as many of this machine's cores as make a run shorter"
     )

@@ -313,7 +313,8 @@ def machine(device: torch.device) -> str:
         name = f"{model}, {len(os.sched_getaffinity(0))} cores, {gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
     versions = [f"{package} {_version(package)}" for package in ("torch", "numba", "triton")]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"{name}; {', '.join(versions)}; {torch.get_num_threads()} threads; {today}"
+    threads = torch.get_num_threads()
+    return f"{name}; {', '.join(versions)}; {threads} thread{'s' * (threads != 1)}; {today}"
 
 
 def _version(package: str) -> str:

@@ -71,12 +71,38 @@ def resolved(job: Job) -> Job:
         raise ValueError(
             f'train.eval_merged = true is of the mean, and train.merge = "{job.train.merge}" ends with another; leave it out'
         )
+    if job.train.eval_merged and not job.train.eval_every:
+        raise ValueError(
+            "train.eval_merged = true has no effect with train.eval_every = 0: at the end the islands' mean is evaluated anyway; "
+            "leave it out, or say how often, train.eval_every=250"
+        )
+    _refuse_shaded(job)
     levels = job.sync.level or [job.sync]
     out = [
         said.model_copy(update={"recipe": level.name} | {axis: answer_of(level, axis) for axis in AXES})
         for said, level in zip(levels, recipe.levels, strict=True)
     ]
     return _with_levels(job, out)
+
+
+def _refuse_shaded(job: Job) -> None:
+    """Raises ValueError for what [link] says of a link where each level says that of its own."""
+    for key in ("rate", "rtt"):
+        if job.sync.level and all(getattr(level, key) is not None for level in job.sync.level):
+            _refuse_changed(job, "link", key, f"where each level has its {key}", f"change sync.level.1.{key}")
+
+
+def roundless(job: Job) -> tuple[str, ...]:
+    """A line where the run ends before its islands, or groups of them, have had a round: its result is that of their merge."""
+    recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
+    # Of fragments that take turns the second is the first to start.
+    first = recipe.every if recipe.fragments == 1 else recipe.every // recipe.fragments
+    silent = recipe.payload == "none" or schedule.parse(recipe.schedule) is not None
+    if silent or job.train.steps >= first or job.sim.clock == "poisson":
+        return ()
+    key, who = ("every", "islands") if recipe.near is None else ("level.1.every", "groups")
+    talk = f"the {who} talk only in the last merge" if job.sim.problem == "gpt" else f"the {who} never talk"
+    return (f"train.steps = {job.train.steps} ends before the first round (sync.{key} = {recipe.every}): {talk}",)
 
 
 def with_absolute_paths(job: Job) -> Job:
@@ -186,8 +212,8 @@ def _check_sim(job: Job) -> None:
         )
     if job.sim.has_clock and quorum.size(recipe.quorum, job.islands.count) < job.islands.count:
         raise ValueError(
-            f"sync.quorum = {recipe.quorum!r}: on a virtual clock each round waits for all islands; use sync.quorum=\"100%\", or "
-            "sim.step_s=0 with sim.problem=gpt"
+            f"sync.quorum = {recipe.quorum!r}: on a virtual clock each round waits for all islands; use "
+            'sync.quorum = "100%", or sim.step_s=0 with sim.problem=gpt'
         )
     if job.sim.problem == "gpt":
         return
@@ -219,11 +245,11 @@ def _check_sim(job: Job) -> None:
         )
 
 
-def _refuse_changed(job: Job, section: str, key: str, where: str) -> None:
+def _refuse_changed(job: Job, section: str, key: str, where: str, remedy: str = "leave it out") -> None:
     answers = getattr(job, section)
     value = getattr(answers, key)
     if value != type(answers).model_fields[key].default:
-        raise ValueError(f"{section}.{key} = {value!r} has no effect {where}; leave it out")
+        raise ValueError(f"{section}.{key} = {value!r} has no effect {where}; {remedy}")
 
 
 def refuse_sim(job: Job, read: Collection[str] = ()) -> None:

@@ -53,6 +53,7 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="replace a run of the same name")]
+FreshName = Annotated[bool, typer.Option("--fresh-name", help="keep a run of the same name, take NAME-2")]
 
 
 @app.command()
@@ -62,7 +63,7 @@ def run(
     overrides: Overrides = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    fresh_name: Annotated[bool, typer.Option("--fresh-name", help="keep a run of the same name, take NAME-2")] = False,
+    fresh_name: FreshName = False,
 ) -> None:
     """Run a job: every island of it, on this machine.
 
@@ -110,6 +111,7 @@ def sim(
     num_islands: Annotated[int | None, typer.Option("--islands", help="islands.count", min=1, show_default=False)] = None,
     resume: Resume = False,
     fresh: Fresh = False,
+    fresh_name: FreshName = False,
 ) -> None:
     """Train all islands in this one process.
 
@@ -124,7 +126,7 @@ def sim(
 
     changes = [*(overrides or ()), *([] if num_islands is None else [f"islands.count={num_islands}"])]
     console = Console()
-    with open_run(job_file, changes, Choice(resume, fresh), how="sim") as opened:
+    with open_run(job_file, changes, Choice(resume, fresh, fresh_name), how="sim") as opened:
         for note in opened.notes:
             console.print(Text(note), soft_wrap=True)
         job, virtual = opened.job, list[list[str]]()

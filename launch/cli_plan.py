@@ -70,7 +70,7 @@ def plan(
     from dtrain.launch.checks import read_job, refuse_sim, refuse_speeds
     from dtrain.launch.plan_job import Said, setting_of
     from dtrain.launch.plan_rows import as_sentences, check_json, other_sizes, planned, write_json
-    from dtrain.launch.plan_table import table_lines
+    from dtrain.launch.plan_table import foot, table_lines
     from dtrain.plan.unequal import READ
     from dtrain.plan.write import answers
     from dtrain.plan.write import write as write_answers
@@ -120,6 +120,8 @@ def plan(
     for one in plans:
         for line in (f"\n{one.num_islands} islands", *table_lines(one, width, show_all=show_all)):
             console.print(Text(line), soft_wrap=True)
+    for line in foot(plans, show_all=show_all):
+        console.print(Text(line), soft_wrap=True)
     console.print()
     for line in (*notes, *(sentence for one in plans for sentence in as_sentences(one))):
         console.print(Text(line), soft_wrap=True)

@@ -33,7 +33,10 @@ from dtrain.plan.sent import Shapes
 from dtrain.recipes import of_section, optimizer_of
 
 _WARM_STEPS, _STEPS = 10, 40
-_QUIET = ("train.checkpoint_every=0", "train.eval_every=0", "train.consensus_every=0", "islands.max_restarts=0")
+_QUIET = (
+    *("train.checkpoint_every=0", "train.eval_every=0", "train.eval_merged=false", "train.consensus_every=0"),
+    "islands.max_restarts=0",
+)
 JITTER = 0.02
 """Standard deviation of a step that was not measured, as a part of it."""
 _ASSUMED_MEMORY_BYTES_PER_S = 4e9

@@ -8,6 +8,7 @@ from dtrain import units
 from dtrain.launch.plan_rows import Planned
 from dtrain.plan.order import recommend
 from dtrain.plan.plans import Row, baseline, speed_text, time_text, where
+from dtrain.recipes import RECIPES, Recipe
 
 COLUMNS: tuple[str, ...] = (
     *("recipe", "topology", "codec", "H/delay", "step", "waits", "sent/step", "memory", "tokens/s", "lambda2"),
@@ -34,6 +35,20 @@ def table_lines(plan: Planned, width: int | None, *, show_all: bool) -> list[str
     return [*lines, *(text for text in (legend, hidden) if text)]
 
 
+def foot(plans: Sequence[Planned], *, show_all: bool) -> list[str]:
+    """What the rows of all tables are, their less plain columns, and whom to look for in vain."""
+    rows = "" if show_all else "each row is the variant of its recipe that does best here; --all prints all"
+    columns = (
+        "H/delay: steps from round to round, and how many of them one may fly; memory: a rank's; lambda2: what a round leaves of "
+        "the islands' disagreement, 0 nothing and 1 all of it"
+    )
+    looked_at = {row.recipe.name for plan in plans for row in plan.rows}
+    absent = [name for name in RECIPES if name not in looked_at]
+    hint = " (muloco is, with train.optimizer=muon)" if "muloco" in absent else ""
+    why = "only simulated, of rounds at uneven distances, or not for a job as this one"
+    return [*([rows] if rows else []), columns, *([f"not looked at: {', '.join(absent)}: {why}{hint}"] if absent else [])]
+
+
 def shown(plan: Planned, *, show_all: bool) -> list[Row]:
     """Of each recipe the variant that would be recommended of it alone, all-reduce as it is, what the job asks for, and what is
     recommended."""
@@ -56,6 +71,12 @@ def _line(row: dict[str, str], wide: dict[str, int]) -> str:
     return " ".join(f"{row[name]:<{w}}" if name in _LEFT else f"{row[name]:>{w}}" for name, w in wide.items()).rstrip()
 
 
+def _path(r: Recipe) -> str:
+    if r.reduce == "neighbours":
+        return where(r)
+    return r.reduce if r.reduce != "low_rank" else f"{r.reduce}:{r.rank}"
+
+
 def _memory(row: Row) -> str:
     """``12.3GB``, or with what lies in the host's beside it ``8.2GB+4.1GB``."""
     parts = [row.memory.total] if not row.memory.host else [row.memory.total, row.memory.host]
@@ -68,7 +89,7 @@ def _cells(row: Row, plan: Planned) -> list[str]:
     marks = ("*" if row is plan.chosen else "") + ("=" if row is plan.asked else "") + ("" if plan.fits(row) else "!")
     return [
         f"{marks or '-'} {r.name}",
-        where(r) if r.reduce == "neighbours" else r.reduce if talks else "-",
+        _path(r) if talks else "-",
         r.codec if talks else "-",
         f"{r.every}/{r.delay_steps}" if talks else "-",
         time_text(row.time.step_s).replace(" ", ""),

@@ -19,7 +19,10 @@ from dtrain.profile_steps import warning, window_of
 from dtrain.recipes import of_section
 
 # What would stand in a step that is profiled and is no part of it; and a restarted island would be measured from another step.
-_LEFT_OUT = ("train.checkpoint_every=0", "train.eval_every=0", "train.consensus_every=0", "islands.max_restarts=0")
+_LEFT_OUT = (
+    *("train.checkpoint_every=0", "train.eval_every=0", "train.eval_merged=false", "train.consensus_every=0"),
+    "islands.max_restarts=0",
+)
 
 
 @dataclass(frozen=True, slots=True)

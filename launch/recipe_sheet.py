@@ -26,6 +26,10 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """And what answers each: keys of [sync], and two words that follow from the algorithm."""
 _FOLLOWS = ("payload", "combine")
+_PEERS = {"complete": "all islands", "random_pairs": "pairs drawn for each round"}
+"""Where nothing else is possible, so that no key says it."""
+_BESIDE = {"noloco": "pseudo-gradients", "desloc": "AdamW's moments", "gradient_tracking": "gradients"}
+"""What an algorithm sends besides its payload."""
 _SIDE = 1024
 """Of the square matrix that is sent: many numbers a wire's header, and blocks that are full."""
 
@@ -51,7 +55,13 @@ def _answer(r: Recipe, keys: tuple[str, ...]) -> str:
     silent = r.payload == "none"
     said = [key for key in keys if key in _FOLLOWS or (key in used_axes(r) and key not in idle_axes(r))]
     shown = [f"{key} = {toml_value(value)}" for key in said if (value := answer_of(r, key)) is not None]
-    return ", ".join(shown) if shown and not (silent and keys == ("combine",)) else "-"
+    if silent and keys == ("combine",):
+        return "-"
+    if "payload" in keys and r.algorithm in _BESIDE:
+        shown[-1] += f", and {_BESIDE[r.algorithm]}"
+    if not shown and "topology" in keys and not silent:
+        return _PEERS.get(r.topology, "-")
+    return ", ".join(shown) or "-"
 
 
 def _file_of(r: Recipe) -> str:
@@ -76,8 +86,9 @@ def _costs(r: Recipe, steps: int) -> list[list[str]]:
     found, numel = sent(r, {"matrix": (_SIDE, _SIDE)}, ISLANDS), _SIDE * _SIDE
     budget = schedule.parse(r.schedule)
     rounds_a_step = 1 / r.every if budget is None else budget.rounds(steps) / steps
+    sent_bytes = found.mean_round_bytes * rounds_a_step / numel
     kept, wires = found.kept_bytes / numel, found.wire_bytes / numel
     return [
-        ["bytes a parameter a step", f"{found.mean_round_bytes * rounds_a_step / numel:.3g}, sent by each of {ISLANDS} islands"],
+        ["bytes a parameter a step", f"{sent_bytes:.3g}, sent by each of {ISLANDS} islands, of a {_SIDE} x {_SIDE} matrix"],
         ["memory", f"{kept:.3g} bytes a parameter kept between steps, beside the optimizer's; {wires:.3g} for wires under way"],
     ]

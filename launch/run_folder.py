@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.config import Job, runs_a_script
-from dtrain.launch.checks import How, check_input, read_job, resolved, with_absolute_paths
+from dtrain.launch.checks import How, check_input, read_job, resolved, roundless, with_absolute_paths
 from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_job
 
 # What --fresh removes, what a kill left behind among it; a person's own notes in a run folder stay. First what a resume would go
@@ -79,6 +79,8 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
             opened = _begin(run, job) if kept is None else Opened(kept, run, *go_on(run, kept))
         if kept is not None:
             opened = replace(opened, notes=(*opened.notes, *_kept_note(job, kept)))
+        if how != "script":
+            opened = replace(opened, notes=(*opened.notes, *roundless(opened.job)))
         yield opened
 
 

@@ -50,10 +50,17 @@ with one peer a round what was measured over alternating_exp_ring:2 stands for o
 of 8 islands after 3 rounds, where that takes 4; and decent_adam for dpsgd, whose AdamW is the same outside the fused pass."""
 _ONE_PEER = "alternating_exp_ring:2"
 
+
+def _as(name: str, found: Measured) -> str:
+    """And whose number it is, where another recipe's stands for it."""
+    measured_as = found.entry.partition("+")[0] or name
+    return name if measured_as == name else f"{name} as {measured_as}"
+
+
 ORDER = (
     "gradients averaged every step; then what was measured beside that on a small model ("
-    + ", ".join(f"{name} {found.percent:g} % behind with {found.islands} islands" for name, found in MEASURED.items())
-    + "); then what was not, by the time between rounds and the bits a number; then matrices sent by a few "
+    + ", ".join(f"{_as(name, found)} {found.percent:g} % behind with {found.islands} islands" for name, found in MEASURED.items())
+    + "); then the others, by the time between rounds and the bits a number; then matrices sent by a few "
     "columns; last codecs too coarse for what they carry"
 )
 

@@ -187,7 +187,7 @@ def where(r: Recipe) -> str:
 def factors(planner: Planner, chosen: Row) -> list[str]:
     """What each of the recipe's answers buys: the same recipe without it."""
     r, n = chosen.recipe, chosen.num_islands
-    lines = []
+    lines: list[str] = []
     if r.payload not in ("none", "gradients") and r.delay_steps and r.landing in ("keep", "blend") and r.algorithm != "beer":
         waits = planner.row(replace(r, delay=0), n)
         lines.append(f"overlap: {_gain(chosen, waits)} the speed of waiting for each round (delay 0)")
@@ -199,7 +199,7 @@ def factors(planner: Planner, chosen: Row) -> list[str]:
     if r.every > 1 and r.payload == "pseudo_gradients":
         each = planner.row(replace(r, every=1, delay=min(r.delay_steps, 1), fragments=1), n)
         lines.append(f"local steps: {_gain(chosen, each)} the speed of a round each step, {r.every} times fewer bytes")
-    return lines
+    return [f"{r.name}, {line}" for line in lines]
 
 
 def jitter_line(rows: Sequence[Row], chosen: Row, jitter_s: float) -> str:

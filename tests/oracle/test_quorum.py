@@ -256,9 +256,11 @@ def test_the_row_has_a_quorum_of_a_majority_and_rounds_that_fly() -> None:
 @pytest.mark.parametrize(
     ("axes", "text"),
     [
-        ({"recipe": "diloco", "quorum": 3}, 'sync.reduce = "all_to_all" cannot: use reduce = "gather", or quorum="100%"'),
+        ({"recipe": "diloco", "quorum": 3}, 'sync.reduce = "all_to_all" cannot: use reduce = "gather", or quorum = "100%"'),
+        ({"recipe": "eager_diloco", "quorum": 1}, 'and sync.reduce = "all_to_all" and sync.landing = "eager" cannot: use reduce'),
+        ({"recipe": "eager_diloco", "quorum": 1}, 'cannot: use reduce = "gather" and landing = "keep", or quorum = "100%"'),
         ({"recipe": "diloco", "reduce": "gather", "quorum": 5}, "sync.quorum = 5 is more than islands.count = 4; use 4 at most"),
-        ({"recipe": "eager_diloco", "reduce": "gather", "quorum": 3}, 'use landing = "keep", or quorum="100%"'),
+        ({"recipe": "eager_diloco", "reduce": "gather", "quorum": 3}, 'cannot: use landing = "keep", or quorum = "100%"'),
         ({"recipe": "dpsgd", "quorum": 3}, 'sync.quorum = 3 has no effect with sync.algorithm = "dpsgd"; leave it out'),
         ({"recipe": "diloco", "grace": "2s"}, 'sync.grace = \'2s\' has no effect with sync.quorum = "100%"; leave it out'),
         ({"recipe": "decoupled_diloco", "grace": "2 days"}, "'2 days' is not a time; write"),

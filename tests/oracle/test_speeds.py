@@ -173,8 +173,10 @@ def test_idle_steps_are_spread_evenly_and_every_period_has_as_many() -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "speeds", "said"),
     [
-        ("diloco", {}, [1.0, 0.5], "is of 2 islands, and there are 3; name one for each"),
-        ("diloco", {}, [1.0, 0.0, 0.5], "divide each by the largest"),
+        ("diloco", {}, [1.0, 0.5], "names 2 islands, and there are 3; give a speed for each"),
+        ("diloco", {}, [1.0], "names 1 island, and there are 3; give a speed for each"),
+        ("diloco", {}, [1.0, 0.0, 0.5], "island 1 would never train; use numbers above 0, and 1 for the fastest"),
+        ("diloco", {}, [1.0, 0.5, -0.5], "island 2 would never train; use numbers above 0, and 1 for the fastest"),
         ("diloco", {}, [2.0, 1.0, 0.5], "divide each by the largest"),
         ("diloco", {}, [0.5, 0.5, 0.5], "divide each by the largest"),
         ("diloco", {"every": 9}, [1.0, 0.1, 0.5], "island 1 would train in none of sync.every = 9 steps; use every = 10 or more"),

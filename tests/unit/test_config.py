@@ -123,9 +123,17 @@ def test_values_on_the_command_line_are_toml_or_plain_words() -> None:
         ("train.stpes=5", "unknown key train.stpes; did you mean 'steps'?"),
         ("sync.speeds=[1, 0.5]", "unknown key sync.speeds; did you mean islands.speeds?"),
         ("trian.steps=5", "unknown section [trian]; did you mean 'train'?"),
-        ("train.steps=1e3", "train.steps = 1000.0 is not allowed"),
+        ("train.steps=1e3", "train.steps = 1000.0 is not allowed; use a whole number"),
+        ("sync.grace=2", "sync.grace = 2 is not allowed; use text, as sync.grace=2s"),
+        ("sync.moments=3", "sync.moments = 3 is not allowed; use text, as sync.moments=3:6"),
+        ("sync.every=1.5", "sync.every = 1.5 is not allowed; use a whole number or text, as sync.every=50"),
+        ("sync.delay=1.5", "sync.delay = 1.5 is not allowed; use a whole number or 'round', as sync.delay=5"),
+        ("sync.participants=50%", "sync.participants = '50%' is not allowed; use a whole number, as sync.participants=2"),
+        ("sync.include=blocks", "sync.include = 'blocks' is not allowed; use a list, as 'sync.include=[\"blocks.*\"]'"),
+        ("islands.speeds=0.5", "islands.speeds = 0.5 is not allowed; use a list, as 'islands.speeds=[1,0.5]'"),
+        ('islands.speeds=[1, "a"]', "islands.speeds.1 = 'a' is not allowed; use a number, as 'islands.speeds=[1,0.5]'"),
         ("train.steps=0", "train.steps = 0 is not allowed"),
-        ("train.precision=fp16", "train.precision = 'fp16' is not allowed"),
+        ("train.precision=fp16", "train.precision = 'fp16' is not allowed; use 'fp32' or 'bf16'"),
         ("train.batch=3", "train.batch = 3 does not divide by islands.ranks x train.accumulate = 2; use a multiple of 2"),
         ("model.width=30", "model.width = 30 does not divide into 4 heads of an even size; use a multiple of 8"),
         ("islands.count=0", "islands.count = 0 is not allowed"),
@@ -139,10 +147,33 @@ def test_values_on_the_command_line_are_toml_or_plain_words() -> None:
     ],
 )
 def test_what_a_job_cannot_say_is_one_line(override: str, said: str) -> None:
-    with pytest.raises(ValueError, match=r"^the job: ") as caught:
+    with pytest.raises(ValueError, match=r"^on the command line: ") as caught:
         parse_job({"train": {"accumulate": 2}}, [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"sync": {"grace": 2}}, 'the job: sync.grace = 2 is not allowed; use text, as grace = "2s"'),
+        ({"islands": {"speeds": 0.5}}, "the job: islands.speeds = 0.5 is not allowed; use a list, as speeds = [1, 0.5]"),
+        ({"train": {"batch": 3, "accumulate": 2}}, "the job: train.batch = 3 does not divide by"),
+        ({"trian": {}}, "the job: unknown section [trian]"),
+        ({"sync": {"evry": 2}}, "the job: unknown key sync.evry"),
+        ({"sync": {"level": [{"every": 0.5}]}}, "the job: sync.level.0.every = 0.5 is not allowed; use a whole number or"),
+    ],
+)
+def test_what_the_file_says_is_the_files(raw: dict[str, object], said: str) -> None:
+    """Whatever else the command line says."""
+    with pytest.raises(ValueError, match=r"^the job: ") as caught:
+        parse_job(raw, ["train.lr=1e-3", "sync.outer_lr=0.5"])
+    assert str(caught.value).startswith(said)
+
+
+def test_a_list_that_the_shell_took_apart_is_told_how_to_stay_whole() -> None:
+    with pytest.raises(ValueError, match=r"^'0\.5\]' is not .* in quotes, without blanks: 'islands\.speeds=\[1,0\.5\]'$"):
+        parse_job({}, ["islands.speeds=[1,", "0.5]"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +189,7 @@ def test_stages_that_do_not_fit_are_one_line(overrides: list[str], said: str) ->
     """Of three blocks, two stages and two micro-batches; the batch is not shared among stages."""
     raw = {"islands": {"engine": "pipeline", "ranks": 2}, "train": {"accumulate": 2, "batch": 6}}
     parse_job(raw)
-    with pytest.raises(ValueError, match=r"^the job: ") as caught:
+    with pytest.raises(ValueError, match=r"^on the command line: ") as caught:
         parse_job(raw, overrides)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

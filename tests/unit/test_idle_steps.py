@@ -77,7 +77,7 @@ def test_a_resumed_run_names_speeds_anew_with_the_number_of_its_islands(tmp_path
     (run / "job.toml").write_text(dump_job(resolved(job_of(write_texts(tmp_path / "texts"), *ROUNDS))))
     assert resumed_job(run, []).islands.speeds == [1.0, 0.5]
     assert resumed_job(run, ["islands.count=3", "islands.speeds=[0.5, 1, 0.5]"]).islands.speeds == [0.5, 1.0, 0.5]
-    with pytest.raises(ValueError, match="is of 2 islands, and there are 3"):
+    with pytest.raises(ValueError, match="names 2 islands, and there are 3"):
         resumed_job(run, ["islands.count=3"])
     with pytest.raises(ValueError, match=r"^islands\.speeds = \[1\.0, 0\.75\] differs from the run's \[1\.0, 0\.5\]"):
         resumed_job(run, ["islands.speeds=[1, 0.75]"])
@@ -87,7 +87,7 @@ def test_a_resumed_run_names_speeds_anew_with_the_number_of_its_islands(tmp_path
     ("command", "changes", "said"),
     [
         ("sim", ("sync.every=1", "sync.delay=0"), "islands.speeds = [1, 0.5] is for rounds that are many steps apart"),
-        ("run", ("islands.count=3",), "islands.speeds = [1, 0.5] is of 2 islands, and there are 3; name one for each"),
+        ("run", ("islands.count=3",), "islands.speeds = [1, 0.5] names 2 islands, and there are 3; give a speed for each"),
         ("plan", (), "islands.speeds = [1.0, 0.5] has no effect with dtrain plan"),
         ("run", ("--", "script.py"), "on a script, which says it itself by dtrain.join(speeds=...)"),
     ],

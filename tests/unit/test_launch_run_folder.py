@@ -13,6 +13,7 @@ import pytest
 
 import dtrain
 from dtrain.config import load_job
+from dtrain.launch.cli import run_command
 from dtrain.launch.run_folder import Choice, open_run
 from tests.unit.small_run import RUN, commit, finish, killed_anywhere, opened, refused, write_job_file, write_metrics
 
@@ -135,6 +136,29 @@ def test_a_folder_that_is_no_run_is_left_alone(capsys: pytest.CaptureFixture[str
 def test_fresh_name_takes_the_next_free_one() -> None:
     assert [opened(fresh_name=True).run.name for _ in range(3)] == ["small", "small-2", "small-3"]
     assert load_job(Path("runs/small-3/job.toml")).job.name == "small-3"
+
+
+def test_a_simulation_takes_the_next_free_name_too() -> None:
+    small = ("sim.problem=consensus", "sim.numel=4", "sync.recipe=fedavg", "sync.every=5")
+    for name in ("small", "small-2"):
+        assert run_command(["sim", "job.toml", *small, "--fresh-name"]) == 0
+        assert load_job(Path("runs", name, "job.toml")).job.name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("sync.every=21",), "(sync.every = 21): the islands talk only in the last merge"),
+        (("sync.every=21", "sim.problem=quadratic"), "(sync.every = 21): the islands never talk"),
+        (("sync.every=84", "sync.fragments=4"), "(sync.every = 84): the islands talk only in the last merge"),
+        (("sync.every=80", "sync.fragments=4"), None),
+        (("sync.every=20",), None),
+        (("sync.recipe=local", "train.steps=1"), None),
+    ],
+)
+def test_a_run_without_a_round_says_so_before_it_starts(changes: tuple[str, ...], said: str | None) -> None:
+    with open_run(Path("job.toml"), changes, Choice(), how="sim") as opened:
+        assert opened.notes == (() if said is None else (f"train.steps = 20 ends before the first round {said}",))
 
 
 def test_a_scripts_run_is_not_taken_for_one_of_the_jobs_own_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,8 @@ def test_the_command_line_changes_keys_of_a_level_and_a_recipe_drops_its_other_a
         (["sync.level.1.recipe=fedavg", "sync.level.0.every=3", "sync.level.0.delay=2"], "with delay = 0 a far round takes"),
         (["islands.ranks=2"], "islands.ranks = 2 with [[sync.level]]: the near level is what an island's ranks would do"),
         (["islands.start=own"], "diloco keeps an anchor that all islands share"),
+        (["link.rate=5mbit"], "link.rate = '5mbit' has no effect where each level has its rate; change sync.level.1.rate"),
+        (["link.rtt=9ms"], "link.rtt = '9ms' has no effect where each level has its rtt; change sync.level.1.rtt"),
     ],
 )
 def test_what_does_not_fit_is_one_line(overrides: list[str], said: str) -> None:

@@ -236,8 +236,11 @@ def test_the_command_prints_ranks_and_writes(job: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     table = out.partition("\n* take this")[0].splitlines()
     assert {line.split()[1] for line in table if line[:2] in ("* ", "= ", "- ")} == set(RECIPES) - LEFT_OUT
-    for words in ("* take this, = the job's", "overlap: ", "2 islands: take ", "a step takes 30 ms, as was said"):
+    for words in ("* take this, = the job's", ", overlap: ", "2 islands: take ", "a step takes 30 ms, as was said"):
         assert words in out
+    assert f"not looked at: {', '.join(name for name in RECIPES if name in LEFT_OUT)}: only simulated, of rounds at" in out
+    assert "\neach row is the variant of its recipe that does best here; --all prints all\n" in out
+    assert " low_rank:32 " in out, "dilocox's"
     (plan,) = json.loads(Path("rows.json").read_text(encoding="utf-8"))["plans"]
     speeds = [row["tokens_per_s"] for row in plan["rows"]]
     assert speeds == sorted(speeds, reverse=True)

@@ -19,7 +19,7 @@ from dtrain.launch.checks import resolved
 from dtrain.launch.cli import run_command
 from dtrain.launch.plan_job import Said, setting_of
 from dtrain.launch.plan_rows import Planned
-from dtrain.launch.plan_table import COLUMNS, table_lines
+from dtrain.launch.plan_table import COLUMNS, foot, table_lines
 from dtrain.plan import sent
 from dtrain.plan.candidates import candidates
 from dtrain.plan.ends import ends
@@ -155,7 +155,8 @@ def test_the_order_rests_on_what_is_in_the_files_of_measurements() -> None:
             percent = beside.percent if beside is not None else None
             assert {row.islands for row in ours} == {found.islands}
         assert percent == pytest.approx(found.percent, abs=0.05), f"{name}: plan/order.py says another number than {found.source}"
-        assert f"{name} {found.percent:g} % behind with {found.islands} islands" in ORDER
+        whose = " as decent_adam" if name == "dpsgd" else ""
+        assert f"{name}{whose} {found.percent:g} % behind with {found.islands} islands" in ORDER
 
 
 def test_what_was_measured_goes_before_what_was_not() -> None:
@@ -217,6 +218,9 @@ def test_a_table_fits_80_columns_and_a_pipe_gets_all() -> None:
         marks = {line.split()[1]: line.split()[0] for line in lines[1:5]}
         assert marks == {"gradient_tracking": "=!", "allreduce": "*!", "dpsgd": "!", "local": "!"}
         assert "* take this, = the job's, ! too large for the GPU" in lines
+    assert not any("each row is the variant" in line for line in foot([plan], show_all=True))
+    assert "deepsqueeze" in foot([plan], show_all=True)[-1]
+    assert "muloco is, with" in foot([plan], show_all=True)[-1]
 
 
 @pytest.fixture

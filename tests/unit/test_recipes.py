@@ -134,8 +134,8 @@ ADAPTS: dict[str, object] = {"rank": "adaptive:32", "every": "adaptive:50"}
         ("dilocox", {"rank": "adaptive:0"}, "rank = 'adaptive:0' is not known; use 1 or more, or"),
         ("dilocox", {"every": "adaptive"}, "every = 'adaptive' is not known; use 1 or more, or"),
         ("dilocox", {"every": "adaptive:0"}, "every = 'adaptive:0' is not known; use 1 or more, or"),
-        ("dilocox", {"every": "adaptive:50"}, "and those of sync.rank = 32 do not change; use sync.rank = \"adaptive:32\" with"),
-        ("diloco", {"every": "adaptive:50"}, "and those of sync.reduce = \"all_to_all\" do not change; use sync.rank ="),
+        ("dilocox", {"every": "adaptive:50"}, "with a rank that adapts; use sync.rank=adaptive:32, or sync.every = 50"),
+        ("diloco", {"every": "adaptive:50"}, "a rank that adapts; use sync.recipe=dilocox sync.rank=adaptive:32, or sync."),
         ("dilocox", {**ADAPTS, "fragments": 2}, "sync.every = \"adaptive:50\" is one period for the whole model, and sync.fragm"),
         ("dilocox", {**ADAPTS, "delay": 50}, "sync.delay = 50 leaves sync.every = \"adaptive:50\" no step to fall by, as a"),
         # Stable while H is 50, and not where it has fallen to 46.
