@@ -89,8 +89,9 @@ def test_levels_prints_how_far_two_levels_are_behind_and_what_each_link_carries(
 def test_stages_prints_what_each_part_of_dilocox_buys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of H = 10, a step of two islands is 2 x 8 tokens in 0.1 s. One of dilocox's last three rounds takes 20 s more, which the
-    median leaves out, and 4.6 of these 23 s are waited; all-reduce's steps take 2 s. The last two rounds land 5 steps apart."""
+    """Of H = 10, a step of two islands is 2 x 8 tokens in 0.1 s. Its last three rounds land 10, 5 and 5 steps apart, each with
+    10 kB; dilocox's last one takes 20 s more, which the median leaves out, and 4.4 of these 22 s are waited. All-reduce's steps
+    take 2 s, and each sends 1 kB."""
 
     def run_job(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
         (steps,) = (int(text.partition("=")[2]) for text in overrides if text.startswith("train.steps="))
@@ -102,8 +103,8 @@ def test_stages_prints_what_each_part_of_dilocox_buys(
                 "island": island,
                 "tokens": 8,
                 "time_s": slow * step + (20.0 if step > 85 and name.startswith("dilocox") else 0.0),
-                "wait_s": 4.6 if step > 85 and name.startswith("dilocox") else 0.0,
-                "wire_bytes_sent": step // 10 * 100 + (100 if step > 84 else 0),
+                "wait_s": 4.4 if step > 85 and name.startswith("dilocox") else 0.0,
+                "wire_bytes_sent": 1000 * step if name.startswith("all-reduce") else 10_000 * (step // 10 + (step > 84)),
             }
             for island in range(2)
             for step in range(1, steps + 1)
@@ -120,7 +121,7 @@ def test_stages_prints_what_each_part_of_dilocox_buys(
     stages.main(["1mbit"], quick=False)
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert table[1] == ["| local: islands never talk", "160", "100.0%", "0.0%", "0", "20", "- |"]
-    assert table[2][1:] == ["160", "100.0%", "20.0%", "1.00", "20", "5 |"]
+    assert table[2][1:] == ["160", "100.0%", "20.0%", "1.50", "20", "5 |"]
     assert table[-1][1:] == ["8", "5.0%", "0.0%", "1.00", "1", "- |"]
     assert [row["variant"] for row in json.loads((tmp_path / "results" / "stages.json").read_text())["links"][0]["rows"]] == [
         "dilocox", "no-overlap", "no-compression", "no-adaptation", "all-reduce",

@@ -205,7 +205,7 @@ def test_an_own_codec_is_planned_with(job: Path) -> None:
     assert own.sent.mean_round_bytes == pytest.approx(bf16.sent.mean_round_bytes, rel=0.01)
     assert loss_order(fp32) < loss_order(own)
     assert -loss_order(own)[4] == pytest.approx(16, rel=1e-4)
-    assert factors(PLANNER, own)[-2].startswith("compression: ")
+    assert factors(PLANNER, own)[-2].startswith("delayed_diloco, compression: ")
     assert memory_bytes_per_s("mine.py:half") > 0
     assert memory_bytes_per_s("int4:64:stochastic") > 0
 
