@@ -163,3 +163,29 @@ def test_the_speeds_are_those_that_were_measured() -> None:
     dpsgd, choco = (100 * cell["waited_ms"] / cell["measured_ms"] for cell in int8)
     assert f"for {dpsgd:.2f} % of the time, choco's for {choco:.0f} %." in README
     assert all(verdict["right"] for verdict in measured["fastest"])
+
+
+def test_what_each_part_of_dilocox_buys_is_what_was_measured() -> None:
+    """Each cell: tokens/s beside local's in the same minutes, how often all-reduce's, and bytes of an island a step."""
+    links = json.loads((ROOT / "tests/bench/results/stages.json").read_text(encoding="utf-8"))["links"]
+    shown = {ticked(name)[0]: cells for name, *cells in table("part of DiLoCoX")}
+    assert shown == {
+        row["variant"]: [
+            cell
+            for link in links
+            for r in link["rows"]
+            if r["variant"] == row["variant"]
+            for cell in (f"{r['of_local']:.1%}", f"{r['gain']:.3g}", f"{r['bytes_per_step'] / 1e3:,.2f}")
+        ]
+        for row in links[0]["rows"]
+    }
+
+
+def test_what_two_levels_reach_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "tests/bench/results/levels.json").read_text(encoding="utf-8"))
+    text = README.replace("\n", " ")
+    percent, within = measured["behind_percent"], measured["half_width_percent"]
+    assert f"{percent:.2f} % +- {within:.2f} behind all-reduce" in text
+    far, near, all_reduce = (measured[f"{name}_bytes"] for name in ("far", "near", "allreduce"))
+    assert f"{far / 1e6:.2f} MB of an island over the far link, {all_reduce / far:,.0f} times fewer" in text
+    assert f"and {near / 1e6:.0f} MB over the near one" in text
