@@ -179,13 +179,3 @@ def test_what_each_part_of_dilocox_buys_is_what_was_measured() -> None:
         ]
         for row in links[0]["rows"]
     }
-
-
-def test_what_two_levels_reach_is_what_was_measured() -> None:
-    measured = json.loads((ROOT / "tests/bench/results/levels.json").read_text(encoding="utf-8"))
-    text = README.replace("\n", " ")
-    percent, within = measured["behind_percent"], measured["half_width_percent"]
-    assert f"{percent:.2f} % +- {within:.2f} behind all-reduce" in text
-    far, near, all_reduce = (measured[f"{name}_bytes"] for name in ("far", "near", "allreduce"))
-    assert f"{far / 1e6:.2f} MB of an island over the far link, {all_reduce / far:,.0f} times fewer" in text
-    assert f"and {near / 1e6:.0f} MB over the near one" in text
