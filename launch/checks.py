@@ -20,6 +20,12 @@ How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""
 
 
+STEPS_ALONE = (
+    *("train.checkpoint_every=0", "train.eval_every=0", "train.eval_merged=false", "train.consensus_every=0"),
+    "islands.max_restarts=0",
+)
+"""Of a run whose steps are measured: without what stands in some and is no part of them; and an island that is started again
+would be measured from another step."""
 _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
     ("islands", "speeds", "dtrain.join(speeds=...)"),

@@ -18,6 +18,7 @@ from dtrain import metrics, units
 from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
 from dtrain.data.corpus import load_corpus
+from dtrain.launch.checks import STEPS_ALONE
 from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
@@ -33,10 +34,6 @@ from dtrain.plan.sent import Shapes
 from dtrain.recipes import of_section, optimizer_of
 
 _WARM_STEPS, _STEPS = 10, 40
-_QUIET = (
-    *("train.checkpoint_every=0", "train.eval_every=0", "train.eval_merged=false", "train.consensus_every=0"),
-    "islands.max_restarts=0",
-)
 JITTER = 0.02
 """Standard deviation of a step that was not measured, as a part of it."""
 _ASSUMED_MEMORY_BYTES_PER_S = 4e9
@@ -302,7 +299,7 @@ def measure_steps(job_file: Path, overrides: Sequence[str], console: Console) ->
         other = [text for text in overrides if not text.startswith("sync.")]
         steps_by = () if optimizer == "sgd" else (f"train.optimizer={optimizer}",)  # AdamW's step is next to none of it either
         alone = ("sync.recipe=local", "train.sam_rho=0", *steps_by)
-        changes = [*other, *alone, f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *_QUIET]
+        changes = [*other, *alone, f"train.steps={_WARM_STEPS + _STEPS}", f"job.dir={folder}", *STEPS_ALONE]
         with open_run(job_file, changes, Choice()) as opened:
             outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console)
             if outcome.exit_status:

@@ -10,19 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dtrain.launch import ncu
-from dtrain.launch.checks import read_job, resolved
+from dtrain.launch.checks import STEPS_ALONE, read_job, resolved
 from dtrain.launch.islands import folder
 from dtrain.launch.local import Outcome, run_local
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.metrics import read_part
 from dtrain.profile_steps import warning, window_of
 from dtrain.recipes import of_section
-
-# What would stand in a step that is profiled and is no part of it; and a restarted island would be measured from another step.
-_LEFT_OUT = (
-    *("train.checkpoint_every=0", "train.eval_every=0", "train.eval_merged=false", "train.consensus_every=0"),
-    "islands.max_restarts=0",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ def profile_job(
     window = window_of(recipe, steps)
     if with_ncu:
         ncu.check()
-    changes = [*overrides, f"job.name={job.job.name}-profile", f"train.steps={window.end}", *_LEFT_OUT]
+    changes = [*overrides, f"job.name={job.job.name}-profile", f"train.steps={window.end}", *STEPS_ALONE]
     with open_run(job_file, changes, Choice(fresh_name=True)) as opened:
         plain, traced = window.traced - window.plain, window.steps + 1
         counts = f"{window.plain} to warm up, {plain} noted by spans, {traced} traced by torch.profiler"

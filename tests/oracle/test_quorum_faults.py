@@ -17,7 +17,7 @@ from dtrain.errors import NonFinite, PeerLost, Regroup
 from tests.islands import run_islands, sgd_step
 from tests.oracle.test_diloco import problem
 from tests.oracle.test_quorum import ALL, LONG_S, OTHERS, SLOW, Island, N
-from tests.oracle.test_ready_faults import Watched
+from tests.oracle.test_ready_faults import Stuck, Watched
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -51,13 +51,6 @@ def test_a_payload_that_is_not_finite_is_raised_at_once_and_the_others_go_on(del
 
 
 def test_where_all_wires_are_here_and_no_word_comes_it_is_waited_for_up_to_the_limit() -> None:
-    class Stuck:
-        def say(self, word: str) -> int:
-            return 1
-
-        def heard(self, after: int) -> list[str]:
-            return []
-
     def island(connection: Connection) -> str:
         watched = Watched(connection.membership)
         watched.words = Stuck()

@@ -20,6 +20,16 @@ from tests.islands import run_islands
 from tests.oracle.test_ready import LONG_S, PATH, RING, U, landed, loop, meet_once_on_a_path, start_of, until
 
 
+class Stuck:
+    """Words that nobody hears."""
+
+    def say(self, word: str) -> int:
+        return 1
+
+    def heard(self, after: int) -> list[str]:
+        return []
+
+
 class Watched:
     """A membership of which a test says who was lost, and which may fall silent after its first sign of life."""
 
@@ -217,13 +227,6 @@ def test_a_look_at_the_average_takes_the_mean_that_meetings_keep_and_leaves_all_
 def test_a_withdrawal_that_nobody_hears_is_waited_for_up_to_the_limit() -> None:
     """As where the meeting point is silent, or an island was killed between its number and its word."""
     over = threading.Event()
-
-    class Stuck:
-        def say(self, word: str) -> int:
-            return 1
-
-        def heard(self, after: int) -> list[str]:
-            return []
 
     def island(connection: Connection) -> str:
         watched = Watched(connection.membership)

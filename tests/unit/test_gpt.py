@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,18 +18,11 @@ from dtrain.data.corpus import load_corpus
 from dtrain.models.gpt import GPT, ROTARY_BASE, Block, GPTConfig, flops_per_token, num_parameters, rotary_tables, rotate
 from dtrain.recipes import DEFAULT_RECIPE, of_section
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = GPTConfig(vocab=50, layers=2, width=24, heads=3, context=16)
 QUICKSTART = Path(__file__).parents[2] / "launch" / "jobs" / "quickstart.toml"
 LARGER = GPTConfig(vocab=256, layers=4, width=96, heads=4, context=128)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads: where other work shares the cores, 70 times (67 s instead of 1 s)."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def trained_like(config: GPTConfig) -> GPT:

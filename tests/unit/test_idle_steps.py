@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dtrain import checkpoint
 from dtrain.config import dump_job
@@ -17,14 +15,7 @@ from dtrain.launch.resume import resumed_job
 from dtrain.virtual_run import simulate_job
 from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of, write_texts
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDS = ("sync.recipe=async_diloco", "sync.every=4", "sync.delay=3", "islands.speeds=[1, 0.5]", "train.steps=9")
 

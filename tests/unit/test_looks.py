@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,21 +26,9 @@ from dtrain.evaluate import evaluate
 from dtrain.looks import look
 from dtrain.transport.throttle import Throttle
 from tests.islands import Quadratic, run_islands, sgd_step
-from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of, write_texts
+from tests.unit.by_hand import job_of, lines_of, part_of, same, train, weights_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A run sets the threads of its process; what is evaluated beside it must have as many."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "texts")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("sync", ['sync.recipe="local"', 'sync.recipe="delayed_diloco" sync.every=2 sync.delay=2'])

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.unit.by_hand import job_of, lines_of, part_of, train, write_texts
+from tests.unit.by_hand import job_of, lines_of, part_of, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "texts")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rounds_of_a_quorum_are_counted_in_every_line_and_at_the_end(texts: Path, tmp_path: Path) -> None:

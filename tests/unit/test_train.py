@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +41,12 @@ from tests.unit.by_hand import (
     same,
     train,
     weights_of,
-    write_texts,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 U = 2.0**-24  # half the distance of 1 to the next fp32 number: the relative error of one rounding
 PARAMETERS = 2 * 256 * 16 + 1 * 12 * 16**2  # embedding and head; and in a layer q, k, v, out and the two of the MLP
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A run sets the threads of its process; the loop beside it must have as many."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "texts")
 
 
 @pytest.mark.parametrize(
