@@ -17,7 +17,7 @@ from tests.bench.runs import JOB, ROOT, arguments, hardware, run_job, save
 
 LEVELS = ROOT / "launch" / "jobs" / "two_levels.toml"
 SEEDS = (0, 1, 2, 3, 4)
-LRS = ("6e-3", "8e-3", "1.2e-2")
+LRS = ("8e-3", "1.2e-2", "2.4e-2")
 FOLDER = ROOT / "runs" / "levels"
 COMMON = ("train.checkpoint_every=0", "train.eval_every=0", "islands.threads=1")
 
