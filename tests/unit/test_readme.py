@@ -179,3 +179,13 @@ def test_what_each_part_of_dilocox_buys_is_what_was_measured() -> None:
         ]
         for row in links[0]["rows"]
     }
+
+
+def test_what_two_levels_reach_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "tests/bench/results/levels.json").read_text(encoding="utf-8"))
+    text, live = README.replace("\n", " "), measured["live"]
+    assert f"{measured['behind_percent']:.2f} % +- {measured['half_width_percent']:.2f} behind all-reduce (five" in text
+    assert len(measured["seeds"]) == 5
+    far, near, all_reduce = (measured[f"{name}_bytes"] for name in ("far", "near", "allreduce"))
+    assert f"{far / 1e6:.2f} MB of an island over the far link, {all_reduce / far:,.0f} times fewer, and {near / 1e6:.0f} MB" in text
+    assert f"waits for {100 * live['wait_s'] / live['train_s']:.0f} % of its time" in text
