@@ -108,7 +108,7 @@ def _import_all() -> None:
     """All that a child would, short of what starts a thread."""
     import torch
 
-    import dtrain.engine
+    import dtrain.engine  # noqa: F401
     import tests.dist.child  # noqa: F401
     from dtrain.kernels import prepare
 

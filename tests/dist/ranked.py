@@ -49,9 +49,11 @@ def ddp_loop(
         for step in range(STEPS):
             x, y = least_squares.batch(sync.island, step)
 
-            def gradient(x: Tensor = x.chunk(ranks)[rank], y: Tensor = y.chunk(ranks)[rank]) -> None:
+            part = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
+
+            def gradient(part: tuple[Tensor, Tensor] = part) -> None:
                 model.zero_grad()
-                least_squares.loss_of(trained, x, y).backward()
+                least_squares.loss_of(trained, *part).backward()
 
             if sam is None:
                 gradient()

@@ -1,4 +1,4 @@
-"""Is an island of two ranks the same island as one of one rank under each gossip method too: as tests/dist/test_join_ranks.py asks?"""
+"""Is an island of two ranks the same island as one of one rank under each gossip method too, as ``test_join_ranks.py`` asks?"""
 
 from __future__ import annotations
 

@@ -71,12 +71,14 @@ def test_every_command_of_the_readme_runs(
             every = "sync.level.1.every=8"
             assert run_command(["sim", *words[2:], *smaller, every, "train.checkpoint_every=0"]) == 0, capsys.readouterr().err
         elif words[1] == "run":
-            said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else ("--fresh-name", *SMALLER))])  # as make train
+            # As make train.
+            said[words[1]] = dtrain(tmp_path, [*words[1:], *(() if "--resume" in words else ("--fresh-name", *SMALLER))])
         elif words[1:3] == ["bench", "recipes"]:
             (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
             said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
         else:  # in this process, which has imported torch already
-            smaller = [key for key in SMALLER if not (key.startswith("sync.") and "sim.clock=poisson" in words)]  # which has no rounds
+            # A Poisson clock has no rounds.
+            smaller = [key for key in SMALLER if not (key.startswith("sync.") and "sim.clock=poisson" in words)]
             smaller.append("train.checkpoint_every=0")  # nothing is resumed, and sixteen islands would write sixteen
             assert run_command([*words[1:], *(smaller if words[1] == "sim" else ())]) == 0, capsys.readouterr().err
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out

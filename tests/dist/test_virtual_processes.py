@@ -42,8 +42,8 @@ def method(recipe, mixing):
     return bind
 
 
-row = Recipe("mine", "a lonely island", "my own", "own", "parameters", 1, "neighbours", "one_peer_ring", combine="gossip", delay=1,
-             method=method)
+row = Recipe("mine", "a lonely island", "my own", "own", "parameters", 1, "neighbours", "one_peer_ring", combine="gossip",
+             delay=1, method=method)
 '''
 
 
