@@ -1,7 +1,7 @@
 """How is a job file read, changed on a command line, and written?
 
-A job is a TOML file of eight sections (``sections.py``); an unknown key or a wrong type is one clear line. Pure: no torch, no
-clock, no environment."""
+A job is a TOML file of eight sections (``sections.py``, ``sections_sync.py``); an unknown key or a wrong type is one clear line.
+Pure: no torch, no clock, no environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dtrain import units
-from dtrain.sections import Data, Islands, JobSection, Level, LinkSection, ModelSection, Section, Sim, Sync, Train
+from dtrain.section import Section
+from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
+from dtrain.sections_sync import Level, Sync
 from dtrain.units import LINK_KEYS
 
 Whose = Callable[[str, str], str]

@@ -32,7 +32,8 @@ from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import Hop, MemoryUplink, SharedUplink, Throttle, Uplink
 
 if TYPE_CHECKING:
-    from dtrain.sections import Level, LinkSection
+    from dtrain.sections import LinkSection
+    from dtrain.sections_sync import Level
 
 
 _POLL_S = 0.25

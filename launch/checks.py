@@ -14,7 +14,7 @@ from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
-from dtrain.sections import Answers
+from dtrain.sections_sync import Answers
 
 How = Literal["run", "script", "sim"]
 """By torchrun, somebody's own script by torchrun, or in this process."""

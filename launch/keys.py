@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from dtrain.config import Job
 from dtrain.recipes import DEFAULT_RECIPE
-from dtrain.sections import Level, Section
+from dtrain.section import Section
+from dtrain.sections_sync import Level
 from dtrain.units import LINK_KEYS
 
 _OWN_DEFAULTS = {("sync", "recipe"): f'"{DEFAULT_RECIPE}"', ("sync", "level"): "(none)"}

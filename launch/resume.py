@@ -14,7 +14,7 @@ from dtrain import metrics, schedule
 from dtrain.config import Job, dump_job, runs_a_script
 from dtrain.launch.checks import read_job, resolved, with_absolute_paths
 from dtrain.launch.islands import folder
-from dtrain.sections import Section
+from dtrain.section import Section
 
 _MAY_CHANGE = {
     ("train", "steps"),

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PURE = (
-    *("topology", "events", "schedule", "matchmaker", "methods", "sections", "config", "codec_name", "own_name", "units"),
+    *("topology", "events", "schedule", "matchmaker", "methods", "section", "sections", "sections_sync", "config", "codec_name"),
+    *("own_name", "units"),
     *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config import Job, dump_job, load_job, parse_job
-from dtrain.sections import Section
+from dtrain.section import Section
 
 FULL = """
 [job]

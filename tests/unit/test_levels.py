@@ -20,7 +20,7 @@ from dtrain.launch.cli import run_command
 from dtrain.launch.keys import key_rows
 from dtrain.launch.resume import resumed_job
 from dtrain.recipes import RECIPES, of_section
-from dtrain.sections import Level
+from dtrain.sections_sync import Level
 from dtrain.transport.base import ROUND, Tag
 from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import Hop, Throttle

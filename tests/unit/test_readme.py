@@ -15,7 +15,7 @@ from dtrain.config import Job
 from dtrain.launch.bench_recipes import JOB, JOBS
 from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
-from dtrain.sections import Sync
+from dtrain.sections_sync import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]

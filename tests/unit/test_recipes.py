@@ -18,7 +18,7 @@ from dtrain.methods import RULES
 from dtrain.plan.write import answers as answers_written
 from dtrain.recipe_fits import check_ranks, check_values
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe, answer_of, of_join, of_section, resolve, with_steps
-from dtrain.sections import Sync
+from dtrain.sections_sync import Sync
 
 TRAIN = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
 
