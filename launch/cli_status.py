@@ -50,7 +50,7 @@ def status(
         elif once or not console.is_terminal:
             _once(reader.read(), console)
         else:
-            _watch(reader, console, time.sleep)
+            watch(reader, console, time.sleep)
     except KeyboardInterrupt:  # the way to end it
         return
 
@@ -63,7 +63,8 @@ def _once(state: State, console: Console) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def _watch(reader: Reader, console: Console, sleep: Callable[[float], None]) -> None:
+def watch(reader: Reader, console: Console, sleep: Callable[[float], None]) -> None:
+    """Draw it anew each second, until the run has ended."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
             state = reader.read()

@@ -225,13 +225,13 @@ function drawCurves(state) {
     svg("text", { x: box.left - 6, y: y(loss) + 4, "text-anchor": "end", class: "dim" }, Number(loss.toPrecision(6))),
   ]);
   const steps = ticks.x.map((step) => svg("text", { x: x(step), y: height - 6, "text-anchor": "middle", class: "dim" }, whole(step)));
-  const curves = drawn.map((island) =>
-    svg("path", {
-      class: `curve c${island.island % COLOURS}`,
-      "data-island": island.island,
-      d: island.curve.map(([step, loss], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join(""),
-    }),
-  );
+  const path = (points) => points.map(([step, loss], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
+  const line = (name, island, points) =>
+    svg("path", { class: `${name} c${island.island % COLOURS}`, "data-island": island.island, d: path(points) });
+  const curves = [
+    ...drawn.map((island) => line("curve", island, island.curve)),
+    ...drawn.map((island) => line("trend", island, smooth(island.curve))),
+  ];
   const merged = state.merged.map(([step, loss]) =>
     svg("circle", { class: "merged", cx: x(step).toFixed(1), cy: y(loss).toFixed(1), r: 3.5 }, svg("title", {}, `merged, step ${step}: ${loss.toFixed(4)}`)),
   );
@@ -250,6 +250,16 @@ function drawLegend(state, drawn) {
   if (state.merged.length) entries.push(html("li", "", html("i", "dot"), "merged, held-out text"));
   if (drawn.length < state.islands.length) entries.push(html("li", "", `${drawn.length} of ${state.islands.length} islands`));
   at("legend").replaceChildren(...entries);
+}
+
+// Batches differ more than islands do: each point's mean with its neighbours shows where a curve goes.
+function smooth(points) {
+  const reach = Math.floor(points.length / 40);
+  return points.map(([step], k) => {
+    const far = Math.min(reach, k); // as far on both sides, where it falls steeply
+    const near = points.slice(k - far, k + far + 1);
+    return [step, mean(near.map((point) => point[1]))];
+  });
 }
 
 function nice(low, high, wanted) {
