@@ -28,7 +28,7 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="one page, and no more; as where the output is no terminal")] = False,
     web: Annotated[bool, typer.Option("--web", help="as a page of this machine for a browser, and for Prometheus")] = False,
     port: Annotated[
-        int | None, typer.Option("--port", metavar="PORT", help="of --web; left out: a free one", min=0, max=65535, show_default=False)
+        int | None, typer.Option("--port", help="of --web; left out: a free one", min=0, max=65535, show_default=False)
     ] = None,
 ) -> None:
     """Show how a run stands, from beside it.

@@ -35,7 +35,7 @@ class Word:
 
 
 class WordFile:
-    """Keeps the file up to date; a reader always finds a whole one. It is written when something changed, and not synced to disk."""
+    """Keeps the file up to date; a reader always finds a whole one. Written when something changed, and not synced to disk."""
 
     def __init__(self, run: Path, num_islands: int, step: int) -> None:
         self._path = path_of(run)
@@ -71,7 +71,8 @@ def read_word(run: Path) -> Word | None:
     names = {field.name for field in fields(Word)}
     if content.keys() != names:
         raise ValueError(f"{path} is no word of this launcher: it says {', '.join(content)}; remove it")
-    return Word(**(content | {name: tuple(content[name]) for name in ("restarts", "notes")}))
+    content["restarts"], content["notes"] = tuple(content["restarts"]), tuple(content["notes"])
+    return Word(**content)
 
 
 def goes_on(word: Word) -> bool:

@@ -74,7 +74,7 @@ class State:
 
 
 class Reader:
-    """Reads one run again and again; what islands appended since the last time, not what was there. Not for two threads at once."""
+    """Reads one run again and again, and of what islands append only what is new. Not for two threads at once."""
 
     def __init__(self, run: Path) -> None:
         if not (run / "job.toml").is_file():
@@ -257,7 +257,8 @@ def _recipe(job: Job) -> str:
 
 def _how(run: Path, word: Word | None) -> str:
     if word is None:
-        return "finished" if (run / "summary.json").exists() else "not started, or by another version: no launcher has written there"
+        finished = (run / "summary.json").exists()
+        return "finished" if finished else "not started, or by another version: no launcher has written there"
     if word.exit_status is None:
         return f"the launcher (process {word.process}) is gone without a word, as if killed"
     if word.exit_status == 0:

@@ -1,5 +1,6 @@
-"""Who sends to whom in a job, and which part of what it sends? Of a link's own bytes nothing is counted: an island's go evenly over
-the wires of its topology's rounds."""
+"""Who sends to whom in a job, and which part of what it sends?
+
+Of a link's own bytes nothing is counted: an island's go evenly over the wires of its topology's rounds."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     # Nothing from elsewhere, and nothing that was written into the page.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 MOST_CURVES = 16
 """More cannot be told apart, and would be a megabyte a second."""
@@ -54,7 +54,8 @@ class StatusServer(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as e:
-            raise ValueError(f"--port {port} cannot be opened on 127.0.0.1: {e.strerror}; use another, or 0 (a free one)") from None
+            remedy = "use another, or 0 (a free one)"
+            raise ValueError(f"--port {port} cannot be opened on 127.0.0.1: {e.strerror}; {remedy}") from None
 
     def state(self) -> State:
         with self._one_reads:
@@ -62,7 +63,6 @@ class StatusServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: StatusServer
     server_version, sys_version = "dtrain", ""
 
     def do_GET(self) -> None:
@@ -86,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self) -> tuple[HTTPStatus, bytes, str]:
         if not _OUR_NAMES.fullmatch(self.headers.get("Host", "")):
             return _refusal(HTTPStatus.FORBIDDEN, "ask for 127.0.0.1 or localhost")
+        assert isinstance(self.server, StatusServer)
         route = self.path.partition("?")[0]
         if route in self.server.files:
             return HTTPStatus.OK, *self.server.files[route]

@@ -4,6 +4,7 @@
 const EVERY_MS = 1000;
 const QUIET_S = 10; // so long without a word is worth a word
 const COLOURS = 8;
+const NONE = "\u2013"; // where nothing is known
 const LABELLED_LINKS = 12; // labels of more would cover each other
 const at = (id) => document.getElementById(id);
 
@@ -38,58 +39,68 @@ function seconds(value) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
+const perSecond = (rate) => `${bytes(rate)}/s`;
 const whole = (value) => Math.round(value).toLocaleString("en-US");
-const known = (value, show) => (value === null ? "–" : show(value));
+const known = (value, show) => (value === null ? NONE : show(value));
 const total = (values) => values.reduce((sum, value) => sum + (value ?? 0), 0);
 const mean = (values) => (values.length ? total(values) / values.length : null);
 const present = (values) => values.filter((value) => value !== null);
 const names = (islands) => (islands.length > 3 ? `${islands[0]} and ${islands.length - 1} more` : islands.join(", "));
 
+function looksOf(state) {
+  if (state.phase === "ended") return state.how === "finished" ? "done" : "stopped";
+  if (state.islands.some((island) => island.looks === "lost")) return "lost";
+  return state.islands.some((island) => island.waiting_for.length) ? "waiting" : "training";
+}
+
 function drawHead(state) {
   const islands = state.islands;
   const slowest = Math.min(...islands.map((island) => island.step));
   const steps = Math.max(...islands.map((island) => island.steps));
-  const lost = islands.filter((island) => island.looks === "lost");
-  const waiting = islands.filter((island) => island.waiting_for.length);
-  const ended = state.phase === "ended";
-  const looks = ended ? (state.how === "finished" ? "done" : "stopped") : lost.length ? "lost" : waiting.length ? "waiting" : "training";
+  const looks = looksOf(state);
   document.title = `${slowest}/${steps} ${state.name}`;
   at("name").textContent = state.name;
   at("phase").className = `pill ${looks}`;
-  at("phase").textContent = ended ? (looks === "done" ? "finished" : "ended") : "running";
+  at("phase").textContent = looks === "done" ? "finished" : state.phase;
   at("about").textContent = `${islands.length} island${islands.length === 1 ? "" : "s"}, ${state.recipe}`;
   at("done").style.width = `${(100 * slowest) / Math.max(steps, 1)}%`;
   at("run").textContent = `read from ${state.run}`;
-  const troubles = [];
-  if (looks === "stopped") troubles.push(state.how);
-  for (const island of lost) troubles.push(`island ${island.island}: ${island.doing}`);
-  if (!ended && state.quiet_s >= QUIET_S) troubles.push(`nothing was written for ${seconds(Math.round(state.quiet_s))}`);
-  complain(troubles.join("; "));
-  const rates = present(islands.map((island) => island.wire_bytes_per_s));
-  const trained = Math.max(...islands.map((island) => island.time_s));
-  const waited = trained ? total(islands.map((island) => island.wait_s)) / total(islands.map((island) => island.time_s)) : null;
-  const loss = mean(present(islands.map((island) => island.loss)));
-  const restarts = total(islands.map((island) => island.restarts));
+  const lost = islands.filter((island) => island.looks === "lost");
+  const quiet = state.phase === "running" && state.quiet_s >= QUIET_S;
+  complain([
+    ...(looks === "stopped" ? [state.how] : []),
+    ...lost.map((island) => `island ${island.island}: ${island.doing}`),
+    ...(quiet ? [`nothing was written for ${seconds(Math.round(state.quiet_s))}`] : []),
+  ].join("; "));
+  drawFacts(state, slowest, steps);
+}
+
+function drawFacts(state, slowest, steps) {
+  const of = (key) => state.islands.map((island) => island[key]);
+  const working = state.islands.filter((island) => !["lost", "stopped", "done"].includes(island.looks));
+  const speeds = present(working.map((island) => island.tokens_per_s));
+  const rates = present(of("wire_bytes_per_s"));
+  const trained = Math.max(...of("time_s"));
+  const waited = trained ? (100 * total(of("wait_s"))) / total(of("time_s")) : null;
+  const restarts = total(of("restarts"));
   const merged = state.merged.at(-1);
-  facts([
+  const facts = [
     ["step", whole(slowest), `of ${whole(steps)}`],
-    ["loss, mean", known(loss, (value) => value.toFixed(3)), merged ? `merged ${merged[1].toFixed(3)}` : ""],
-    ["tokens/s, all", ended ? "–" : whole(total(islands.map((island) => island.tokens_per_s))), ""],
-    ["links carry", rates.length ? `${bytes(total(rates))}/s` : "–", ""],
-    ["waited for links", known(waited, (value) => `${(100 * value).toFixed(1)} %`), trained ? `of ${seconds(Math.round(trained))}` : ""],
+    ["loss, mean", known(mean(present(of("loss"))), (loss) => loss.toFixed(3)), merged ? `merged ${merged[1].toFixed(3)}` : ""],
+    ["tokens/s, all", speeds.length ? whole(total(speeds)) : NONE, ""],
+    ["links carry", rates.length ? perSecond(total(rates)) : NONE, ""],
+    ["waited for links", known(waited, (share) => `${share.toFixed(1)} %`), trained ? `of ${seconds(Math.round(trained))}` : ""],
     ["last commit", known(state.committed_step, whole), restarts ? `${restarts} restart${restarts === 1 ? "" : "s"}` : ""],
-  ]);
+  ];
+  const shown = (value, more) => html("dd", "", value, more ? " " : "", html("small", "", more));
+  at("facts").replaceChildren(
+    ...facts.map(([name, value, more]) => html("div", "", html("dt", "", name), shown(value, more))),
+  );
 }
 
 function complain(text) {
   at("trouble").hidden = !text;
   at("trouble").textContent = text;
-}
-
-function facts(list) {
-  at("facts").replaceChildren(
-    ...list.map(([name, value, more]) => html("div", "", html("dt", "", name), html("dd", "", value, more ? " " : "", html("small", "", more)))),
-  );
 }
 
 // Islands on a circle; a line where either sends to the other.
@@ -116,7 +127,8 @@ function drawGraph(state) {
   const waits = islands.flatMap((island, k) =>
     island.waiting_for.filter((peer) => peer < count).map((peer) => waitOf(places[k], places[peer], size)),
   );
-  graph.replaceChildren(arrowHead(), ...lines, ...waits, ...labels, ...islands.map((island, k) => nodeOf(island, places[k], size)));
+  const nodes = islands.map((island, k) => nodeOf(island, places[k], size));
+  graph.replaceChildren(arrowHead(), ...lines, ...waits, ...labels, ...nodes);
   at("links-note").textContent = noteOf(state, pairs);
 }
 
@@ -154,7 +166,7 @@ function linkOf(pair, places, size, thickness) {
     "data-link": `${sender}-${receiver}`,
   });
   if (one) line.setAttribute("marker-end", "url(#arrow)");
-  const said = pair.ways.map((way) => `island ${way.sender} to ${way.receiver}: ${known(way.bytes_per_s, (rate) => `${bytes(rate)}/s`)}`);
+  const said = pair.ways.map((way) => `island ${way.sender} to ${way.receiver}: ${known(way.bytes_per_s, perSecond)}`);
   line.append(svg("title", {}, said.join("\n")));
   return line;
 }
@@ -164,7 +176,7 @@ function labelOf(pair, places, width, height) {
   const crossed = Math.hypot(a.x + b.x - width, a.y + b.y - height) < 1; // all that go through the middle meet there
   const part = crossed && places.length > 2 ? 0.36 : 0.5;
   const place = { x: a.x + part * (b.x - a.x), y: a.y + part * (b.y - a.y) + 4, "text-anchor": "middle", class: "dim halo rate" };
-  return svg("text", place, `${bytes(pair.rate)}/s`);
+  return svg("text", place, perSecond(pair.rate));
 }
 
 function waitOf(from, to, size) {
@@ -172,17 +184,20 @@ function waitOf(from, to, size) {
 }
 
 function arrowHead() {
-  const marker = { id: "arrow", viewBox: "0 0 6 6", refX: 5, refY: 3, markerWidth: 9, markerHeight: 9, orient: "auto", markerUnits: "userSpaceOnUse" };
+  const size = { markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse" };
+  const marker = { id: "arrow", viewBox: "0 0 6 6", refX: 5, refY: 3, orient: "auto", ...size };
   return svg("defs", {}, svg("marker", marker, svg("path", { d: "M0 0L6 3L0 6z", fill: "currentColor" })));
 }
 
 function nodeOf(island, place, size) {
   const node = svg("g", { class: `node ${island.looks}`, "data-island": island.island });
-  node.append(svg("title", {}, `island ${island.island}: ${island.doing}, step ${island.step}`), svg("circle", { cx: place.x, cy: place.y, r: size }));
+  node.append(svg("title", {}, `island ${island.island}: ${island.doing}, step ${island.step}`));
+  node.append(svg("circle", { cx: place.x, cy: place.y, r: size }));
   if (size < 8) return node;
   node.append(svg("text", { x: place.x, y: place.y + 4.5, "text-anchor": "middle", class: "number" }, island.island));
   if (size < 15) return node;
-  const says = island.waiting_for.length ? `waits for ${names(island.waiting_for)}, ${Math.round(island.waited_s)} s` : island.looks;
+  const waits = `waits for ${names(island.waiting_for)}, ${Math.round(island.waited_s)} s`;
+  const says = island.waiting_for.length ? waits : island.looks;
   const words = wordsAt(place, size);
   node.append(
     svg("text", { ...words, class: "says halo" }, says),
@@ -211,7 +226,8 @@ function drawCurves(state) {
   const chart = at("curves");
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   if (!points.length) {
-    chart.replaceChildren(svg("text", { x: width / 2, y: height / 2, "text-anchor": "middle", class: "dim" }, "no step has been made yet"));
+    const middle = { x: width / 2, y: height / 2, "text-anchor": "middle", class: "dim" };
+    chart.replaceChildren(svg("text", middle, "no step has been made yet"));
     at("legend").replaceChildren();
     return;
   }
@@ -224,17 +240,21 @@ function drawCurves(state) {
     svg("line", { x1: box.left, x2: width - box.right, y1: y(loss), y2: y(loss), class: "grid" }),
     svg("text", { x: box.left - 6, y: y(loss) + 4, "text-anchor": "end", class: "dim" }, Number(loss.toPrecision(6))),
   ]);
-  const steps = ticks.x.map((step) => svg("text", { x: x(step), y: height - 6, "text-anchor": "middle", class: "dim" }, whole(step)));
-  const path = (points) => points.map(([step, loss], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
+  const below = { y: height - 6, "text-anchor": "middle", class: "dim" };
+  const steps = ticks.x.map((step) => svg("text", { x: x(step), ...below }, whole(step)));
+  const place = ([step, loss]) => [x(step).toFixed(1), y(loss).toFixed(1)];
+  const path = (points) => points.map((point, k) => `${k ? "L" : "M"}${place(point).join(" ")}`).join("");
   const line = (name, island, points) =>
     svg("path", { class: `${name} c${island.island % COLOURS}`, "data-island": island.island, d: path(points) });
   const curves = [
     ...drawn.map((island) => line("curve", island, island.curve)),
     ...drawn.map((island) => line("trend", island, smooth(island.curve))),
   ];
-  const merged = state.merged.map(([step, loss]) =>
-    svg("circle", { class: "merged", cx: x(step).toFixed(1), cy: y(loss).toFixed(1), r: 3.5 }, svg("title", {}, `merged, step ${step}: ${loss.toFixed(4)}`)),
-  );
+  const merged = state.merged.map((point) => {
+    const [cx, cy] = place(point);
+    const said = `merged, step ${point[0]}: ${point[1].toFixed(4)}`;
+    return svg("circle", { class: "merged", cx, cy, r: 3.5 }, svg("title", {}, said));
+  });
   const commit = state.committed_step === null ? [] : commitAt(x(state.committed_step), box.top, height - box.bottom);
   chart.replaceChildren(...grid, ...steps, ...commit, ...curves, ...merged);
   drawLegend(state, drawn);
@@ -281,7 +301,7 @@ function drawTable(state) {
         ["n", known(island.loss, (value) => value.toFixed(3))],
         ["n", known(island.eval_loss, (value) => value.toFixed(3))],
         ["n", known(island.tokens_per_s, whole)],
-        ["n", known(island.wire_bytes_per_s, (rate) => `${bytes(rate)}/s`)],
+        ["n", known(island.wire_bytes_per_s, perSecond)],
         ["n", bytes(island.wire_bytes_sent)],
         ["n", seconds(Math.round(10 * island.wait_s) / 10)],
         ["n", island.restarts],

@@ -20,6 +20,7 @@ from dtrain.launch.status_web import StatusServer
 from tests.dist.job import ROOT
 from tests.unit.watched import make_run, record, status_file, training_run, write_lines
 
+NONE = "\u2013"  # a dash, where nothing is known
 _NEVER_CLOSED = {"meta", "link"}
 
 
@@ -99,7 +100,8 @@ def browse(address: str, profile: Path) -> Element:
     quiet = ("--disable-background-networking", "--disable-component-update", "--no-first-run", "--enable-logging=stderr")
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}", *quiet)
     line = [browser, *options, "--virtual-time-budget=3500", "--dump-dom", address]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "HOME": str(profile)})
+    env = {**os.environ, "HOME": str(profile)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=env)
     assert done.returncode == 0, done.stderr
     said = [text for text in done.stderr.splitlines() if "CONSOLE" in text]
     assert said == [], "an error of the page, or something that its own policy refused"
@@ -129,8 +131,8 @@ def test_a_running_run_is_shown(tmp_path: Path) -> None:
     assert page.one("span", id="about").words() == "3 islands, choco"
     assert page.one("head").one("title").children[0].text == "19/3000 run"
     assert rows(page) == [
-        ["0", "waiting for island 2, 10 s of 300", "20 / 3,000", "5.980", "–", "64", "375 B/s", "20 kB", "10 s", "0"],
-        ["1", "training", "19 / 3,000", "4.981", "–", "64", "500 B/s", "19 kB", "9.5 s", "1"],
+        ["0", "waiting for island 2, 10 s of 300", "20 / 3,000", "5.980", NONE, "64", "375 B/s", "20 kB", "10 s", "0"],
+        ["1", "training", "19 / 3,000", "4.981", NONE, "64", "500 B/s", "19 kB", "9.5 s", "1"],
         ["2", "training", "20 / 3,000", "3.500", "3.250", "64", "500 B/s", "20 kB", "10 s", "0"],
     ]
     assert facts(page) == {

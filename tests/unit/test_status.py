@@ -56,9 +56,8 @@ def test_a_running_run_is_read_to_the_last_digit() -> None:
     assert behind.curve == tuple((t, 6 - t / 1000 - 1) for t in range(1, 20))
     assert ahead.curve[-1] == (20, 3.5)
     assert state.links is not None
-    assert {(at.sender, at.receiver): state.bytes_per_s(at) for at in state.links} == {
-        **{(0, 1): 187.5, (0, 2): 187.5, (1, 0): 250.0, (1, 2): 250.0, (2, 0): 250.0, (2, 1): 250.0}
-    }
+    rates = {(0, 1): 187.5, (0, 2): 187.5, (1, 0): 250.0, (1, 2): 250.0, (2, 0): 250.0, (2, 1): 250.0}
+    assert {(at.sender, at.receiver): state.bytes_per_s(at) for at in state.links} == rates
     assert state.merged == ((10, 4.125),)
     assert 0 <= state.quiet_s < 60
 
@@ -77,7 +76,8 @@ def test_a_run_in_which_nobody_has_written_yet() -> None:
     make_run(RUN)
     state = Reader(RUN).read()
     assert state.phase == "running"
-    assert [(i.view.state, i.view.loss, i.view.wire_bytes_per_s, i.curve) for i in state.islands] == [("starting", None, None, ())] * 2
+    seen = [(island.view.state, island.view.loss, island.view.wire_bytes_per_s, island.curve) for island in state.islands]
+    assert seen == [("starting", None, None, ())] * 2
     assert (state.committed_step, state.merged) == (None, ())
     assert heads(state)[1] == "nothing committed yet"
 

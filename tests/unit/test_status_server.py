@@ -79,7 +79,9 @@ def test_there_are_no_other_paths(server: StatusServer, path: str) -> None:
     assert (answer.status, body) == (404, "there are /, /state.json and /metrics\n")
 
 
-@pytest.mark.parametrize("host", ["", "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.", "127.0.0.1:x", "[::1]"])
+@pytest.mark.parametrize(
+    "host", ["", "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.", "127.0.0.1:x", "[::1]"]
+)
 def test_a_host_that_is_not_this_machines_name_is_refused(server: StatusServer, host: str) -> None:
     for path in ("/", "/state.json", "/metrics", "/nothing"):
         answer, body = ask(server, path, host)
