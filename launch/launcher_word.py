@@ -65,9 +65,10 @@ def path_of(run: Path) -> Path:
 def read_word(run: Path) -> Word | None:
     """None where no launcher has written yet. Raises ValueError for a file that is none of ours."""
     path = path_of(run)
-    if not path.exists():
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
         return None
-    content = read_json(path)
     names = {field.name for field in fields(Word)}
     if content.keys() != names:
         raise ValueError(f"{path} is no word of this launcher: it says {', '.join(content)}; remove it")

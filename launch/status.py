@@ -257,6 +257,8 @@ def _recipe(job: Job) -> str:
 
 def _how(run: Path, word: Word | None) -> str:
     if word is None:
+        if (run / "virtual.json").exists():
+            return f"finished, on a virtual clock: its numbers are in {run / 'virtual.json'}"
         finished = (run / "summary.json").exists()
         return "finished" if finished else "not started, or by another version: no launcher has written there"
     if word.exit_status is None:

@@ -114,6 +114,8 @@ def test_a_run_that_finished() -> None:
     assert Reader(RUN).read().how == "finished", "of a version that left no word"
     (RUN / "summary.json").unlink()
     assert Reader(RUN).read().how.startswith("not started")
+    (RUN / "virtual.json").write_text("{}")
+    assert Reader(RUN).read().how == "finished, on a virtual clock: its numbers are in runs/watched/virtual.json"
 
 
 def test_a_launcher_that_was_killed_is_found_out() -> None:
@@ -321,6 +323,19 @@ def test_on_a_terminal_it_ends_with_the_run() -> None:
     last = out.getvalue().rpartition("runs/watched: ")[2]
     assert last.startswith("ended with exit status 130: stopped at step 19")
     assert "waiting" not in last
+
+
+def test_ctrl_c_is_the_way_to_end_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    training_run(RUN)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal's
+    monkeypatch.setattr("time.sleep", interrupted)
+    assert run_command(["status", str(RUN)]) == 0
+    out, err = capsys.readouterr()
+    assert "island 2" in out
+    assert err == ""
 
 
 def test_it_does_not_wait_for_torch() -> None:
