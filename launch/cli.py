@@ -17,6 +17,7 @@ from rich.text import Text
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_plan import plan
+from dtrain.launch.cli_status import status
 from dtrain.launch.cli_topology import topology
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
@@ -33,6 +34,7 @@ exchange little. A job is a TOML file; any of its keys can be given on the comma
 \b
 Start here:
   dtrain run launch/jobs/quickstart.toml   two islands on this machine
+  dtrain status                            how it stands, from beside it
   dtrain report runs/quickstart            what that cost, and what it saved
   dtrain recipes                           the ways in which islands talk
   dtrain topology ring --islands 16        how quickly they come together
@@ -46,6 +48,7 @@ app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pret
 app.add_typer(bench_app, name="bench")
 app.command()(topology)
 app.command()(plan)
+app.command()(status)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[

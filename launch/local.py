@@ -22,6 +22,7 @@ from rich.console import Console
 from dtrain.config import Job
 from dtrain.launch import islands, meeting, processes
 from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
+from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
 from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
@@ -57,6 +58,7 @@ def run_local(
     launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script, options=options)
     progress = Progress(launch.run, job.islands.count, job.train.steps)
     fleet = Fleet(launch, [Island(i) for i in range(job.islands.count)], resume_step, progress)
+    word = WordFile(launch.run, job.islands.count, resume_step)
     # A script prints what it likes, bars among it: so its lines and ours are plain.
     with listener, LiveView(console, bars=not script) as view, stop_signals_raise():
         try:
@@ -64,13 +66,14 @@ def run_local(
                 fleet.start(island)
             store = meeting.serve(listener)  # imports torch while the islands do
             store.set("regroup", f"0:{resume_step}")
-            outcome = _watch(fleet, store, view)
+            outcome = _watch(fleet, store, view, word)
         except Stopped as stop:
             outcome = Outcome(128 + stop.number, f"stopped at step {slowest_step(progress.read())}")
         finally:
             _ignore_stop_signals()
             processes.end(launch.tag, [island.agent for island in fleet.islands if island.agent is not None])
     commit(launch)
+    word.end(outcome.exit_status, outcome.message)
     return outcome
 
 
@@ -196,7 +199,7 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
+def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Outcome:
     launch, committed_at = fleet.launch, 0.0
     printed = _Printed(launch)
     while True:
@@ -207,6 +210,7 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
             committed_at = now
         seen = fleet.seen(now)
         fleet.tell_lost(seen, store)
+        word.say(fleet.epoch, fleet.step, [island.restarts for island in fleet.islands], [island.note for island in fleet.views])
         view.show(fleet.views, now)
         for line in printed.lines(fleet.epoch):
             view.line(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class IslandView:
     waited_s: float = 0.0
     timeout_s: float = 0.0
     note: str = ""  # the launcher's word on an island that is not running, instead of the state
+    wire_bytes_per_s: float | None = None  # sent lately; only who watches a while knows
 
 
 class Tail:
@@ -43,12 +45,16 @@ class Tail:
         self.path = path
         self._offset = 0
         self._rest = b""
+        self._file: tuple[int, int] | None = None
 
     def lines(self) -> list[str]:
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:
-                    self._offset, self._rest = 0, b""
+                status = os.fstat(file.fileno())
+                which = status.st_dev, status.st_ino
+                # A file that took another's place may have grown beyond it already.
+                if which != self._file or status.st_size < self._offset:
+                    self._file, self._offset, self._rest = which, 0, b""
                 file.seek(self._offset)
                 new = file.read()
         except FileNotFoundError:
@@ -72,11 +78,19 @@ class Progress:
         self._metrics = Tail(self.run / "metrics.jsonl")
 
     def read(self) -> list[IslandView]:
-        for line in self._metrics.lines():
-            record = _record(line)
-            if record is not None:
-                before = self._newest.get(record["island"], {})
-                self._newest[record["island"]] = {key: before[key] for key in _STAYS if key in before} | record
+        self.records()
+        return self.views()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What islands have written of their steps since the last call."""
+        records = [record for line in self._metrics.lines() if (record := _record(line)) is not None]
+        for record in records:
+            before = self._newest.get(record["island"], {})
+            self._newest[record["island"]] = {key: before[key] for key in _STAYS if key in before} | record
+        return records
+
+    def views(self) -> list[IslandView]:
+        """By the records that were read, and what islands say of themselves now."""
         return [self._view(i) for i in range(self.num_islands)]
 
     def _view(self, island: int) -> IslandView:

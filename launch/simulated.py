@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dtrain.config import Job
+from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.processes import die_with_parent
 from dtrain.launch.progress import Progress
 from dtrain.launch.view import LiveView
@@ -22,8 +23,10 @@ def run_simulated(job: Job, run: Path, *, resume_step: int, console: Console) ->
     from dtrain.sim import simulate
 
     die_with_parent()  # where a program started it and says so
+    word = WordFile(run, job.islands.count, resume_step)
     with _drawn(job, run, console):
         simulate(job, run, resume_step=resume_step)
+    word.end(0)  # of one that fails, that its process is gone says enough
 
 
 @contextmanager

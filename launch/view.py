@@ -59,10 +59,16 @@ def picture(islands: Sequence[IslandView], columns: int, rows: int | None = None
 def plain_line(islands: Sequence[IslandView]) -> str:
     """All islands in one line of a log; of many only those in trouble are named."""
     if len(islands) <= _MOST_WITH_TWO_LINES:
-        return " | ".join(_plain(view) for view in islands)
+        return " | ".join(plain(view) for view in islands)
     steps = [view.step for view in islands]
     troubled = [f"island {view.island}: {now(view)}" for view in islands if _troubled(view)][:_NAMED]
     return " | ".join([f"{len(islands)} islands, steps {min(steps)} to {max(steps)} of {islands[0].steps}", *troubled])
+
+
+def plain(view: IslandView) -> str:
+    """One island in one line of a log."""
+    words = f"island {view.island}: {now(view)}"
+    return words if view.loss is None else ", ".join((words, f"step {_steps(view)}", *_numbers(view), *_of_rounds(view)))
 
 
 def now(view: IslandView) -> str:
@@ -114,11 +120,6 @@ class LiveView:
         self._console.print(Text(text), soft_wrap=True)
 
 
-def _plain(view: IslandView) -> str:
-    words = f"island {view.island}: {now(view)}"
-    return words if view.loss is None else ", ".join((words, f"step {_steps(view)}", *_numbers(view), *_of_rounds(view)))
-
-
 def _names(islands: Sequence[int]) -> str:
     if len(islands) == 1:
         return f"island {islands[0]}"
@@ -166,6 +167,8 @@ def _of_rounds(view: IslandView) -> Iterator[str]:
 
 def _numbers(view: IslandView) -> tuple[str, ...]:
     assert view.loss is not None
-    waited = f"waited for link {show_seconds(round(view.wait_s, 1))}"
+    waited, sent = show_seconds(round(view.wait_s, 1)), show_bytes(view.wire_bytes_sent)
     speed = () if view.tokens_per_s is None else (f"{view.tokens_per_s:,.0f} tokens/s",)
-    return (f"loss {view.loss:.3f}", *speed, f"sent {show_bytes(view.wire_bytes_sent)}", waited)
+    if view.wire_bytes_per_s is not None:  # "for link" would not fit beside it
+        return (f"loss {view.loss:.3f}", *speed, f"sent {sent} at {show_bytes(view.wire_bytes_per_s)}/s", f"waited {waited}")
+    return (f"loss {view.loss:.3f}", *speed, f"sent {sent}", f"waited for link {waited}")

@@ -54,7 +54,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = commands()
-    known = {"run", "plan", "profile", "sim", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
+    known = {"run", "plan", "profile", "sim", "status", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
     assert {words[1] for words in listed} == known
     (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
     # What make train leaves behind; in this process, which is quicker and the same to the bit (test_same_bits).
@@ -86,6 +86,7 @@ def test_every_command_of_the_readme_runs(
     assert said["check"].count("kept ") == 7
     assert [line.split()[0] for line in said["uncertainty"].splitlines()[1:-1]] == ["merged", "island0", "island1", "ensemble"]
     assert "a step takes" in said["profile"]
+    assert said["status"].splitlines()[0] == "runs/quickstart: finished; 2 islands, delayed_diloco"
     assert "2 islands: take " in said["plan"]
     assert (tmp_path / "runs" / "quickstart-profile" / "trace.json").exists()
     assert "gossip_adam" in said["bench"]

@@ -18,6 +18,7 @@ import dtrain
 from dtrain.config import parse_job
 from dtrain.launch import meeting, processes
 from dtrain.launch.islands import Launch, command, environment, last_lines
+from dtrain.launch.launcher_word import read_word
 from dtrain.sections import LinkSection
 
 PACKAGE_ROOT = Path(dtrain.__file__).parents[1]
@@ -130,6 +131,9 @@ def test_a_killed_island_is_started_again_in_the_next_epoch(start: Start, tmp_pa
         "OMP_NUM_THREADS": "3",
     }
     assert members(tmp_path) == []
+    word = read_word(run)
+    assert word is not None
+    assert (word.epoch, word.restarts, word.notes, word.exit_status) == (1, (0, 1), ("", ""), 0)
 
 
 @pytest.mark.timeout(90)
@@ -147,6 +151,9 @@ def test_an_error_of_a_script_ends_all_with_its_traceback_and_its_line(start: St
     assert lines[0].endswith("stderr.log:")
     assert any("script.py" in line and "line 3" in line for line in lines), "where it was raised"
     assert lines[-1] == 'dtrain: island 1: data.source = "x" is not there; name a file'
+    word = read_word(tmp_path / "runs" / "stub")
+    assert word is not None
+    assert (word.exit_status, word.message) == (2, 'island 1: data.source = "x" is not there; name a file')
     assert members(tmp_path) == []
 
 

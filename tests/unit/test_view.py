@@ -60,6 +60,12 @@ def test_80_columns_hold_two_whole_lines_an_island() -> None:
     assert rendered([TRAINING])[0] == first, "bars do not jump when another island begins to wait"
 
 
+def test_who_watches_a_while_sees_how_quickly_it_sends() -> None:
+    numbers = rendered([replace(TRAINING, tokens_per_s=1_234_567.0, wire_bytes_sent=123_000_000, wire_bytes_per_s=45_600.0)])[1]
+    assert numbers == "    loss 2.346  1,234,567 tokens/s  sent 123 MB at 45.6 kB/s  waited 1 min 15 s"
+    assert len(numbers) <= 80
+
+
 def test_what_is_known_of_rounds_is_shown_where_there_is_room() -> None:
     view = replace(TRAINING, rounds_joined=9, rounds_left_out=3, every_steps=8, rank_mean=16.0)
     numbers = "    loss 2.346  12,346 tokens/s  sent 1.5 MB  waited for link 1 min 15 s"

@@ -66,6 +66,7 @@ def test_every_module_and_job_is_in_it(wheel: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in python_files(ROOT / "dtrain")}
     data = {f"dtrain/launch/jobs/{path.name}" for path in (ROOT / "launch" / "jobs").glob("*.toml")} | {"dtrain/py.typed"}
+    data |= {f"dtrain/launch/status_page/{name}" for name in ("index.html", "page.js", "page.css")}
     assert "dtrain/kernels/reference.py" in modules
     assert "dtrain/launch/jobs/quickstart.toml" in data
     assert (modules | data) - packed == set()
@@ -74,7 +75,7 @@ def test_every_module_and_job_is_in_it(wheel: Path) -> None:
 def test_nothing_else_is_in_it(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.partition("/")[0] for name in names} == {"dtrain"}, "a top-level kernels or launch would be a second copy"
-    assert [name for name in names if not name.endswith((".py", ".toml", ".md", "py.typed"))] == []
+    assert [name for name in names if not name.endswith((".py", ".toml", ".md", "py.typed", ".html", ".js", ".css"))] == []
 
 
 def test_it_imports_outside_the_checkout(installed: Path) -> None:
