@@ -131,11 +131,13 @@ def cuts(lab: Lab) -> list[tuple[int, int]]:
 
 def slow(island: int, rate: str) -> None:
     """Hold an island's far link to another rate, up and down."""
-    check_island(read(), island)
+    lab = read()
+    check_island(lab, island)
     bits_per_s = _bits_per_s("slow", rate)
+    arriving = lab_link.change(_port(island), bits_per_s, delay_s=lab.link.rtt_s / 2, loss=lab.link.loss)
     with _alone():
         lab_net.told("tc", "-n", namespace(island), lines=lab_link.change(DEVICE, bits_per_s))
-        lab_net.told("tc", "-n", hub(), lines=lab_link.change(_port(island), bits_per_s))
+        lab_net.told("tc", "-n", hub(), lines=arriving)
 
 
 def kill(island: int) -> int:

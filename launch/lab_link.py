@@ -48,12 +48,8 @@ def segments(link: Link) -> int:
 
 def shape(device: str, link: Link, end: str, near: Sequence[str], *, delay_s: float = 0.0, loss: float = 0.0) -> list[str]:
     """tc's commands for a bare interface. ``near``: addresses that are near where they are a packet's ``end``, src or dst."""
-    lines = [f"qdisc add dev {device} root handle 1: htb default {_FAR[2:]}", _class(device, "add", _FAR, link.bits_per_s)]
-    if delay_s or loss:
-        frames = int(link.bits_per_s / 8 * (delay_s + _QUEUE_S) / FRAME_BYTES) + _FEWEST_FRAMES
-        lines.append(f"qdisc add dev {device} parent {_FAR} handle 11: {_netem(delay_s, loss)} limit {frames}")
-    else:
-        lines.append(_queue(device, "add", _FAR, link.bits_per_s))
+    root = f"qdisc add dev {device} root handle 1: htb default {_FAR[2:]}"
+    lines = [root, *_far(device, "add", link.bits_per_s, delay_s, loss)]
     if link.near_bits_per_s is not None:
         lines += [_class(device, "add", _NEAR, link.near_bits_per_s), _queue(device, "add", _NEAR, link.near_bits_per_s)]
         lines += [
@@ -77,9 +73,9 @@ def check_netem(namespace: str) -> None:
     told("tc", "-n", namespace, "qdisc", "del", "dev", "lo", "root")
 
 
-def change(device: str, bits_per_s: float) -> list[str]:
-    """Another rate for the far link."""
-    return [_class(device, "change", _FAR, bits_per_s)]
+def change(device: str, bits_per_s: float, *, delay_s: float = 0.0, loss: float = 0.0) -> list[str]:
+    """Another rate for the far link; the rest as ``shape`` was told."""
+    return _far(device, "change", bits_per_s, delay_s, loss)
 
 
 def cut(device: str, island: int, address: str) -> str:
@@ -108,6 +104,14 @@ def sent_bytes(namespace: str) -> dict[str, int]:
     """What left by each shaped interface of a namespace, headers counted."""
     queues = asked("tc", "-n", namespace, "-s", "qdisc", "show")
     return {each["dev"]: each["bytes"] for each in queues if each["kind"] == "htb"}
+
+
+def _far(device: str, do: str, bits_per_s: float, delay_s: float, loss: float) -> list[str]:
+    queue = _queue(device, do, _FAR, bits_per_s)
+    if delay_s or loss:
+        frames = int(bits_per_s / 8 * (delay_s + _QUEUE_S) / FRAME_BYTES) + _FEWEST_FRAMES
+        queue = f"qdisc {do} dev {device} parent {_FAR} handle 11: {_netem(delay_s, loss)} limit {frames}"
+    return [_class(device, do, _FAR, bits_per_s), queue]
 
 
 def _class(device: str, do: str, name: str, bits_per_s: float) -> str:
