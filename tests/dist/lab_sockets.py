@@ -1,15 +1,37 @@
-"""How does a test talk over a lab's links? By sockets that a thread opened in a namespace; a socket stays where it was made."""
+"""How does a test have a lab of its own, and talk over its links? By sockets that a thread opened in a namespace; a socket stays
+where it was made."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+
+import pytest
 
 from dtrain.launch import lab, lab_net
 
 Made = TypeVar("Made")
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"),
+    reason="needs root, and ip and tc (apt-get install iproute2)",
+)
+
+
+@contextmanager
+def a_lab_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the block lays stands beside other labs, and is removed whatever happens."""
+    monkeypatch.setenv(lab.NAME_VARIABLE, f"test{os.getpid()}")
+    try:
+        yield
+    finally:
+        if os.geteuid() == 0 and shutil.which("ip"):
+            lab.down()
 
 
 def there(island: int, make: Callable[[], Made]) -> Made:

@@ -4,47 +4,35 @@ Real namespaces and queues: needs root, ip and tc. Each test has a lab beside ot
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dtrain.config import Job, load_job
-from dtrain.launch import lab, lab_link, lab_net, lab_run
+from dtrain.launch import lab, lab_link, lab_net
 from dtrain.launch.cli import run_command
-from dtrain.launch.lab import Counted, Lab, parse
+from dtrain.launch.lab import parse
 from dtrain.launch.lab_link import Link
-from dtrain.section import Section
-from tests.dist.job import QUICKSTART, ROOT, SMALL, assert_same_weights, logs, run, steps_written, until
-from tests.dist.lab_sockets import datagrams, flow, stream
+from tests.dist.job import until
+from tests.dist.lab_sockets import a_lab_of_its_own, datagrams, flow, needs_root, stream
 from tests.unit.small_run import write_job_file
 
 UDP_BYTES = 14 + 20 + 8
 """Headers of a datagram: Ethernet, IP, UDP."""
 LARGEST_PACKET = 64 * 1024 + UDP_BYTES
 
-needs_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"),
-    reason="needs root, and ip and tc (apt-get install iproute2)",
-)
-
 
 @pytest.fixture(autouse=True)
 def own_lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A lab of this test's own, removed whatever happens."""
-    monkeypatch.setenv(lab.NAME_VARIABLE, f"test{os.getpid()}")
     monkeypatch.chdir(tmp_path)
-    yield
-    if os.geteuid() == 0 and shutil.which("ip"):
-        lab.down()
+    with a_lab_of_its_own(monkeypatch):
+        yield
 
 
 def kernel() -> dict[str, object]:
@@ -319,11 +307,15 @@ def test_what_a_lab_has_not_is_one_line(
 
 
 def test_without_the_tools_or_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else f"/sbin/{tool}")
     for words in (["up", "--islands", "2", "--rate", "1mbit"], ["status"], ["down"], ["cut", "0", "1"]):
-        assert run_command(["lab", *words]) == 2
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "which", lambda tool: None if tool == "tc" else f"/sbin/{tool}")
+            assert run_command(["lab", *words]) == 2
         assert capsys.readouterr().err == "dtrain: a lab needs tc, which this machine lacks: install iproute2\n"
-    monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: 1000)
+            assert run_command(["lab", *words]) == 2
+        assert capsys.readouterr().err == "dtrain: a lab needs root, which lays network namespaces and links; use sudo\n"
 
 
 @needs_root
@@ -340,105 +332,3 @@ def test_status_shows_what_is_up(capsys: pytest.CaptureFixture[str], monkeypatch
     assert [row[:5] for row in shown] == [[str(i), lab.namespace(i), "10mbit,", "near", "1gbit"] for i in range(4)]
     assert [row[5:-5] for row in shown] == [["3"], [], [], ["0"]]
     assert [row[-5] for row in shown] == ["0"] * 4, "processes"
-
-
-def test_a_job_in_a_lab_has_the_labs_link(tmp_path: Path) -> None:
-    """Keys that are typed come after, and win; two levels have two links of the lab's."""
-    plain, late = (Lab(4, Link(1e7, 1e9, rtt_s=rtt), 2) for rtt in (0.0, 0.04))
-    levels = ROOT / "launch" / "jobs" / "two_levels.toml"
-    for path, there, typed in ((QUICKSTART, plain, ()), (levels, plain, ()), (levels, late, ("link.rate=5mbit",))):
-        job = load_job(path, typed)
-        inside = load_job(path, (*lab_run.link_keys(there, job), *typed))
-        assert (inside.link.rate, inside.link.interface, inside.link.advertise) == ("5mbit" if typed else "none", "lab0", "")
-        assert inside.link.rtt == ("0ms" if there is late else job.link.rtt)
-        assert {level.rate for level in inside.sync.level or ()} <= {"none"}
-        same = {name: getattr(job, name) for name in Job.model_fields if name not in ("link", "sync")}
-        assert {name: getattr(inside, name) for name in same} == same
-        assert [answers(a) for a in inside.sync.level or ()] == [answers(a) for a in job.sync.level or ()]
-
-
-def answers(level: Section) -> dict[str, object]:
-    return level.model_dump(exclude={"rate", "rtt"})
-
-
-def test_bytes_are_shown_beside_those_that_the_run_says() -> None:
-    before, after = [Counted(100, 50), Counted(0, 0)], [Counted(1150, 1050), Counted(2000, 3000)]
-    assert lab_run.rows(before, after, [1000, None]) == [
-        ["0", "1.05 kB", "1 kB", "1 kB", "1.050"],
-        ["1", "2 kB", "3 kB", "-", "-"],
-    ]
-
-
-# ---- jobs
-
-
-def lab_job(folder: Path, name: str, *overrides: str) -> list[str]:
-    words = ["lab", "run", str(QUICKSTART), f"job.dir={folder}", f"job.name={name}", *overrides]
-    return [sys.executable, "-m", "dtrain.launch", *words]
-
-
-@needs_root
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_job_over_a_lab_ends_with_the_same_bits_and_its_bytes_are_those_of_the_interface(tmp_path: Path) -> None:
-    """The quickstart as `make train` runs it, shorter: 24 steps of its own model, two rounds, one merge."""
-    job = ("train.steps=24", "train.batch=1", "train.warmup=5", "train.eval_every=0", "train.checkpoint_every=0")
-    job += ("sync.every=8", "sync.delay=2", "sync.codec=identity", "islands.threads=1")
-    throttled = run(tmp_path, "throttled", *job, timeout_s=250)
-    lab.up(parse(2, "10mbit"))
-    command = lab_job(tmp_path, "real", *job)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr + logs(tmp_path / "real")
-    assert "the lab's link in place of link.rate = 10mbit: 2 islands, 10 Mbit/s each way" in done.stdout
-    assert_same_weights(throttled, tmp_path / "real")
-    counted = done.stdout.splitlines()[-2:]
-    assert [line.split()[0] for line in counted] == ["0", "1"]
-    for line in counted:
-        ratio = float(line.split()[-1])
-        assert 1514 / 1448 <= ratio <= 1.06, f"{line}\nheaders of full frames are 4.6 %"
-    parts = [json.loads((tmp_path / "real" / "logs" / f"island{i}" / "part.json").read_text()) for i in (0, 1)]
-    says = parts[0]["wire_bytes_sent"] + parts[0]["wire_bytes_start"] + parts[0]["wire_bytes_merge"]
-    assert counted[0].split()[-3:-1] == [f"{says / 1e6:.3g}", "MB"]
-    assert not any(lab_net.processes([lab.hub(), *map(lab.namespace, (0, 1))]).values())
-
-
-@needs_root
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_cut_is_waited_out_and_a_killed_island_comes_back(tmp_path: Path) -> None:
-    job = (*SMALL, "train.steps=200", "train.checkpoint_every=40", "sync.every=10", "sync.delay=5", "train.batch=4")
-    calm = run(tmp_path, "calm", *job, timeout_s=250)
-    lab.up(parse(2, "10mbit"))
-    with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(
-            lab_job(tmp_path, "rough", *job), cwd=ROOT, stdout=out, stderr=out, text=True, stdin=subprocess.DEVNULL
-        )
-        said = tmp_path / "out"
-        until(lambda: steps_written(tmp_path / "rough") >= 60, "60 lines of metrics")
-        lab.cut(0, 1)
-        until(lambda: re.search(r"waiting for island \d, [2-9] s", said.read_text()) is not None, "a wait to be shown")
-        lab.heal(0, 1)
-        until(lambda: steps_written(tmp_path / "rough") >= 160, "160 lines of metrics")
-        assert lab.kill(1) >= 2, "torchrun and a rank"
-        process.wait(timeout=300)
-    assert process.returncode == 0, said.read_text() + logs(tmp_path / "rough")
-    assert "island 1 was lost and is started again" in said.read_text()
-    assert_same_weights(calm, tmp_path / "rough")
-    lab.down()
-
-
-@needs_root
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_down_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
-    job = (*SMALL, "train.steps=2000", "train.checkpoint_every=0")
-    lab.up(parse(2, "10mbit"))
-    process = subprocess.Popen(
-        lab_job(tmp_path, "ended", *job), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    until(lambda: steps_written(tmp_path / "ended") >= 2, "2 lines of metrics")
-    assert lab.down()[0] == "2 islands removed"
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"resume with: dtrain lab run {tmp_path / 'ended' / 'job.toml'} --resume" in said
