@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dtrain.errors import PeerLost
+from dtrain.launch import lab_user
 from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_lab import lab_app
 from dtrain.launch.cli_plan import plan
@@ -278,6 +279,8 @@ def run_command(arguments: list[str]) -> int:
             raise ValueError("no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS, or leave -- out")
         if script and ours[:1] != ["run"] and ours[:2] != ["lab", "run"]:
             raise ValueError("only dtrain run, and dtrain lab run, take a script after --")
+        if lab_user.goes_inside(ours):
+            return lab_user.go_inside(arguments)
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)
     except typer.TyperException as e:
         known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}

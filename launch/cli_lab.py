@@ -12,9 +12,10 @@ from rich.text import Text
 from dtrain.launch.run_folder import Choice
 from dtrain.launch.tables import table
 
-_ABOUT = """Lay real slow links on this machine, and run jobs over them. Needs root.
+_ABOUT = """Lay real slow links on this machine, and run jobs over them.
 
-Each island gets a network namespace, and the kernel holds its link to a rate.
+Each island gets a network namespace, and the kernel holds its link to a rate. Where
+the kernel gives ordinary users namespaces it needs no root.
 DTRAIN_LAB=NAME in the environment is a lab beside others; left out: "lab".
 """
 

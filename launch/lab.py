@@ -27,6 +27,7 @@ from dtrain.launch.lab_link import Link
 DEVICE = "lab0"
 MOST_ISLANDS = 250
 NAME_VARIABLE = "DTRAIN_LAB"
+NONE_UP = "no lab is up; make one: dtrain lab up --islands 2 --rate 100mbit"
 _NETWORK = "10.77.0"
 _STATES = Path("/run/dtrain")
 _GRACE_S = 6.0
@@ -105,7 +106,7 @@ def read() -> Lab:
     _check_machine()
     found, state = set(_found()), _state()
     if not found:
-        raise ValueError("no lab is up; make one: dtrain lab up --islands 2 --rate 100mbit")
+        raise ValueError(NONE_UP)
     content = json.loads(state.read_text(encoding="utf-8")) if state.exists() else None
     lab = None if content is None else Lab(**{**content, "link": Link(**content["link"])})
     missing = {"what was asked for"} if lab is None else {hub(), *map(namespace, range(lab.islands))} - found
@@ -157,24 +158,25 @@ def check_island(lab: Lab, island: int) -> None:
         raise ValueError(f"the lab has no island {island}; it has 0 to {lab.islands - 1}")
 
 
-def namespace(island: int) -> str:
-    return f"{_label()}-{island}"
-
-
-def hub() -> str:
-    """The bridge's namespace."""
-    return f"{_label()}-hub"
-
-
-def address(island: int) -> str:
-    return f"{_NETWORK}.{island + 2}"
-
-
-def _label() -> str:
+def label() -> str:
+    """What the names of a lab begin with."""
     name = os.environ.get(NAME_VARIABLE, "lab")
     if not re.fullmatch(r"[a-z0-9]{1,32}", name):
         raise ValueError(f"{NAME_VARIABLE} = {name!r} names no lab; use up to 32 small letters and digits")
     return f"dtrain-{name}"
+
+
+def namespace(island: int) -> str:
+    return f"{label()}-{island}"
+
+
+def hub() -> str:
+    """The bridge's namespace."""
+    return f"{label()}-hub"
+
+
+def address(island: int) -> str:
+    return f"{_NETWORK}.{island + 2}"
 
 
 def _port(island: int) -> str:
@@ -182,11 +184,11 @@ def _port(island: int) -> str:
 
 
 def _state() -> Path:
-    return _STATES / f"{_label()}.json"
+    return _STATES / f"{label()}.json"
 
 
 def _found() -> list[str]:
-    return lab_net.namespaces(rf"{_label()}-(hub|\d+)")
+    return lab_net.namespaces(rf"{label()}-(hub|\d+)")
 
 
 def _make(lab: Lab) -> None:
