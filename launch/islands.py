@@ -19,6 +19,13 @@ _NEWS = ("status.json", "error.json", "part.json")
 
 
 @dataclass(frozen=True, slots=True)
+class Site:
+    """Where an island's processes run: as a command that stands before theirs puts them there."""
+
+    prefix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """What all islands of one launch share."""
 
@@ -28,6 +35,7 @@ class Launch:
     tag: str  # names the launch in the environment of its processes
     script: tuple[str, ...] = ()  # somebody's own training script and its arguments, instead of the job's model
     options: tuple[str, ...] = ()  # of the hidden command that each rank is
+    sites: tuple[Site, ...] = ()  # of each island; empty: all run here
 
 
 def folder(run: Path, island: int) -> Path:
@@ -53,7 +61,9 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
 
 def command(launch: Launch, island: int, epoch: int) -> list[str]:
     ours = ("dtrain.launch", "train", str(launch.run / "job.toml"), *launch.options)
+    site = launch.sites[island] if launch.sites else Site()
     return [
+        *site.prefix,
         sys.executable,
         "-m",
         "dtrain.launch.agent",

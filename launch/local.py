@@ -51,11 +51,20 @@ class Stopped(BaseException):
 
 
 def run_local(
-    job: Job, run: Path, *, resume_step: int, script: tuple[str, ...], console: Console, options: tuple[str, ...] = ()
+    job: Job,
+    run: Path,
+    *,
+    resume_step: int,
+    script: tuple[str, ...],
+    console: Console,
+    options: tuple[str, ...] = (),
+    sites: tuple[islands.Site, ...] = (),
 ) -> Outcome:
-    """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank."""
+    """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank; ``sites``
+    say where each island runs, if not here."""
     listener, meet = meeting.listen(job.link)
-    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script, options=options)
+    tag = secrets.token_hex(8)
+    launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, options=options, sites=sites)
     progress = Progress(launch.run, job.islands.count, job.train.steps)
     fleet = Fleet(launch, [Island(i) for i in range(job.islands.count)], resume_step, progress)
     word = WordFile(launch.run, job.islands.count, resume_step)
