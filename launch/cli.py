@@ -1,6 +1,7 @@
 """What can a person type? The ``dtrain`` command; every error of theirs is one line, and exit status 2.
 
-torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once.
+torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once; and so is
+all that ``dtrain doctor`` may find to be missing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from rich.text import Text
 
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
+from dtrain.launch.cli_doctor import doctor
 from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_topology import topology
-from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
 
 EXIT_USER_ERROR = 2
@@ -39,6 +40,7 @@ Start here:
   dtrain check mine.py:row                 whether a method of your own keeps its promises
   dtrain plan JOB.toml                     which of them suits your link and your machines
   dtrain profile JOB.toml                  where a step's time goes
+  dtrain doctor JOB.toml                   what of this machine would stop it
   dtrain keys                              what a job file can say
 """
 
@@ -46,6 +48,7 @@ app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pret
 app.add_typer(bench_app, name="bench")
 app.command()(topology)
 app.command()(plan)
+app.command()(doctor)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[
@@ -73,6 +76,7 @@ def run(
     Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
     """
     from dtrain.launch.local import Outcome, run_local
+    from dtrain.launch.run_folder import Choice, open_run
 
     script: tuple[str, ...] = context.obj or ()
     if script and not Path(script[0]).is_file():
@@ -121,6 +125,7 @@ def sim(
 
     Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
     """
+    from dtrain.launch.run_folder import Choice, open_run
     from dtrain.launch.simulated import run_simulated
     from dtrain.launch.virtual_shown import account, run_virtual
 
