@@ -1,7 +1,8 @@
 """What of this machine will stop a job? Each thing that is looked at is one finding, with the one command that mends it.
 
 Nothing here needs torch, numba or triton: each is imported in a process of its own, so that one that is missing or broken,
-or that takes its process with it, is a finding too. Folders and limits are in ``doctor_room.py``, the network in ``doctor_net.py``."""
+or that takes its process with it, is a finding too. Folders and limits are in ``doctor_room.py``, the network in
+``doctor_net.py``, another machine in ``doctor_meet.py``."""
 
 from __future__ import annotations
 
@@ -219,12 +220,14 @@ def of_job(asked: Asked, said: Said) -> Iterator[Finding]:
     if said.no_text:
         yield Finding("data", "fail", said.no_text, asked.again("data.source=stdlib"))
     elif said.torch is not None and said.size is None:
-        check = shlex.join(["dtrain", "check", asked.job.sync.recipe])
-        yield Finding("recipe", "warn", f"its size cannot be reckoned: {said.error}", check)
+        from dtrain.recipes import DEFAULT_RECIPE
+
+        check = shlex.join(["dtrain", "check", asked.job.sync.recipe or DEFAULT_RECIPE])
+        yield Finding("recipe", "warn", f"the job's size cannot be reckoned: {said.error}", check)
     for section, key, begins, name in EXTRAS:
-        said = str(getattr(getattr(asked.job, section), key, ""))
-        if said.startswith(begins):
-            there, key = find_spec(name) is not None, f'{section}.{key} = "{said}"'
+        chosen = str(getattr(getattr(asked.job, section), key, ""))
+        if chosen.startswith(begins):
+            there, key = find_spec(name) is not None, f'{section}.{key} = "{chosen}"'
             yield Finding(name, "ok", f"there, for {key}") if there else Finding(
                 name, "fail", f"not installed, and {key} needs it", pip(name)
             )

@@ -318,7 +318,7 @@ def here() -> str:
 
 
 def _ms(value_s: float) -> str:
-    return f"{1e3 * value_s:.3g} ms"
+    return f"{1e3 * value_s:.3g} ms" if value_s < 1 else units.show_seconds(value_s)
 
 
 def _rate_text(bits_per_s: float) -> str:

@@ -69,7 +69,9 @@ def _torch() -> Torch:
         error = str(e).partition("\n")[0]
     nccl = None
     if dist.is_nccl_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        from torch.cuda import nccl as of_cuda
+
+        nccl = ".".join(map(str, of_cuda.version()))
     return Torch(
         cuda=torch.version.cuda or torch.version.hip,
         gloo=dist.is_gloo_available(),
