@@ -1,5 +1,5 @@
-"""Does ``dtrain doctor`` find real trouble? A full disk, caches that cannot be written and ports that a firewall drops are made in
-namespaces of their own: of mounts by unshare, of networks by ip and iptables. Needs root."""
+"""Does ``dtrain doctor`` find real trouble? A full disk, caches that cannot be written and ports that a firewall drops are made
+in namespaces of their own: of mounts by unshare, of networks by ip and iptables. Needs root."""
 
 from __future__ import annotations
 

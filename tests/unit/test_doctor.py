@@ -233,7 +233,8 @@ def test_a_port_is_open_refused_or_of_no_host() -> None:
         reached = reach("127.0.0.1", port)
         assert doctor_net.closed(reached) == "open"
     assert reach("127.0.0.1", port).how == "refused"
-    said = {how: doctor_net.refusal("meeting", "far", 29400, Reached(how, "no answer")) for how in ("refused", "blocked", "silent")}
+    hows: tuple[doctor_net.How, ...] = ("refused", "blocked", "silent")
+    said = {how: doctor_net.refusal("meeting", "far", 29400, Reached(how, "no answer")) for how in hows}
     assert len({finding.what for finding in said.values()}) == len({finding.remedy for finding in said.values()}) == 3
     assert said["refused"].remedy == "dtrain doctor --serve 29400  # on far"
     assert said["blocked"].remedy == "iptables -I INPUT -p tcp --dport 29400 -j ACCEPT  # on far"
