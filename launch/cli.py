@@ -1,7 +1,7 @@
 """What can a person type? The ``dtrain`` command; every error of theirs is one line, and exit status 2.
 
-torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once; and so is
-all that ``dtrain doctor`` may find to be missing.
+torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once, and
+``dtrain doctor`` where it is broken.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_doctor import doctor
 from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_topology import topology
+from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
 
 EXIT_USER_ERROR = 2
@@ -76,7 +77,6 @@ def run(
     Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
     """
     from dtrain.launch.local import Outcome, run_local
-    from dtrain.launch.run_folder import Choice, open_run
 
     script: tuple[str, ...] = context.obj or ()
     if script and not Path(script[0]).is_file():
@@ -125,7 +125,6 @@ def sim(
 
     Example: dtrain sim launch/jobs/quickstart.toml --islands 16 job.name=sixteen
     """
-    from dtrain.launch.run_folder import Choice, open_run
     from dtrain.launch.simulated import run_simulated
     from dtrain.launch.virtual_shown import account, run_virtual
 

@@ -72,16 +72,11 @@ def doctor(
 
 
 def _asked(job_file: Path | None, overrides: list[str]) -> Asked | None:
-    """None without a job, or where what reads it is missing, which is then a finding."""
+    """Read as it is written: ``checks.read_job`` would import torch where DTRAIN_KERNELS names a backend."""
     if job_file is None:
         return None
-    from importlib.util import find_spec
-
-    from dtrain.launch.doctor import Asked
-
-    if find_spec("pydantic") is None:
-        return None
     from dtrain.config import load_job
+    from dtrain.launch.doctor import Asked
 
     try:
         return Asked(load_job(job_file, overrides), (str(job_file), *overrides))

@@ -7,6 +7,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -73,6 +75,21 @@ def test_what_is_missing_or_broken_is_found_without_it(
     assert numba["remedy"].endswith("-m pip install numba")
     assert (triton["state"], triton["what"]) == ("warn", "cannot be imported: SIGSEGV (only a GPU needs it)")
     assert {found[name]["state"] for name in ("python", "pydantic", "disk", "interfaces", "link.port")} == {"ok"}
+
+
+def test_it_starts_where_nothing_that_it_looks_for_can_be_imported(tmp_path: Path) -> None:
+    names = ("torch", "numba", "triton")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('it is broken')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain.launch", "doctor", str(QUICKSTART), "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    broken = {line["name"] for line in lines if "cannot be imported: ImportError: it is broken" in line.get("what", "")}
+    assert broken == set(names)
 
 
 def test_a_torch_that_is_too_old_is_one_finding(
