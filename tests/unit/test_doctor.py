@@ -14,13 +14,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dtrain import checkpoint
 from dtrain.build import build_recipe
-from dtrain.config import Job, load_job, parse_job
+from dtrain.config import load_job, parse_job
 from dtrain.kernels import cache_folder
 from dtrain.launch import doctor, doctor_meet, doctor_net, doctor_room
 from dtrain.launch.cli import run_command
@@ -36,7 +37,7 @@ HOPPER = Gpu("H100", (9, 0), 80 * 10**9, 79 * 10**9)
 
 
 def on_gpus(count: int) -> Torch:
-    return Torch("13.0", gloo=True, nccl="2.28.3", gpus=(HOPPER,) * count, gpu_error="", cache="", compiled=True)
+    return replace(CPU, cuda="13.0", nccl="2.28.3", gpus=(HOPPER,) * count)
 
 
 def asked(**sections: dict[str, object]) -> Asked:
@@ -151,8 +152,7 @@ def test_gpus_are_held_against_what_the_job_needs(
 
 
 def test_a_torch_without_gloo_stops_a_job_and_one_for_cpus_leaves_a_gpu_idle() -> None:
-    bare = Torch(None, gloo=False, nccl=None, gpus=(), gpu_error="", cache="", compiled=True)
-    assert [f.state for f in doctor.backends(bare, None)] == ["fail", "ok"]
+    assert [f.state for f in doctor.backends(replace(CPU, gloo=False), None)] == ["fail", "ok"]
     (idle,) = doctor.gpus(CPU, None, driver="570.1")
     assert (idle.state, "--index-url" in idle.remedy) == ("warn", True)
 
@@ -174,8 +174,7 @@ def test_a_checkpoint_is_as_large_as_was_said(recipe: str, tmp_path: Path) -> No
 
 def test_a_disk_is_held_against_the_checkpoints(tmp_path: Path) -> None:
     """Two islands' checkpoints, of which two are kept while a third is written, and three models of no size."""
-    free = doctor_room.shutil.disk_usage(tmp_path).free
-    job = asked(train={"keep": 2})
+    free, job = doctor_room.shutil.disk_usage(tmp_path).free, asked(train={"keep": 2})
     sizes = {"ok": free // 8, "warn": free // 4, "fail": 2 * free}
     found = {state: doctor_room.disk(tmp_path / "runs" / "one", job, Size(1, 0, one)) for state, one in sizes.items()}
     assert {state: finding.state for state, finding in found.items()} == {state: state for state in sizes}
@@ -196,8 +195,7 @@ def test_what_is_looked_at_is_left_as_it_was(tmp_path: Path) -> None:
 def test_a_file_where_the_numba_cache_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
-    torch = Torch(None, gloo=True, nccl=None, gpus=(), gpu_error="", cache=str(cache_folder()), compiled=False)
-    found = doctor_room.numba_cache(torch)
+    found = doctor_room.numba_cache(replace(CPU, cache=str(cache_folder()), compiled=False))
     assert (found.state, f"{tmp_path / 'cache'} is no folder" in found.what) == ("warn", True)
     assert re.fullmatch(r"export NUMBA_CACHE_DIR=/\S+", found.remedy)
 
@@ -247,8 +245,7 @@ def test_a_port_that_is_held_is_named_with_its_holder() -> None:
 def test_a_port_is_open_refused_or_of_no_host() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        reached = reach("127.0.0.1", port)
-        assert doctor_net.closed(reached) == "open"
+        assert doctor_net.closed(reach("127.0.0.1", port)) == "open"
     assert reach("127.0.0.1", port).how == "refused"
     hows: tuple[doctor_net.How, ...] = ("refused", "blocked", "silent")
     said = {how: doctor_net.refusal("meeting", "far", 29400, Reached(how, "no answer")) for how in hows}
@@ -367,8 +364,7 @@ def test_a_link_that_is_slower_than_the_job_says_is_to_be_planned_with() -> None
     found = by_name(doctor_meet._of_way(way, "far", asked(link={"rate": "10mbit"})))
     assert found["link"].remedy == "dtrain plan job.toml --link 5mbit --rtt 20ms"
     assert found["clock"].state == "ok"
-    first, last = doctor_net.ephemeral_ports()
-    opened = f"iptables -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"
+    opened = "iptables -I INPUT -p tcp --dport {}:{} -j ACCEPT".format(*doctor_net.ephemeral_ports())
     assert (found["gloo there"].remedy, found["gloo back"].remedy) == (f"{opened}  # on far", opened)
     assert by_name(doctor_meet._of_way(way, "far", asked(link={"rate": "5mbit"})))["link"].state == "ok"
 
@@ -400,4 +396,3 @@ def test_bad_input_is_one_line(
 def test_a_finding_that_is_not_ok_has_a_remedy() -> None:
     with pytest.raises(AssertionError):
         Finding("disk", "fail", "full")
-    assert Job().link.port == 0
