@@ -1,6 +1,7 @@
 """Compression, gossip and optimizer kernels: what each operation means is ``reference.py``; which backend runs is
 ``dispatch.py``; what their bytes mean is ``WIRE.md``."""
 
+from dtrain.kernels.cpu_cache import cache_folder, is_compiled
 from dtrain.kernels.dispatch import BACKENDS, OPERATIONS, backend, operations, prepare
 from dtrain.kernels.operands import MAX_BLOCK, MIN_BLOCK, SUM_TILE, Adam, Coded, Format, KeptCoded, Noise, Piece, Public, zones
 
@@ -18,6 +19,8 @@ __all__ = [
     "Piece",
     "Public",
     "backend",
+    "cache_folder",
+    "is_compiled",
     "operations",
     "prepare",
     "zones",

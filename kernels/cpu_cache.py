@@ -26,15 +26,22 @@ def source_stamp() -> str:
     return digest.hexdigest()[:16]
 
 
-def _marker() -> Path:
+def cache_folder() -> Path:
+    """Where it is noted that the kernels are compiled: beside them, in the user's cache, or where NUMBA_CACHE_DIR says. numba
+    goes through the same places."""
     folder = os.environ.get("NUMBA_CACHE_DIR")
-    if not folder:
-        beside = _PACKAGE / "__pycache__"
-        writable = os.access(beside if beside.is_dir() else _PACKAGE, os.W_OK)
-        folder = beside if writable else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dtrain")
+    if folder:
+        return Path(folder)
+    beside = _PACKAGE / "__pycache__"
+    if os.access(beside if beside.is_dir() else _PACKAGE, os.W_OK):
+        return beside
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dtrain")
+
+
+def _marker() -> Path:
     libraries = "".join(version(name) for name in ("numba", "llvmlite"))
     machine = hashlib.sha256(f"{platform.machine()} {platform.python_version()} {libraries} {_cpu()}".encode()).hexdigest()[:8]
-    return Path(folder) / f"compiled-{source_stamp()}-{machine}"
+    return cache_folder() / f"compiled-{source_stamp()}-{machine}"
 
 
 def _cpu() -> str:

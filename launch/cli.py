@@ -1,6 +1,7 @@
 """What can a person type? The ``dtrain`` command; every error of theirs is one line, and exit status 2.
 
-torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once.
+torch is imported inside the commands that need it, so that ``dtrain --help`` and a misspelt key answer at once, and
+``dtrain doctor`` where it is broken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.text import Text
 from dtrain.errors import PeerLost
 from dtrain.launch import lab_user
 from dtrain.launch.cli_bench import bench_app
+from dtrain.launch.cli_doctor import doctor
 from dtrain.launch.cli_lab import lab_app
 from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_status import status
@@ -41,6 +43,7 @@ Start here:
   dtrain plan JOB.toml                     which of them suits your link and your machines
   dtrain profile JOB.toml                  where a step's time goes
   dtrain lab up --islands 2 --rate 10mbit  real slow links on this machine, to run it over
+  dtrain doctor JOB.toml                   what of this machine would stop it
   dtrain keys                              what a job file can say
 """
 
@@ -50,6 +53,7 @@ app.add_typer(lab_app, name="lab")
 app.command()(topology)
 app.command()(plan)
 app.command()(status)
+app.command()(doctor)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[

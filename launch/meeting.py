@@ -11,17 +11,17 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from dtrain.sections import LinkSection
-
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
+
+    from dtrain.sections import LinkSection
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
 def listen(link: LinkSection) -> tuple[socket.socket, str]:
     """The listening socket, and "host:port" as islands see it; loopback unless the job names an interface or an address."""
-    address = _address(link)
+    address = address_of(link)
     try:
         listener = socket.create_server((address, link.port), backlog=1024)
     except (OSError, OverflowError) as e:
@@ -39,9 +39,10 @@ def serve(listener: socket.socket) -> TCPStore:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _address(link: LinkSection) -> str:
+def address_of(link: LinkSection) -> str:
+    """What the meeting point listens on."""
     if link.interface:
-        return _interface_address(link.interface)
+        return interface_address(link.interface)
     if not link.advertise or link.advertise == "localhost":
         return "127.0.0.1"
     try:
@@ -50,7 +51,8 @@ def _address(link: LinkSection) -> str:
         return "0.0.0.0"
 
 
-def _interface_address(name: str) -> str:
+def interface_address(name: str) -> str:
+    """Of IPv4. Raises ValueError where there is no such interface, or it has none."""
     import fcntl
 
     known = [interface for _, interface in socket.if_nameindex()]

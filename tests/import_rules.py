@@ -44,14 +44,17 @@ ALGORITHMS_SEE = (
     *("algorithms", "algorithm", "bucket", "codec", "combine", "errors", "events", "link", "outer", "payload", "reduce"),
     "topology",
 )
-KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "launch.checks")
+KERNEL_USERS = (
+    *("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "launch.checks"),
+    "launch.doctor_torch",
+)
 
 # checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
-# islands meet at (meeting) and calls torchrun (agent).
+# islands meet at (meeting) and calls torchrun (agent), and the doctor asks what is built into it.
 DISTRIBUTED_USERS = (
     *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "words", "engine"),
     *("checkpoint", "train"),
-    *("launch.meeting", "launch.agent", "launch.local"),
+    *("launch.meeting", "launch.agent", "launch.local", "launch.doctor_torch"),
 )
 STREAM_USERS = ("transport", "engine", "traffic")
 STREAM_NAMES = ("Stream", "stream", "current_stream", "default_stream", "set_stream", "ExternalStream", "StreamContext")

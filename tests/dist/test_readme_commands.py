@@ -54,7 +54,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = [words for words in commands() if words[1] != "lab"]  # those need root: test_lab_jobs
-    known = {"run", "plan", "profile", "sim", "status", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
+    known = {"run", "plan", "profile", "sim", "status", "report", "eval", "recipes", "topology", "check", "keys", "bench", "doctor"}
     assert {words[1] for words in listed} == known
     (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
     # What make train leaves behind; in this process, which is quicker and the same to the bit (test_same_bits).
@@ -76,6 +76,8 @@ def test_every_command_of_the_readme_runs(
         elif words[1:3] == ["bench", "recipes"]:
             (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", "stdlib"))
             said["bench recipes"] = dtrain(tmp_path, [*words[1:3], "tiny.toml", *words[3:]])
+        elif words[1] == "doctor":  # its status is 0 where nothing will stop a job
+            said[words[1]] = dtrain(tmp_path, words[1:])
         else:  # in this process, which has imported torch already
             # A Poisson clock has no rounds.
             smaller = [key for key in SMALLER if not (key.startswith("sync.") and "sim.clock=poisson" in words)]
@@ -84,6 +86,7 @@ def test_every_command_of_the_readme_runs(
             said["uncertainty" if "--uncertainty" in words else words[1]] = capsys.readouterr().out
     assert "sync.every" in said["keys"]
     assert said["check"].count("kept ") == 7
+    assert said["doctor"].splitlines()[-1] == "nothing will stop a job"
     assert [line.split()[0] for line in said["uncertainty"].splitlines()[1:-1]] == ["merged", "island0", "island1", "ensemble"]
     assert "a step takes" in said["profile"]
     assert said["status"].splitlines()[0] == "runs/quickstart: finished; 2 islands, delayed_diloco"
