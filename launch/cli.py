@@ -17,13 +17,12 @@ from rich.text import Text
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_plan import plan
+from dtrain.launch.cli_run import run
 from dtrain.launch.cli_topology import topology
+from dtrain.launch.closing import EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER_ERROR, close, complain, resumable
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
-
-EXIT_USER_ERROR = 2
-EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
-EXIT_INTERRUPTED = 130
+from dtrain.launch.typed import Fresh, FreshName, JobFile, Overrides, Resume
 
 _ABOUT = """Train one model on several islands of computers that only a slow link connects.
 
@@ -44,57 +43,9 @@ Start here:
 
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
+app.command()(run)
 app.command()(topology)
 app.command()(plan)
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="keys that differ from the file", show_default=False)
-]
-Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="replace a run of the same name")]
-FreshName = Annotated[bool, typer.Option("--fresh-name", help="keep a run of the same name, take NAME-2")]
-
-
-@app.command()
-def run(
-    context: typer.Context,
-    job_file: JobFile,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    fresh_name: FreshName = False,
-) -> None:
-    """Run a job: every island of it, on this machine.
-
-    Each island gets its own torchrun. With "-- SCRIPT ARGS" at the end every rank
-    runs that script instead, which calls dtrain.join.
-
-    Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
-    """
-    from dtrain.launch.local import Outcome, run_local
-
-    script: tuple[str, ...] = context.obj or ()
-    if script and not Path(script[0]).is_file():
-        raise ValueError(f"no script at {script[0]}")
-    console = Console()
-    choice = Choice(resume, fresh, fresh_name)
-    with open_run(job_file, overrides or (), choice, how="script" if script else "run") as opened:
-        for note in opened.notes:
-            console.print(Text(note), soft_wrap=True)
-        outcome = Outcome(0)
-        if not opened.finished:
-            outcome = run_local(opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console)
-        if outcome.exit_status == 0:
-            _close(console, opened.run, opened.job.islands.count, summary=not script)
-    if outcome.exit_status:
-        for line in outcome.log:
-            print(line, file=sys.stderr)
-        message = outcome.message
-        if outcome.exit_status not in (1, EXIT_USER_ERROR):
-            message = _resumable(message, "run", opened.run, script)
-        raise typer.Exit(_complain(outcome.exit_status, message))
-
 
 @app.command(hidden=True)
 def train(job_file: JobFile, window: Annotated[str | None, typer.Option("--profile")] = None) -> None:
@@ -138,8 +89,8 @@ def sim(
             if job.sim.problem == "gpt" and job.sim.has_clock:
                 virtual = account(job, opened.run)
         except KeyboardInterrupt:
-            raise typer.Exit(_complain(EXIT_INTERRUPTED, _resumable("stopped", "sim", opened.run))) from None
-        _close(console, opened.run, job.islands.count, summary=job.sim.problem == "gpt", virtual=virtual)
+            raise typer.Exit(complain(EXIT_INTERRUPTED, resumable("stopped", "sim", opened.run))) from None
+        close(console, opened.run, job.islands.count, summary=job.sim.problem == "gpt", virtual=virtual)
 
 
 @app.command()
@@ -166,7 +117,7 @@ def profile(
     if tables is None:
         for line in outcome.log:
             print(line, file=sys.stderr)
-        raise typer.Exit(_complain(outcome.exit_status, outcome.message))
+        raise typer.Exit(complain(outcome.exit_status, outcome.message))
     from dtrain.profile_table import KERNEL_HEADER, PART_HEADER, SHARE_HEADER
 
     shown = (KERNEL_HEADER, tables.kernels), (ncu.HEADER, tables.dram), (PART_HEADER, tables.parts), (SHARE_HEADER, tables.shares)
@@ -264,7 +215,7 @@ def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a name, 
         word = {True: "kept", False: "BROKEN", None: "skipped"}[one.kept]
         console.print(Text(f"{word:<7} {one.promise}: {one.found}"), soft_wrap=True)
     if broken:
-        raise typer.Exit(_complain(1, f"{recipe} breaks {broken} of its promises"))
+        raise typer.Exit(complain(1, f"{recipe} breaks {broken} of its promises"))
 
 
 @app.command()
@@ -303,17 +254,17 @@ def run_command(arguments: list[str]) -> int:
         known |= {group.name for group in app.registered_groups}
         command = f"dtrain {ours[0]}" if ours and ours[0] in known else "dtrain"
         message = e.format_message()
-        return _complain(EXIT_USER_ERROR, f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help.")
+        return complain(EXIT_USER_ERROR, f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help.")
     except ValueError as e:
-        return _complain(EXIT_USER_ERROR, str(e))
+        return complain(EXIT_USER_ERROR, str(e))
     except OSError as e:
         if e.filename is None or ours[:1] == ["train"]:  # not a path that somebody typed
             raise
-        return _complain(EXIT_USER_ERROR, f"{e.filename}: {e.strerror}; name a path that can be used")
+        return complain(EXIT_USER_ERROR, f"{e.filename}: {e.strerror}; name a path that can be used")
     except PeerLost as e:
-        return _complain(EXIT_RESUMABLE, str(e))
+        return complain(EXIT_RESUMABLE, str(e))
     except (KeyboardInterrupt, typer.Abort):
-        return _complain(EXIT_INTERRUPTED, "stopped")
+        return complain(EXIT_INTERRUPTED, "stopped")
     return status if isinstance(status, int) else 0
 
 
@@ -323,34 +274,3 @@ def _split_script(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
         return arguments, ()
     at = arguments.index("--")
     return arguments[:at], tuple(arguments[at + 1 :])
-
-
-def _complain(exit_status: int, message: str) -> int:
-    print(f"dtrain: {' '.join(message.split())}", file=sys.stderr)
-    return exit_status
-
-
-def _resumable(message: str, command: str, run_folder: Path, script: tuple[str, ...] = ()) -> str:
-    import shlex
-
-    again = ["dtrain", command, str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])]
-    return f"{message}; resume with: {shlex.join(again)}"
-
-
-def _close(
-    console: Console, run_folder: Path, num_islands: int, *, summary: bool, virtual: list[list[str]] | None = None
-) -> None:
-    """The last screen: what came out, what it cost, and where to go from here."""
-    if summary:
-        from dtrain.report import closing_rows, write_summary
-
-        rows = closing_rows(write_summary(run_folder, num_islands))
-        console.print()
-        console.print(table(["", "", "what this means"], [list(row) for row in rows]))
-    if virtual:
-        console.print()
-        console.print(table(["", "on the virtual clock", "what this means"], virtual))
-    console.print(Text(f"\neverything is in {run_folder}"), soft_wrap=True)
-    if summary:
-        console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)
-        console.print(Text(f"  dtrain eval {run_folder}      its models, evaluated again"), soft_wrap=True)

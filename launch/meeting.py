@@ -1,5 +1,7 @@
 """Where do the islands of a run find each other? At a store that the launcher owns.
 
+It is plain TCP and asks nobody who he is, so it listens on loopback unless the job names a network: one you trust, or a VPN.
+
 The socket is opened first and the store is made on it later: the islands start while this process still imports torch, and
 their first words wait in the socket's queue.
 """
@@ -41,7 +43,7 @@ def serve(listener: socket.socket) -> TCPStore:
 
 def _address(link: LinkSection) -> str:
     if link.interface:
-        return _interface_address(link.interface)
+        return interface_address(link.interface)
     if not link.advertise or link.advertise == "localhost":
         return "127.0.0.1"
     try:
@@ -50,7 +52,8 @@ def _address(link: LinkSection) -> str:
         return "0.0.0.0"
 
 
-def _interface_address(name: str) -> str:
+def interface_address(name: str) -> str:
+    """Its IPv4 address; raises ValueError where there is no such interface, or none."""
     import fcntl
 
     known = [interface for _, interface in socket.if_nameindex()]
