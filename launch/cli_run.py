@@ -101,8 +101,9 @@ def _all(
 def _part(
     job_file: Path, changes: tuple[str, ...], choice: Choice, island: int, meet: str, script: tuple[str, ...]
 ) -> None:
-    from dtrain.launch.part import run_part
+    from dtrain.launch.part import address, run_part
 
+    address(meet)  # before anything is written
     console = Console()
     with open_part(job_file, changes, choice, island, how="script" if script else "run") as opened:
         outcome = run_part(opened.job, opened.run, island, meet, script=script, console=console)

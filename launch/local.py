@@ -291,6 +291,7 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView) -> Outcome:
         trained = any(island.loss is not None and island.step > fleet.step for island in fleet.views)
         match decide(seen, trained=trained, script=bool(launch.script)):
             case Done():
+                fleet.commit(store)
                 for line in printed.lines(fleet.epoch):
                     view.line(line)
                 return Outcome(0)

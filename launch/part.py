@@ -42,7 +42,7 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
     """Keep one island of a job to its end; when this returns or raises, no process of it is left.
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
-    host, port = _address(meet)
+    host, port = address(meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():
         store = _reach(host, port, job.link.timeout_s, view.line)
         from dtrain import checkpoint  # noqa: F401  (seconds of import, before anyone waits for a word of this part)
@@ -200,7 +200,8 @@ def _end_of(log: tuple[Path, list[str]]) -> tuple[str, ...]:
     return (str(log[0]), *log[1])
 
 
-def _address(meet: str) -> tuple[str, int]:
+def address(meet: str) -> tuple[str, int]:
+    """Of --meet; raises ValueError where it is none."""
     host, _, port = meet.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise ValueError(f"--meet {meet!r} is no address; write HOST:PORT, as the launcher prints it")
