@@ -28,8 +28,8 @@ def skip_without_sshd() -> None:
 
 
 @contextmanager
-def running_sshd(folder: Path, host: str) -> Iterator[Path]:
-    """A configuration for ssh's -F in which ``host`` is this machine. Whom it trusts is all in the folder."""
+def running_sshd(folder: Path, *hosts: str) -> Iterator[Path]:
+    """A configuration for ssh's -F in which all ``hosts`` are this machine. Whom it trusts is all in the folder."""
     for name in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -41,7 +41,7 @@ def running_sshd(folder: Path, host: str) -> Iterator[Path]:
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host_key.pub').read_text()}")
     config = folder / "ssh_config"
     config.write_text(
-        f"Host {host}\nHostName 127.0.0.1\nPort {port}\nUser {getpass.getuser()}\nIdentityFile {folder}/user_key\n"
+        f"Host {' '.join(hosts)}\nHostName 127.0.0.1\nPort {port}\nUser {getpass.getuser()}\nIdentityFile {folder}/user_key\n"
         f"IdentitiesOnly yes\nStrictHostKeyChecking yes\nUserKnownHostsFile {folder}/known_hosts\n"
         "GlobalKnownHostsFile /dev/null\n"
     )

@@ -23,8 +23,7 @@ from tests.dist.sshd import running_sshd, skip_without_sshd
 
 STEPS = 90
 ALIKE = (*SMALL, f"train.steps={STEPS}", "train.checkpoint_every=30", "sync.every=10", "sync.delay=5", "train.batch=4")
-BY_HAND = 'islands.each=[{},{launcher="manual"}]'
-NEAR = "link.interface=lo"
+NEAR = ("link.interface=lo", "link.port=0")
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +34,31 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return final_weights(folder / "calm")
 
 
-def assert_same(calm: dict[str, torch.Tensor], run: Path, said: str) -> None:
+def commands() -> list[list[str]]:
+    """What the README says to type at sites, and where the launcher is."""
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("dtrain run ")]
+    words = [shlex.split(line, comments=True)[2:] for line in lines]
+    return [line for line in words if "--hosts" in line or line[0].endswith("two_sites.toml")]
+
+
+OVER_SSH, (TWO_SITES,), BY_HAND = commands()
+
+
+def assert_same(calm: dict[str, torch.Tensor], run: Path, hosts: tuple[Path, Path], said: str) -> None:
     """Each island's model lies where the island ran, and the merged one where island 0 did."""
-    far = run.with_name(f"{run.name}-island1")
-    ended = final_weights(run)
-    ended |= {f"island1.{name}": x for name, x in load_file(far / "islands" / "island1.safetensors").items()}
+    ended = final_weights(hosts[0])
+    ended |= {f"island1.{name}": x for name, x in load_file(hosts[1] / "islands" / "island1.safetensors").items()}
+    assert not (hosts[1] / "model.safetensors").exists()
     assert ended.keys() == calm.keys(), said
     assert [name for name in calm if not torch.equal(calm[name], ended[name])] == []
     lines = metrics.read(run / "metrics.jsonl")
     assert sorted((line["island"], line["step"]) for line in lines) == [(i, s) for i in (0, 1) for s in range(1, STEPS + 1)]
     assert metrics.read_json(run / "summary.json")["islands"] == 2
     steps = checkpoint.committed(run)
-    assert steps == checkpoint.committed(far)
     assert (len(steps), steps[-1]) == (2, STEPS)
-    for host, island in ((run, "island0"), (far, "island1")):
-        assert sorted(p.name for p in checkpoint.step_folder(host, STEPS).iterdir()) == ["COMMIT", island]
+    for island, host in enumerate(hosts):
+        assert checkpoint.committed(host) == steps
+        assert sorted(p.name for p in checkpoint.step_folder(host, STEPS).iterdir()) == ["COMMIT", f"island{island}"]
 
 
 @contextmanager
@@ -57,10 +66,13 @@ def by_hand(folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
     """Types at the site what the launcher says that it has to."""
     out = folder / f"{name}.out"
     until(lambda: "is started at its site, by: " in out.read_text(), "the launcher to say what its site types")
-    (line,) = re.findall(r"island 1 is started at its site, by: dtrain (.*)", out.read_text())
+    (line,) = re.findall(r"island 1 is started at its site, by: dtrain run (.*)", out.read_text())
+    words = shlex.split(line)
+    typed = words[words.index("--island") :]
+    assert [words[0], *typed[:-1]] == [str(ROOT / BY_HAND[0]), *BY_HAND[1:-1]], "as the README shows it"
     with (folder / f"{name}.far.out").open("w") as output:
         part = subprocess.Popen(
-            [sys.executable, "-m", "dtrain.launch", *shlex.split(line)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+            [sys.executable, "-m", "dtrain.launch", "run", *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         try:
@@ -78,17 +90,17 @@ def said_by(folder: Path, name: str) -> str:
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_an_island_that_its_site_starts_is_the_same_to_the_bit(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
-    with started(tmp_path, "hand", *ALIKE, NEAR, BY_HAND) as launcher, by_hand(tmp_path, "hand") as part:
+    with started(tmp_path, "hand", *ALIKE, *NEAR, job=ROOT / TWO_SITES) as launcher, by_hand(tmp_path, "hand") as part:
         assert (launcher.wait(timeout=200), part.wait(timeout=30)) == (0, 0), said_by(tmp_path, "hand")
     said = said_by(tmp_path, "hand")
     assert "waiting for its site" in said, "one sees what is waited for"
-    assert_same(calm, tmp_path / "hand", said)
+    assert_same(calm, tmp_path / "hand", (tmp_path / "hand", tmp_path / "hand-island1"), said)
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.slow
 def test_a_rank_that_is_killed_at_its_site_is_started_again_there(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
-    with started(tmp_path, "lost", *ALIKE, NEAR, BY_HAND) as launcher, by_hand(tmp_path, "lost") as part:
+    with started(tmp_path, "lost", *ALIKE, *NEAR, job=ROOT / TWO_SITES) as launcher, by_hand(tmp_path, "lost") as part:
         until(lambda: steps_written(tmp_path / "lost-island1") >= 40, "40 steps there", timeout_s=200)
         (rank,) = [pid for pid in descendants(part.pid) if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(rank, signal.SIGKILL)
@@ -96,15 +108,20 @@ def test_a_rank_that_is_killed_at_its_site_is_started_again_there(tmp_path: Path
     said = said_by(tmp_path, "lost")
     assert "waiting for island 1" in said
     assert "island 1 was lost and is started again; all islands go on from step" in said
-    assert_same(calm, tmp_path / "lost", said)
+    assert_same(calm, tmp_path / "lost", (tmp_path / "lost", tmp_path / "lost-island1"), said)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_an_island_over_ssh_is_the_same_to_the_bit(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
+def test_islands_over_ssh_are_the_same_to_the_bit(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
+    """All of them elsewhere: the launcher has none of its own."""
     skip_without_sshd()
-    over_ssh = ('islands.each=[{},{launcher="ssh"}]', "--hosts", "far", "--ssh-config")
-    with running_sshd(tmp_path, "far") as config:
-        with started(tmp_path, "ssh", *ALIKE, NEAR, *over_ssh, str(config)) as launcher:
-            assert launcher.wait(timeout=200) == 0, said_by(tmp_path, "ssh") + (tmp_path / "sshd.log").read_text()
-        assert_same(calm, tmp_path / "ssh", said_by(tmp_path, "ssh"))
+    job, *words = OVER_SSH
+    hosts = words[words.index("--hosts") + 1].split(",")
+    with running_sshd(tmp_path, *hosts) as config:
+        own = [word for word in words if not word.startswith(("job.name=", "link.interface="))]
+        with started(tmp_path, "ssh", *own, *ALIKE, *NEAR, "--ssh-config", str(config), job=ROOT / job) as launcher:
+            assert launcher.wait(timeout=250) == 0, said_by(tmp_path, "ssh") + (tmp_path / "sshd.log").read_text()
+    said = said_by(tmp_path, "ssh")
+    assert "everything but what is island 0, 1's own is in" in said
+    assert_same(calm, tmp_path / "ssh", (tmp_path / "ssh-island0", tmp_path / "ssh-island1"), said)
