@@ -42,20 +42,20 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
     """Keep one island of a job to its end; when this returns or raises, no process of it is left.
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
-    host, port = address(meet)
+    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
+    part, line = Part(launch, island), None
     with LiveView(console, bars=not script) as view, stop_signals_raise():
-        store = _reach(host, port, job.link.timeout_s, view.line)
-        from dtrain import checkpoint  # noqa: F401  (seconds of import, before anyone waits for a word of this part)
-
-        launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
-        with _launcher_there(meet):
-            line = _join(store, launch, island, view.line)
-        part = Part(launch, island)
         try:
+            store = _reach(*address(meet), job.link.timeout_s, view.line)
+            from dtrain import checkpoint  # noqa: F401  (seconds of import, before anyone waits for a word of this part)
+
+            with _launcher_there(meet):
+                line = _join(store, launch, island, view.line)
             return _keep(part, line, store, meet, view)
         except Stopped as stop:
-            with _launcher_there(meet):
-                line.report(part.report("gone"))
+            if line is not None:
+                with _launcher_there(meet):
+                    line.report(part.report("gone"))
             return Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
         finally:
             ignore_stop_signals()

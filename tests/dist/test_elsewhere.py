@@ -68,8 +68,8 @@ def by_hand(folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
     until(lambda: "is started at its site, by: " in out.read_text(), "the launcher to say what its site types")
     (line,) = re.findall(r"island 1 is started at its site, by: dtrain run (.*)", out.read_text())
     words = shlex.split(line)
-    typed = words[words.index("--island") :]
-    assert [words[0], *typed[:-1]] == [str(ROOT / BY_HAND[0]), *BY_HAND[1:-1]], "as the README shows it"
+    at = words.index("--island")
+    assert [words[0], *words[at : at + 3]] == [str(ROOT / BY_HAND[0]), *BY_HAND[1:-1]], "as the README shows it"
     with (folder / f"{name}.far.out").open("w") as output:
         part = subprocess.Popen(
             [sys.executable, "-m", "dtrain.launch", "run", *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
@@ -109,6 +109,23 @@ def test_a_rank_that_is_killed_at_its_site_is_started_again_there(tmp_path: Path
     assert "waiting for island 1" in said
     assert "island 1 was lost and is started again; all islands go on from step" in said
     assert_same(calm, tmp_path / "lost", (tmp_path / "lost", tmp_path / "lost-island1"), said)
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.slow
+def test_a_job_that_was_stopped_goes_on_at_both_sites(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
+    """A round of the slow link takes a quarter of a second: the test meets the job alive."""
+    run = tmp_path / "again"
+    job, slow = ROOT / TWO_SITES, (*ALIKE, *NEAR, "link.rtt=500ms")
+    with started(tmp_path, "again", *slow, job=job) as launcher, by_hand(tmp_path, "again") as part:
+        until(lambda: bool(checkpoint.committed(run)), "a checkpoint of both", timeout_s=200)
+        launcher.send_signal(signal.SIGINT)
+        assert (launcher.wait(timeout=60), part.wait(timeout=60)) == (130, 130), said_by(tmp_path, "again")
+    with started(tmp_path, "again", *ALIKE, *NEAR, "--resume", job=job) as launcher, by_hand(tmp_path, "again") as part:
+        assert (launcher.wait(timeout=200), part.wait(timeout=30)) == (0, 0), said_by(tmp_path, "again")
+    said = said_by(tmp_path, "again")
+    assert "resuming from step " in said
+    assert_same(calm, run, (run, tmp_path / "again-island1"), said)
 
 
 @pytest.mark.timeout(300)

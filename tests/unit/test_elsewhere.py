@@ -23,7 +23,7 @@ from dtrain.launch.islands import Launch
 from dtrain.launch.part_words import Joined, Line, Order, Report
 from dtrain.launch.run_folder import Choice, open_part
 from dtrain.metrics import ErrorNote
-from tests.unit.small_run import refused
+from tests.unit.small_run import commit, refused
 
 EACH = {"each": [{}, {"launcher": "manual", "ranks": 2}]}
 LINK = {"interface": "lo", "timeout_s": 9.0}
@@ -359,7 +359,9 @@ def test_a_wrong_address_is_one_line_after_the_links_limit(capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("in_a_folder")
-def test_hosts_and_restarts_are_kept_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_and_restarts_are_kept_with_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found: list[Job] = []
 
     def look(job: Job, run: Path, **options: object) -> object:
@@ -371,7 +373,6 @@ def test_hosts_and_restarts_are_kept_with_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("dtrain.launch.local.run_local", look)
     words = ["run", "job.toml", "--max-restarts", "7", "--hosts", "b"]
     assert run_command(words) == 75
-    assert run_command(["run", "job.toml", "islands.count=3", "job.name=all", "--hosts", "a,b,c", "islands.each=[{},{},{}]"]) == 2
     Path("plain.toml").write_text('[job]\nname = "plain"\n[islands]\ncount = 3\n[link]\ninterface = "lo"\n')
     assert run_command(["run", "plain.toml", "--hosts", "a,b,c"]) == 75
     assert run_command(["run", "job.toml", "--resume", "islands.each.1.host=d"]) == 75, "an island may move"
@@ -379,7 +380,14 @@ def test_hosts_and_restarts_are_kept_with_the_run(monkeypatch: pytest.MonkeyPatc
     assert (first.islands.max_restarts, first.island(1).host, first.elsewhere) == (7, "b", [1])
     assert [plain.island(k).host for k in range(3)] == ["a", "b", "c"]
     assert (again.islands.max_restarts, again.island(1).host) == (7, "d")
-    assert run_command(["run", "job.toml", "--resume", "islands.each.1.ranks=2"]) == 2
+    capsys.readouterr()
+    said = refused(capsys, "run", "job.toml", "--resume", "islands.each.1.ranks=2")
+    assert "islands.each.1.ranks = 2 differs from the run's 1" in said
+    commit(Path("runs/small"), 20, 2)
+    (Path("runs/small") / "logs" / "island0").mkdir(parents=True)
+    more = ["islands.count=3", "islands.each=[{},{},{}]"]
+    said = refused(capsys, "run", "runs/small/job.toml", "--resume", *more)
+    assert "islands.count = 3 differs from the run's 2, whose checkpoints lie on several hosts and cannot be merged here" in said
 
 
 @pytest.mark.usefixtures("in_a_folder")
