@@ -78,7 +78,7 @@ class Part:
     _batches: int = 0
 
     def __post_init__(self) -> None:
-        self._lines = Tail(self._metrics)
+        self._skip_lines()
 
     def carry_out(self, order: Order) -> None:
         """An order that is not the end. What goes wrong is said in the next report."""
@@ -156,9 +156,13 @@ class Part:
         if (run / "checkpoints").is_dir():
             checkpoint.discard_partial(run)
         metrics.cut_back(self._metrics, step)
-        self._lines = Tail(self._metrics)
-        self._lines.lines()  # said before, or of an earlier launch
+        self._skip_lines()
         self.trouble = None
+
+    def _skip_lines(self) -> None:
+        """Those that are there: said before, or of an earlier launch."""
+        self._lines = Tail(self._metrics)
+        self._lines.lines()
 
 
 def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView) -> Outcome:

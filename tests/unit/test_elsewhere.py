@@ -267,6 +267,8 @@ def test_a_part_goes_back_with_the_launcher_and_no_further(at_site: part.Part, t
     lines, report = at_site.look()
     assert (len(lines), report.batches) == (1, 2)
 
+    assert part.Part(at_site.launch, 1).look()[0] == [], "another start of the part says none of them again"
+
     at_site.carry_out(Order(2, "start", 1, 20))
     assert (tmp_path / "started").read_text() == "1 1 20"
     assert at_site.agent is not None
