@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def load_island(run: Path, step: int, island: int, wanted: Callable[[str], bool]
 
 def newest_commit(run: Path) -> int | None:
     """The newest step that all islands have written, or None."""
-    steps = _committed(run)
+    steps = committed(run)
     return steps[-1] if steps else None
 
 
@@ -97,18 +97,54 @@ def commit_islands(run: Path, step: int) -> int:
         raise ValueError(f"{mark} is damaged; remove {mark.parent} to resume from an earlier checkpoint") from None
 
 
-def commit_ready(run: Path, num_islands: int, keep: int) -> None:
+def commit_ready(run: Path, num_islands: int, keep: int, elsewhere: Mapping[int, Set[int]] | None = None) -> None:
     """Write COMMIT for each step that all islands have written; then drop all but the newest ``keep`` committed
-    steps."""
-    for folder in sorted((run / "checkpoints").glob("step_*")):
-        complete = all((folder / f"island{i}" / _MANIFEST).exists() for i in range(num_islands))
-        if complete and not (folder / "COMMIT").exists():
-            mark = folder / ".COMMIT"
-            mark.write_text(json.dumps({"islands": num_islands}), encoding="utf-8")
-            mark.rename(folder / "COMMIT")
-    for step in _committed(run)[:-keep]:
-        (step_folder(run, step) / "COMMIT").unlink()
-        shutil.rmtree(step_folder(run, step))
+    steps. ``elsewhere``: of islands whose files lie on other hosts, the steps that each has written there."""
+    far = {} if elsewhere is None else elsewhere
+    for step in sorted(written(run).union(*far.values())):
+        folder = step_folder(run, step)
+        complete = all(step in far[i] if i in far else (folder / f"island{i}" / _MANIFEST).exists() for i in range(num_islands))
+        if complete:
+            mark_commit(run, step, num_islands)
+    for step in committed(run)[:-keep]:
+        _drop(run, step)
+
+
+def written(run: Path, island: int | None = None) -> set[int]:
+    """The steps that an island has written whole; those that any has begun to, where none is named."""
+    folders = (run / "checkpoints").glob("step_*" if island is None else f"step_*/island{island}/{_MANIFEST}")
+    return {int((p if island is None else p.parents[1]).name.removeprefix("step_")) for p in folders}
+
+
+def committed(run: Path) -> list[int]:
+    """The steps that are a job's checkpoints, the newest last."""
+    return sorted(int(p.parent.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*/COMMIT"))
+
+
+def mark_commit(run: Path, step: int, num_islands: int) -> None:
+    """COMMIT for a step that all islands are known to have written; nothing where it is there."""
+    folder = step_folder(run, step)
+    if not (folder / "COMMIT").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / ".COMMIT"
+        mark.write_text(json.dumps({"islands": num_islands}), encoding="utf-8")
+        mark.rename(folder / "COMMIT")
+
+
+def follow_commits(run: Path, island: int, steps: Sequence[int], num_islands: int) -> None:
+    """On the host of one island: mark what the launcher has committed, and drop what is older than all that it keeps."""
+    have = written(run, island)
+    for step in steps:
+        if step in have:
+            mark_commit(run, step, num_islands)
+    for step in written(run):
+        if steps and step < min(steps):
+            _drop(run, step)
+
+
+def _drop(run: Path, step: int) -> None:
+    (step_folder(run, step) / "COMMIT").unlink(missing_ok=True)
+    shutil.rmtree(step_folder(run, step))
 
 
 def discard_partial(run: Path) -> None:
@@ -248,10 +284,6 @@ def check_same_model(weights: Mapping[str, Tensor], model: torch.nn.Module, wher
         f"{where} holds another model: {name} has shape {have.get(name, 'none')} there and {want.get(name, 'none')} in this job; "
         "resume with the [model] section it was made with"
     )
-
-
-def _committed(run: Path) -> list[int]:
-    return sorted(int(p.parent.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*/COMMIT"))
 
 
 def _verify(folder: Path) -> None:

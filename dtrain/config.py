@@ -9,7 +9,7 @@ import difflib
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from dtrain import units
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
+from dtrain.sections_each import Each, IslandPlan
 from dtrain.sections_sync import Level, Sync
 from dtrain.units import LINK_KEYS
 
@@ -32,6 +33,8 @@ _USE = {
     "less_than_equal": "{le} or less", "too_short": "a list of {min_length} or more",
 }  # fmt: skip
 """What pydantic's errors mean for a person who has to write something else."""
+_TABLES: dict[str, tuple[str, type[Section]]] = {"sync": ("level", Level), "islands": ("each", Each)}
+"""Of which sections there are tables, [[sync.level]] and [[islands.each]], and what each may say."""
 
 
 class Job(Section):
@@ -59,40 +62,72 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:
-        shared = self.islands.engine == "ddp"  # all of it passes through each stage of a pipeline
-        parts = (self.islands.ranks if shared else 1) * self.train.accumulate
-        if self.train.batch % parts:
-            by = "islands.ranks x train.accumulate" if shared else "train.accumulate"
-            raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
+        for ranks_key, ranks, engine in self._shapes():
+            shared = engine == "ddp"  # all of it passes through each stage of a pipeline
+            parts = (ranks if shared else 1) * self.train.accumulate
+            if self.train.batch % parts:
+                by = f"{ranks_key} x train.accumulate" if shared else "train.accumulate"
+                raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
         return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Job:
-        ranks, layers, micro_batches = self.islands.ranks, self.model.layers, self.train.accumulate
-        if self.islands.engine != "pipeline":
-            return self
+        for ranks_key, ranks, engine in self._shapes():
+            if engine == "pipeline":
+                self._check_stages(ranks_key, ranks)
+        return self
+
+    def _check_stages(self, ranks_key: str, ranks: int) -> None:
+        layers, micro_batches, engine_key = self.model.layers, self.train.accumulate, ranks_key.replace("ranks", "engine")
         if ranks < 2:
             raise ValueError(
-                'islands.engine = "pipeline" with islands.ranks = 1 is one stage, which is no pipeline; use islands.ranks=2 or '
-                "more, or islands.engine=ddp"
+                f'{engine_key} = "pipeline" with {ranks_key} = 1 is one stage, which is no pipeline; use {ranks_key}=2 or '
+                f"more, or {engine_key}=ddp"
             )
         if self.sync.include is not None or self.sync.exclude is not None:
             axis = "include" if self.sync.include is not None else "exclude"
             raise ValueError(
-                f'sync.{axis} with islands.engine = "pipeline": a stage may have none of those parameters; leave it out, or use '
-                "islands.engine=ddp"
+                f'sync.{axis} with {engine_key} = "pipeline": a stage may have none of those parameters; leave it out, or use '
+                f"{engine_key}=ddp"
             )
         if ranks > layers:
             raise ValueError(
-                f"islands.ranks = {ranks} stages of a pipeline need a block each, and there are model.layers = {layers}; use "
+                f"{ranks_key} = {ranks} stages of a pipeline need a block each, and there are model.layers = {layers}; use "
                 "fewer ranks, or more layers"
             )
         if micro_batches < ranks:
             raise ValueError(
-                f"train.accumulate = {micro_batches} micro-batches leave some of islands.ranks = {ranks} stages of a pipeline "
+                f"train.accumulate = {micro_batches} micro-batches leave some of {ranks_key} = {ranks} stages of a pipeline "
                 f"without work all the time; use train.accumulate={ranks} or more"
             )
-        return self
+
+    def island(self, k: int) -> IslandPlan:
+        """What is said of one island: by its table [[islands.each]], else by [islands] and [link]."""
+        own = Each() if self.islands.each is None else self.islands.each[k]  # pyright: ignore[reportCallIssue]
+        return IslandPlan(
+            own.ranks or self.islands.ranks, own.engine or self.islands.engine, own.launcher, own.host, own.workdir, own.python,
+            own.interface or self.link.interface,
+        )  # fmt: skip
+
+    @property
+    def ranks(self) -> int:
+        """Of all islands together."""
+        return sum(self.island(k).ranks for k in range(self.islands.count))
+
+    @property
+    def elsewhere(self) -> list[int]:
+        """The islands that are not the launcher's own children."""
+        return [k for k in range(self.islands.count) if not self.island(k).here]
+
+    def _shapes(self) -> Iterator[tuple[str, int, str]]:
+        """(the key that says the ranks, ranks, engine) of every island whose table says some, and of those that take [islands]'
+        answers."""
+        if self.islands.each is None:
+            yield "islands.ranks", self.islands.ranks, self.islands.engine
+        for k, own in enumerate(self.islands.each or ()):
+            plan = self.island(k)
+            key = "islands.ranks" if own.ranks is None and own.engine is None else f"islands.each.{k}.ranks"
+            yield key, plan.ranks, plan.engine
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -115,18 +150,21 @@ def parse_job(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "
     changes = [_split_override(text) for text in overrides]
     if any(section == "sync" and key == "recipe" for section, key, _ in changes):
         tree["sync"] = {}
-    levels = _copied_levels(tree)
-    for k, level in enumerate(levels):
+    tables = {section: _copied_tables(tree, section) for section in _TABLES}
+    for k, level in enumerate(tables["sync"]):
         if any(section == "sync" and key == f"level.{k}.recipe" for section, key, _ in changes):
-            levels[k] = {name: value for name, value in level.items() if name in LINK_KEYS}
+            tables["sync"][k] = {name: value for name, value in level.items() if name in LINK_KEYS}
     for section, key, value in changes:
         branch = tree.setdefault(section, {})
-        if section == "sync" and key.startswith("level."):
-            branch, key = _level_of(levels, key)
+        name, _ = _TABLES.get(section, ("", None))
+        if key.startswith(f"{name}.") and name:
+            branch, key = _table_of(section, tables[section], key)
         if isinstance(branch, dict):
             branch[key] = value
-    if levels:
-        tree["sync"]["level"] = levels
+    for section, copied in tables.items():
+        name = _TABLES[section][0]
+        if copied and not any((section, name) == (typed, key) for typed, key, _ in changes):
+            tree[section][name] = copied
     typed = {(section, key) for section, key, _ in changes} | {(section, "") for section, _, _ in changes if section not in raw}
 
     def whose(section: str, key: str) -> str:
@@ -147,9 +185,11 @@ def _refusal(refused: ValidationError, whose: Whose) -> str:
     name = ".".join(map(str, place))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and "=" in message:
+        if place and isinstance(place[-1], int):  # a table, which does not know its number
+            message = f"{name}.{message}"
         key = str(place[-1]) if place else ""
         message = name + message.removeprefix(key) if key and message.startswith(f"{key} =") else message
-        keys = re.findall(r"\b([a-z]+)\.((?:level\.\d\.)?[a-z_]+)", message)
+        keys = re.findall(r"\b([a-z]+)\.((?:(?:level|each)\.\d+\.)?[a-z_]+)", message)
         return f"{next((by for pair in keys if (by := whose(*pair)) == _TYPED), whose('', ''))}: {message}"
     section, _, key = name.partition(".")
     where = whose(section, re.sub(r"\.\d+$", "", key))
@@ -195,10 +235,11 @@ def dump_job(job: Job) -> str:
         section: Section = getattr(job, name)
         lines.append(f"[{name}]")
         said = section.model_dump(exclude_none=True)
-        levels = said.pop("level", [])
+        of_tables = _TABLES[name][0] if name in _TABLES else ""
+        tables = said.pop(of_tables, [])
         lines += [f"{key} = {toml_value(value)}" for key, value in said.items()]
-        for level in levels:
-            lines += [f"[[{name}.level]]", *(f"{key} = {toml_value(value)}" for key, value in level.items())]
+        for table in tables:
+            lines += [f"[[{name}.{of_tables}]]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
         lines.append("")
     return "\n".join(lines)
 
@@ -228,20 +269,24 @@ def _split_override(text: str) -> tuple[str, str, object]:
         return section, key, value
 
 
-def _copied_levels(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that tables [[sync.level]] gave, to be changed; none where they are something else, which is refused later."""
-    sync = tree.get("sync")
-    levels = sync.get("level") if isinstance(sync, dict) else None
-    return [dict(level) for level in levels] if isinstance(levels, list) and all(isinstance(v, dict) for v in levels) else []
+def _copied_tables(tree: dict[str, Any], section: str) -> list[dict[str, Any]]:
+    """Those that [[sync.level]] or [[islands.each]] gave, to be changed; none where they are something else, which is refused
+    later."""
+    said = tree.get(section)
+    tables = said.get(_TABLES[section][0]) if isinstance(said, dict) else None
+    return [dict(table) for table in tables] if isinstance(tables, list) and all(isinstance(v, dict) for v in tables) else []
 
 
-def _level_of(levels: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], str]:
-    """``level.1.every`` -> the second level, ``every``."""
-    _, number, inner = (*key.split(".", 2), "", "")[:3]
-    if not inner or not number.isdecimal() or int(number) >= len(levels):
-        known = f"level.0 to level.{len(levels) - 1}" if levels else "no [[sync.level]]"
-        raise ValueError(f"sync.{key} names no key of a level; the job has {known}, and sync.level.0.every is a key of the first")
-    return levels[int(number)], inner
+def _table_of(section: str, tables: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], str]:
+    """Of section sync, ``level.1.every`` -> the second level, ``every``; of islands likewise ``each.1.host``."""
+    name, number, inner = (*key.split(".", 2), "", "")[:3]
+    if not inner or not number.isdecimal() or int(number) >= len(tables):
+        what, example = ("a level", "every") if section == "sync" else ("an island's table", "host")
+        known = f"{name}.0 to {name}.{len(tables) - 1}" if tables else f"no [[{section}.{name}]]"
+        raise ValueError(
+            f"{section}.{key} names no key of {what}; the job has {known}, and {section}.{name}.0.{example} is a key of the first"
+        )
+    return tables[int(number)], inner
 
 
 def _refuse_unknown(tree: dict[str, Any], whose: Whose) -> None:
@@ -258,11 +303,11 @@ def _refuse_unknown(tree: dict[str, Any], whose: Whose) -> None:
                 homes = [name for name, field in Job.model_fields.items() if key in field.default.__class__.model_fields]
                 hint = f"; did you mean {homes[0]}.{key}?" if homes else _did_you_mean(key, list(model.model_fields))
                 raise ValueError(f"{whose(section, key)}: unknown key {section}.{key}{hint}")
-        for k, level in enumerate(_copied_levels(tree) if section == "sync" else ()):
-            for key in level:
-                if key not in Level.model_fields:
-                    hint = _did_you_mean(key, list(Level.model_fields))
-                    raise ValueError(f"{whose('sync', f'level.{k}.{key}')}: unknown key sync.level.{k}.{key}{hint}")
+        name, model = _TABLES.get(section, ("", Section))
+        for k, key in ((k, key) for k, table in enumerate(_copied_tables(tree, section) if name else ()) for key in table):
+            if key not in model.model_fields:
+                hint = _did_you_mean(key, list(model.model_fields))
+                raise ValueError(f"{whose(section, f'{name}.{k}.{key}')}: unknown key {section}.{name}.{k}.{key}{hint}")
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -283,7 +328,7 @@ def _ints_to_floats(tree: dict[str, Any]) -> dict[str, Any]:
         return {k: _float(v) if (name, k) in floats else v for k, v in section.items()}
 
     out = {name: with_floats(name, section) for name, section in tree.items()}
-    if levels := _copied_levels(tree):
+    if levels := _copied_tables(tree, "sync"):
         out["sync"]["level"] = [with_floats("sync", level) for level in levels]
     return out
 

@@ -4,13 +4,14 @@ Every key is documented here, where it is defined. Pure: no torch, no clock, no 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dtrain import units
 from dtrain.methods import InnerOptimizer
 from dtrain.section import Section
+from dtrain.sections_each import Each
 
 Precision = Literal["fp32", "bf16"]
 
@@ -42,6 +43,27 @@ class Islands(Section):
     )
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 shares the machine's cores evenly")
     max_restarts: int = Field(3, ge=0, description="how often the launcher restarts an island that was killed")
+    each: list[Each] | None = Field(
+        None, min_length=1,
+        description="a table [[islands.each]] an island, island 0's first, where they differ or are not all here; count is their "
+        "number",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_is_the_number_of_tables(cls, said: Any) -> Any:
+        if isinstance(said, dict) and isinstance(said.get("each"), list) and "count" not in said:
+            return said | {"count": len(said["each"])}
+        return said
+
+    @model_validator(mode="after")
+    def _a_table_an_island(self) -> Islands:
+        if self.each is not None and len(self.each) != self.count:
+            raise ValueError(
+                f"islands.count = {self.count} with {len(self.each)} tables [[islands.each]]; write a table for each island, or "
+                "leave count out"
+            )
+        return self
 
 
 class ModelSection(Section):

@@ -51,7 +51,7 @@ _INSIDE: Mapping[str, Callable[[torch.device], Ranks]] = {"ddp": Replicas, "pipe
 
 def cpu_threads(job: Job) -> int:
     """Threads a rank. The number is part of a run's arithmetic, so live runs and the simulator take the same."""
-    return job.islands.threads or max(1, (os.cpu_count() or 1) // (job.islands.count * job.islands.ranks))
+    return job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks)
 
 
 def run_island(job: Job, place: Place, window: Window | None = None) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 from dtrain import chosen, own, quorum, schedule, topology
-from dtrain.config import Job, load_job
+from dtrain.config import Job, load_job, parse_job
 from dtrain.launch import meeting
+from dtrain.launch.elsewhere import check_hosts
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
@@ -51,8 +54,11 @@ def check_kernels() -> None:
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """``load_job``, with one line also for a path that the system refuses, and for kernels that cannot run here."""
+    """``load_job``, with one line also for a path that the system refuses, and for kernels that cannot run here; "-" is what
+    stands on stdin."""
     check_kernels()
+    if path == Path("-"):
+        return parse_job(tomllib.loads(sys.stdin.read()), overrides, where="the job on stdin")
     try:
         return load_job(path, overrides)
     except OSError as e:
@@ -133,14 +139,15 @@ def _with_levels(job: Job, levels: Sequence[Answers]) -> Job:
     return job.model_copy(update={"sync": sync})
 
 
-def check_input(job: Job, how: How) -> None:
-    """Raises ValueError for what would make every island fail; writes nothing."""
-    check_answers(job, how)
+def check_input(job: Job, how: How, part: int | None = None) -> None:
+    """Raises ValueError for what would make every island fail; writes nothing. ``part``: the one island that is
+    started here, of a launcher elsewhere."""
+    check_answers(job, how, part)
     if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
         check_text(job)
 
 
-def check_answers(job: Job, how: How) -> None:
+def check_answers(job: Job, how: How, part: int | None = None) -> None:
     """``check_input`` but for what is trained on, which takes longest to look at."""
     if not (how == "sim" and job.sim.clock == "poisson"):
         check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
@@ -148,26 +155,35 @@ def check_answers(job: Job, how: How) -> None:
         _refuse_barriers(job)
     if how == "sim":
         _check_sim(job)
-        if job.islands.ranks != 1:
-            more = " and islands.engine=ddp" if job.islands.engine != "ddp" else ""
-            raise ValueError(
-                f"islands.ranks = {job.islands.ranks}: dtrain sim gives every virtual island one rank; use islands.ranks=1{more}"
-            )
+        for k in range(job.islands.count):
+            key, plan = "islands.ranks" if job.islands.each is None else f"islands.each.{k}.ranks", job.island(k)
+            if plan.ranks != 1:
+                more = " and islands.engine=ddp" if job.islands.engine != "ddp" else ""
+                said = f"{key} = {plan.ranks}: dtrain sim gives every virtual island one rank"
+                raise ValueError(f"{said}; use {key}=1{more}")
     else:
         recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
-        check_ranks(recipe, job.islands.ranks)
-        if job.islands.engine == "pipeline" and (recipe.include or recipe.exclude):
+        plans = [job.island(k) for k in range(job.islands.count)]
+        for plan in plans:
+            check_ranks(recipe, plan.ranks)
+        if any(plan.engine == "pipeline" for plan in plans) and (recipe.include or recipe.exclude):
             raise ValueError(
                 f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "pipeline" '
                 "may have none of them; use islands.engine=ddp"
             )
         refuse_sim(job)
-        _check_link(job)
+        if part is None:
+            check_hosts(job)
+        _check_link(job, part)
     if how != "script" and job.sim.problem == "gpt":
         _check_parameters(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
+        for k, own in enumerate(job.islands.each or ()):
+            if own.engine not in (None, "ddp"):
+                said = f"islands.each.{k}.engine = {own.engine!r} has no effect on a script"
+                raise ValueError(f"{said}, which says it itself by what it wraps its model in; leave it out")
 
 
 def _check_parameters(job: Job) -> None:
@@ -276,9 +292,12 @@ def refuse_speeds(job: Job) -> None:
     _refuse_changed(job, "islands", "speeds", "with dtrain plan, whose slow islands are those of sim.stragglers")
 
 
-def _check_link(job: Job) -> None:
-    listener, _ = meeting.listen(job.link)
-    listener.close()
+def _check_link(job: Job, part: int | None) -> None:
+    if part is None:
+        listener, _ = meeting.listen(job.link)
+        listener.close()
+    elif job.island(part).interface:
+        meeting.interface_address(job.island(part).interface)
     if job.link.transport == "nccl":
         import torch  # 2 s, which only this transport is worth
 

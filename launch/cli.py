@@ -21,11 +21,13 @@ from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_doctor import doctor
 from dtrain.launch.cli_lab import lab_app
 from dtrain.launch.cli_plan import plan
+from dtrain.launch.cli_run import run
 from dtrain.launch.cli_status import status
 from dtrain.launch.cli_topology import topology
+from dtrain.launch.closing import EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER_ERROR, close, complain, resumable
 from dtrain.launch.run_folder import Choice, open_run
-from dtrain.launch.shown import EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER_ERROR, close, complain, resumable
 from dtrain.launch.tables import check_picture, table
+from dtrain.launch.typed import Fresh, FreshName, JobFile, Overrides, Resume
 
 _ABOUT = """Train one model on several islands of computers that only a slow link connects.
 
@@ -50,39 +52,11 @@ Start here:
 app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 app.add_typer(lab_app, name="lab")
+app.command()(run)
 app.command()(topology)
 app.command()(plan)
 app.command()(status)
 app.command()(doctor)
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="keys that differ from the file", show_default=False)
-]
-Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="replace a run of the same name")]
-FreshName = Annotated[bool, typer.Option("--fresh-name", help="keep a run of the same name, take NAME-2")]
-
-
-@app.command()
-def run(
-    context: typer.Context,
-    job_file: JobFile,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    fresh_name: FreshName = False,
-) -> None:
-    """Run a job: every island of it, on this machine.
-
-    Each island gets its own torchrun. With "-- SCRIPT ARGS" at the end every rank
-    runs that script instead, which calls dtrain.join.
-
-    Example: dtrain run launch/jobs/quickstart.toml train.steps=500 sync.every=50
-    """
-    from dtrain.launch.shown import run_shown
-
-    run_shown(job_file, overrides or (), Choice(resume, fresh, fresh_name), script=context.obj or (), command="run")
 
 
 @app.command(hidden=True)

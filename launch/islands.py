@@ -46,8 +46,7 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
     """Start an island's torchrun, in a session of its own so that Ctrl-C in the terminal reaches the launcher only."""
     logs = folder(launch.run, island)
     logs.mkdir(parents=True, exist_ok=True)
-    for name in _NEWS:
-        (logs / name).unlink(missing_ok=True)
+    forget_news(launch.run, island)
     with (logs / "agent.log").open("ab") as log:
         return subprocess.Popen(
             command(launch, island, epoch),
@@ -59,6 +58,11 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
         )
 
 
+def forget_news(run: Path, island: int) -> None:
+    for name in _NEWS:
+        (folder(run, island) / name).unlink(missing_ok=True)
+
+
 def command(launch: Launch, island: int, epoch: int) -> list[str]:
     ours = ("dtrain.launch", "train", str(launch.run / "job.toml"), *launch.options)
     site = launch.sites[island] if launch.sites else Site()
@@ -68,7 +72,7 @@ def command(launch: Launch, island: int, epoch: int) -> list[str]:
         "-m",
         "dtrain.launch.agent",
         "--nnodes=1",
-        f"--nproc-per-node={launch.job.islands.ranks}",
+        f"--nproc-per-node={launch.job.island(island).ranks}",
         f"--rdzv-id={_start_name(launch, epoch)}",  # names the log folder
         "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
         f"--log-dir={folder(launch.run, island) / 'torchrun'}",
@@ -80,7 +84,7 @@ def command(launch: Launch, island: int, epoch: int) -> list[str]:
 
 def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[str, str]:
     job = launch.job
-    threads = job.islands.threads or max(1, (os.cpu_count() or 1) // (job.islands.count * job.islands.ranks))
+    threads = job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks)
     return {
         "DTRAIN_RUN": str(launch.run),
         "DTRAIN_JOB": str(launch.run / "job.toml"),
@@ -89,7 +93,7 @@ def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[s
         "DTRAIN_MEET": launch.meet,
         "DTRAIN_EPOCH": str(epoch),
         "DTRAIN_RESUME_STEP": str(step),
-        "GLOO_SOCKET_IFNAME": job.link.interface or "lo",
+        "GLOO_SOCKET_IFNAME": job.island(island).interface or "lo",
         "OMP_NUM_THREADS": str(threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
         TAG_VARIABLE: launch.tag,

@@ -11,12 +11,14 @@ from pydantic.fields import FieldInfo
 from dtrain.config import Job
 from dtrain.recipes import DEFAULT_RECIPE
 from dtrain.section import Section
+from dtrain.sections_each import Each
 from dtrain.sections_sync import Level
 from dtrain.units import LINK_KEYS
 
-_OWN_DEFAULTS = {("sync", "recipe"): f'"{DEFAULT_RECIPE}"', ("sync", "level"): "(none)"}
+_OWN_DEFAULTS = {("sync", "recipe"): f'"{DEFAULT_RECIPE}"', ("sync", "level"): "(none)", ("islands", "each"): "(none)"}
 _PLACES = {"islands": "0", "rate": "N", "rtt": "N"}
 """Which levels say it."""
+_EACH_DEFAULTS = {"host": "(--hosts)", "workdir": "(here)", "python": "(here)", "interface": "link.interface"}
 
 
 def key_rows(section: str | None = None) -> list[list[str]]:
@@ -38,6 +40,10 @@ def _section_rows(name: str, section: Section) -> Iterator[list[str]]:
         for key in LINK_KEYS:
             field = Level.model_fields[key]
             yield [f"sync.level.{_PLACES[key]}.{key}", f"link.{key}" if key != "islands" else "(none)", _meaning(field)]
+    if name == "islands":
+        for key, field in Each.model_fields.items():
+            default = _EACH_DEFAULTS.get(key) or (f"islands.{key}" if field.default is None else _default(field))
+            yield [f"islands.each.K.{key}", default, _meaning(field)]
 
 
 def _default(field: FieldInfo) -> str:

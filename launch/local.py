@@ -1,7 +1,8 @@
-"""How are all islands of a job run on this machine? Started, watched, started again when one is killed, and always ended.
+"""How are all islands of a job run, here and elsewhere? Started, watched, started again when one is killed, and always ended.
 
 The launcher owns the meeting point. Every tenth of a second it reads what the islands write, commits the checkpoints that all
-islands have written, and lets ``decide`` say what to do about islands that ended.
+islands have written, and lets ``decide`` say what to do about islands that ended. Where an island runs is its own ``Launcher``'s
+to know (``launchers.py``, ``elsewhere.py``).
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from subprocess import Popen
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,10 @@ from rich.console import Console
 from dtrain.config import Job
 from dtrain.launch import islands, meeting, processes
 from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
+from dtrain.launch.elsewhere import Call, There
 from dtrain.launch.launcher_word import WordFile
+from dtrain.launch.launchers import Here, Launcher, Look
+from dtrain.launch.part_words import say_commits, say_job
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
 from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 _TICK_S = 0.1
 _COMMIT_EVERY_S = 0.5
+_GOODBYE_S = 8.0
+"""How long parts elsewhere may take to hear of the end; a quarter of it where a person waits for the end."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -58,30 +63,40 @@ def run_local(
     script: tuple[str, ...],
     console: Console,
     options: tuple[str, ...] = (),
+    call: Call | None = None,
     sites: tuple[islands.Site, ...] = (),
 ) -> Outcome:
-    """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank; ``sites``
-    say where each island runs, if not here."""
+    """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank; without
+    ``call`` all islands are on this machine, each where ``sites`` say. Raises ValueError where the job says otherwise."""
+    if job.elsewhere and call is None:
+        said = f'islands.each.{job.elsewhere[0]}.launcher = "{job.island(job.elsewhere[0]).launcher}"'
+        raise ValueError(f'{said}: this command runs all islands on this machine; use "local"')
     listener, meet = meeting.listen(job.link)
     tag = secrets.token_hex(8)
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, options=options, sites=sites)
     progress = Progress(launch.run, job.islands.count, job.train.steps)
-    fleet = Fleet(launch, [Island(i) for i in range(job.islands.count)], resume_step, progress)
-    word = WordFile(launch.run, job.islands.count, resume_step)
+    fleet = Fleet(launch, [Island(i, Here(launch, i)) for i in range(job.islands.count)], resume_step, progress)
+    word, outcome = WordFile(launch.run, job.islands.count, resume_step), Outcome(1, "the launcher failed")
     # A script prints what it likes, bars among it: so its lines and ours are plain.
     with listener, LiveView(console, bars=not script) as view, stop_signals_raise():
         try:
-            for island in fleet.islands:
-                fleet.start(island)
+            if not job.elsewhere:
+                fleet.prepare(fleet.everyone, resume_step)
+                fleet.start()
             store = meeting.serve(listener)  # imports torch while the islands do
             store.set("regroup", f"0:{resume_step}")
+            say_job(store, job)
+            if call is not None and job.elsewhere:
+                for k in job.elsewhere:
+                    fleet.islands[k].launcher = There(launch, k, store, call, view.line)
+                fleet.prepare(fleet.everyone, resume_step)
             outcome = _watch(fleet, store, view, word)
         except Stopped as stop:
             outcome = Outcome(128 + stop.number, f"stopped at step {slowest_step(progress.read())}")
         finally:
-            _ignore_stop_signals()
-            processes.end(launch.tag, [island.agent for island in fleet.islands if island.agent is not None])
-    commit(launch)
+            ignore_stop_signals()
+            fleet.end(outcome)
+    commit(launch, fleet.elsewhere())
     word.end(outcome.exit_status, outcome.message)
     return outcome
 
@@ -89,7 +104,7 @@ def run_local(
 @dataclass(slots=True)
 class Island:
     index: int
-    agent: Popen[bytes] | None = None
+    launcher: Launcher
     restarts: int = 0
     failed_at: float | None = None
 
@@ -103,13 +118,30 @@ class Fleet:
     step: int  # that a start goes on from
     progress: Progress
     epoch: int = 0
+    starting: tuple[int, ...] = ()  # islands that are started once all are ready
     told: tuple[int, list[int]] | None = None  # the epoch, and the islands that were lost in it
     forgotten: int = 0  # words that islands said in this epoch, and all have heard
+    committed: list[int] = field(default_factory=list)  # as it was said to those elsewhere
     views: list[IslandView] = field(default_factory=list)
 
-    def start(self, island: Island) -> None:
-        island.agent = islands.start(self.launch, island.index, self.epoch, self.step)
-        island.failed_at = None
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        return tuple(island.index for island in self.islands)
+
+    def prepare(self, lost: Sequence[int], step: int) -> None:
+        self.starting = tuple(sorted({*self.starting, *lost}))
+        for island in self.islands:
+            island.launcher.prepare(step, lost=island.index in self.starting)
+
+    def ready(self) -> bool:
+        return all(island.launcher.ready() for island in self.islands)
+
+    def start(self) -> None:
+        """Those that were prepared."""
+        for index in self.starting:
+            self.islands[index].launcher.start(self.epoch, self.step)
+            self.islands[index].failed_at = None
+        self.starting = ()
 
     def tell_lost(self, seen: Sequence[Seen], store: TCPStore) -> None:
         """To islands that would not find out by waiting for them."""
@@ -125,52 +157,90 @@ class Fleet:
 
         self.forgotten = forget_words(store, len(self.islands), self.epoch, self.forgotten)
 
+    def elsewhere(self) -> dict[int, Set[int]]:
+        """The steps that islands on other hosts have written there."""
+        found = {island.index: island.launcher.written() for island in self.islands}
+        return {index: steps for index, steps in found.items() if steps is not None}
+
+    def commit(self, store: TCPStore) -> None:
+        """And say so to those elsewhere."""
+        elsewhere = self.elsewhere()
+        commit(self.launch, elsewhere)
+        if elsewhere:
+            from dtrain.checkpoint import committed
+
+            if (steps := committed(self.launch.run)) != self.committed:
+                say_commits(store, steps)
+                self.committed = steps
+
     def seen(self, now: float) -> list[Seen]:
+        looks = [island.launcher.look(now) for island in self.islands]
         views = self.progress.read()
-        seen = [self._seen(island, view, now) for island, view in zip(self.islands, views, strict=True)]
-        self.views = [_noted(view, island, self._max_restarts) for island, view in zip(self.islands, views, strict=True)]
+        seen = [self._seen(*each, now) for each in zip(self.islands, looks, views, strict=True)]
+        self.views = [self._noted(*each) for each in zip(self.islands, looks, views, strict=True)]
         return seen
 
-    def restart(self, indices: tuple[int, ...], store: TCPStore) -> str:
-        """Set the whole run back to its newest checkpoint, and start the lost islands from there."""
-        for index in indices:
-            processes.end(self.launch.tag, [], island=index)  # ranks of it that outlived its torchrun
-        commit(self.launch)
+    def set_back(self, indices: tuple[int, ...], store: TCPStore) -> None:
+        """Begin to set the whole run back to its newest checkpoint, and to start the lost islands from there."""
+        self.commit(store)
+        self.prepare(indices, resume_step_of(self.launch.run))
+
+    def restart(self, store: TCPStore) -> str:
+        """Once all are ready for it."""
+        lost = self.starting
         self.step = set_back(self.launch.run)
         self.epoch += 1
         self.forgotten = 0
         store.set("regroup", f"{self.epoch}:{self.step}")
-        for index in indices:
+        for index in lost:
             self.islands[index].restarts += 1
-            self.start(self.islands[index])
-        names = ", ".join(str(index) for index in indices)
+        self.start()
+        names = ", ".join(str(index) for index in lost)
         return f"island {names} was lost and is started again; all islands go on from step {self.step}"
+
+    def end(self, outcome: Outcome) -> None:
+        """All processes, here and elsewhere."""
+        there = [island.launcher for island in self.islands if isinstance(island.launcher, There)]
+        for each in there:
+            each.say_end(outcome.exit_status, outcome.message)
+        here = [island.launcher for island in self.islands if isinstance(island.launcher, Here)]
+        processes.end(self.launch.tag, [agent for each in here for agent in each.agents()])
+        gives_up = time.monotonic() + (_GOODBYE_S if outcome.exit_status == 0 else _GOODBYE_S / 4)
+        while time.monotonic() < gives_up and not all(each.has_ended() for each in there):
+            time.sleep(_TICK_S)
+        for each in there:
+            each.hang_up()
 
     @property
     def _max_restarts(self) -> int:
         return self.launch.job.islands.max_restarts
 
-    def _seen(self, island: Island, view: IslandView, now: float) -> Seen:
-        assert island.agent is not None
-        status = island.agent.poll()
-        if status is None:
-            says_state = (islands.folder(self.launch.run, island.index) / "status.json").exists()
-            return Seen(island.index, "running", waiting_for=view.waiting_for, says_state=says_state)
-        if status == 0:
+    def _seen(self, island: Island, look: Look, view: IslandView, now: float) -> Seen:
+        if look.state == "running":
+            return Seen(island.index, "running", waiting_for=view.waiting_for, says_state=look.says_state)
+        if look.state == "done":
             return Seen(island.index, "done")
+        if island.index in self.starting and look.kind == "bug":
+            return Seen(island.index, "running")
         if island.failed_at is None:
             island.failed_at = now
-        word = islands.last_word(self.launch.run, island.index)
         left = self._max_restarts - island.restarts
-        return Seen(island.index, "failed", word.kind, word.message, now - island.failed_at, left)
+        return Seen(island.index, "failed", look.kind, look.message, now - island.failed_at, left)
+
+    def _noted(self, island: Island, look: Look, view: IslandView) -> IslandView:
+        if island.failed_at is None:
+            return replace(view, note=look.note) if look.note else view
+        left = island.restarts < self._max_restarts
+        again = f"lost; will be started again ({island.restarts + 1} of {self._max_restarts})"
+        return replace(view, note=again if left else "lost; no restarts are left")
 
 
-def commit(launch: islands.Launch) -> None:
+def commit(launch: islands.Launch, elsewhere: Mapping[int, Set[int]]) -> None:
     """COMMIT for every step that all islands have written; nothing to do, and no torch to import, before the first."""
-    if (launch.run / "checkpoints").is_dir():
+    if (launch.run / "checkpoints").is_dir() or any(elsewhere.values()):
         from dtrain.checkpoint import commit_ready
 
-        commit_ready(launch.run, launch.job.islands.count, launch.job.train.keep)
+        commit_ready(launch.run, launch.job.islands.count, launch.job.train.keep, elsewhere)
 
 
 def set_back(run: Path) -> int:
@@ -192,7 +262,7 @@ def stop_signals_raise() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal raise Stopped, the first time."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _ignore_stop_signals()  # the end takes a few seconds and must not be cut short by an impatient second Ctrl-C
+        ignore_stop_signals()  # the end takes a few seconds and must not be cut short by an impatient second Ctrl-C
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
@@ -203,18 +273,18 @@ def stop_signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ignore_stop_signals() -> None:
+def ignore_stop_signals() -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Outcome:
     launch, committed_at = fleet.launch, 0.0
-    printed = _Printed(launch)
+    printed, begun = Printed(launch), not fleet.starting
     while True:
         now = time.monotonic()
-        if now - committed_at > _COMMIT_EVERY_S:
-            commit(launch)
+        if now - committed_at > _COMMIT_EVERY_S and not fleet.starting:
+            fleet.commit(store)
             fleet.forget_words(store)
             committed_at = now
         seen = fleet.seen(now)
@@ -226,41 +296,40 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Out
         trained = any(island.loss is not None and island.step > fleet.step for island in fleet.views)
         match decide(seen, trained=trained, script=bool(launch.script)):
             case Done():
+                fleet.commit(store)
                 for line in printed.lines(fleet.epoch):
                     view.line(line)
                 return Outcome(0)
             case Restart(lost):
-                view.line(fleet.restart(lost, store))
+                fleet.set_back(lost, store)
             case Stop(exit_status, message, show):
-                return Outcome(exit_status, message, () if show is None else _end_of_log(launch.run, show))
+                return Outcome(exit_status, message, () if show is None else _end_of_log(fleet.islands[show].launcher))
             case None:
                 time.sleep(_TICK_S)
+        if fleet.starting and fleet.ready():
+            if begun:
+                view.line(fleet.restart(store))
+            else:
+                fleet.start()
+                begun = True
 
 
-class _Printed:
-    """What rank 0 of island 0 prints, where it runs somebody's script."""
+class Printed:
+    """What rank 0 of island 0 prints, or of the one that is here, where it runs somebody's script."""
 
-    def __init__(self, launch: islands.Launch) -> None:
-        self._launch = launch
+    def __init__(self, launch: islands.Launch, island: int = 0) -> None:
+        self._launch, self._island = launch, island
         self._tail: Tail | None = None
 
     def lines(self, epoch: int) -> list[str]:
         if not self._launch.script:
             return []
-        newest = next((log for e in range(epoch, -1, -1) if (log := islands.stdout_log(self._launch, 0, e))), None)
+        newest = next((log for e in range(epoch, -1, -1) if (log := islands.stdout_log(self._launch, self._island, e))), None)
         if newest is not None and (self._tail is None or self._tail.path != newest):
             self._tail = Tail(newest)
         return self._tail.lines() if self._tail is not None else []
 
 
-def _end_of_log(run: Path, island: int) -> tuple[str, ...]:
-    log, lines = islands.last_lines(run, island)
+def _end_of_log(launcher: Launcher) -> tuple[str, ...]:
+    log, lines = launcher.end_of_log()
     return (f"the end of {log}:", *(f"  {line}" for line in lines))
-
-
-def _noted(view: IslandView, island: Island, max_restarts: int) -> IslandView:
-    if island.failed_at is None:
-        return view
-    left = island.restarts < max_restarts
-    note = f"lost; will be started again ({island.restarts + 1} of {max_restarts})" if left else "lost; no restarts are left"
-    return replace(view, note=note)

@@ -14,7 +14,6 @@ from dtrain import metrics, schedule
 from dtrain.config import Job, dump_job, runs_a_script
 from dtrain.launch.checks import read_job, resolved, with_absolute_paths
 from dtrain.launch.islands import folder
-from dtrain.section import Section
 
 _MAY_CHANGE = {
     ("train", "steps"),
@@ -39,8 +38,9 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
         old, new = resolved(old), resolved(new)  # a run's file may be older than a key
     # Of as many islands as before, what each has trained is counted by its speed.
     may_change = _MAY_CHANGE if old.islands.count == new.islands.count else _MAY_CHANGE | {("islands", "speeds")}
+    one_by_one = min(old.islands.count, new.islands.count) if old.islands.each or new.islands.each else 0
     for section in Job.model_fields:
-        before, after = _answers(getattr(old, section)), _answers(getattr(new, section))
+        before, after = _answers(old, section, one_by_one), _answers(new, section, one_by_one)
         for key in before | after:
             now, was = after.get(key), before.get(key)
             if now != was and section != "link" and (section, key) not in may_change:
@@ -52,9 +52,14 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
     return new
 
 
-def _answers(section: Section) -> dict[str, object]:
-    """What may not change without a word: of levels by their keys, but for what their links are like."""
-    said = section.model_dump()
+def _answers(job: Job, section: str, one_by_one: int) -> dict[str, object]:
+    """What may not change without a word: of levels by their keys, but for what their links are like; of the first ``one_by_one``
+    islands what each is, and not where."""
+    said = getattr(job, section).model_dump()
+    if said.pop("each", None) is not None or (section == "islands" and one_by_one):
+        del said["ranks"], said["engine"]
+        for k in range(one_by_one):
+            said |= {f"each.{k}.ranks": job.island(k).ranks, f"each.{k}.engine": job.island(k).engine}
     levels: list[dict[str, object]] = said.pop("level", None) or []
     for k, level in enumerate(levels):
         said |= {f"level.{k}.{key}": value for key, value in level.items() if key not in ("rate", "rtt")}
@@ -63,7 +68,8 @@ def _answers(section: Section) -> dict[str, object]:
 
 def is_finished(run: Path, job: Job) -> bool:
     """Whether nothing is left to do for the islands."""
-    return (run / "model.safetensors").exists() and _steps_done(run, job.islands.count) == job.train.steps
+    merged_here = job.island(0).here
+    return (not merged_here or (run / "model.safetensors").exists()) and _steps_done(run, job.islands.count) == job.train.steps
 
 
 def go_on(run: Path, kept: Job) -> tuple[int, tuple[str, ...]]:
@@ -78,6 +84,11 @@ def go_on(run: Path, kept: Job) -> tuple[int, tuple[str, ...]]:
     commit = checkpoint.newest_commit(run)
     _refuse_going_back(run, old, kept)
     num_islands = kept.islands.count if commit is None else checkpoint.commit_islands(run, commit)
+    if num_islands != kept.islands.count and (old.elsewhere or kept.elsewhere):
+        raise ValueError(
+            f"islands.count = {kept.islands.count} differs from the run's {num_islands}, whose checkpoints lie on several hosts "
+            "and cannot be merged here; start another run with --fresh-name"
+        )
     if commit is not None and num_islands != kept.islands.count:
         checkpoint.merge_for_resume(run, commit, num_islands)
     checkpoint.discard_partial(run)

@@ -84,6 +84,37 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
         yield opened
 
 
+@contextmanager
+def open_part(job_path: Path, overrides: Sequence[str], choice: Choice, island: int, *, how: How = "run") -> Iterator[Opened]:
+    """``open_run`` for one island of a job whose launcher is elsewhere, in a folder NAME-islandK of its own. From which step it
+    goes on the launcher says later, and nothing is dropped before: with ``choice.resume`` a folder is used as it is."""
+    if choice.fresh_name:
+        raise ValueError("--fresh-name is the launcher's to say; give its run's name here, job.name=NAME-2")
+    job = read_job(job_path, overrides)
+    if how != "script":
+        job = resolved(job)
+    if island >= job.islands.count:
+        raise ValueError(f"--island {island} of {job.islands.count} islands; the last is island {job.islands.count - 1}")
+    run = Path(job.job.dir, f"{job.job.name}-island{island}")
+    if choice.resume and job_path.name == "job.toml" and (job_path.parent / "logs" / f"island{island}").is_dir():
+        run = job_path.parent
+    job = job.model_copy(update={"job": job.job.model_copy(update={"name": run.resolve().name})})
+    resumes = choice.resume and (run / "job.toml").exists()
+    with ExitStack() as held:
+        check_input(job, how, island)
+        with _usable(run):
+            if not run.is_dir():
+                _make(run)
+            held.enter_context(_locked(run))
+            if not resumes:
+                _refuse_what_is_there(run, Choice(fresh=choice.fresh))
+                opened = _begin(run, job)
+            else:
+                opened = Opened(with_absolute_paths(job), run, 0)
+                write_job(run, opened.job)
+        yield opened
+
+
 def _folder_of(job_path: Path, job: Job, choice: Choice) -> Path:
     """Where the job says; but a run that is resumed by its own job.toml may have been renamed or moved since."""
     # A job file of a person's own may lie beside a folder named logs; none of hers holds an island.

@@ -61,11 +61,13 @@ def run(folder: Path, name: str, *arguments: str, timeout_s: float = 110, job: P
 
 
 @contextmanager
-def started(folder: Path, name: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, name: str, *arguments: str, prefix: Sequence[str] = (), job: Path = QUICKSTART
+) -> Iterator[subprocess.Popen[str]]:
     """A job that runs; whatever happens, nothing of it survives the block."""
     output = (folder / f"{name}.out").open("w", encoding="utf-8")
     process = subprocess.Popen(
-        [*prefix, *command(folder, name, *arguments)],
+        [*prefix, *command(folder, name, *arguments, job=job)],
         cwd=ROOT,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ from dtrain.config import Job, load_job
 from dtrain.launch.cli import run_command
 from dtrain.launch.recipe_sheet import QUESTIONS, sheet
 from dtrain.recipes import DEFAULT_RECIPE, RECIPES
+from dtrain.sections_each import Each
 from tests.unit.small_run import finish, opened, refused, write_job_file
 
 PACKAGE_ROOT = Path(dtrain.__file__).parents[1]
@@ -166,7 +167,8 @@ def test_every_key_is_listed_with_its_default_and_its_meaning(
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
     listed = {key: (default, meaning.strip()) for key, default, meaning in rows}
     sections = {name: type(getattr(Job(), name)) for name in Job.model_fields}
-    of_links = {"sync": ["level.0.islands", "level.N.rate", "level.N.rtt"]}
+    of_each = [f"each.K.{key}" for key in Each.model_fields]
+    of_links = {"sync": ["level.0.islands", "level.N.rate", "level.N.rtt"], "islands": of_each}
     keys = {name: [*section.model_fields, *of_links.get(name, ())] for name, section in sections.items()}
     assert list(listed) == [f"{name}.{key}" for name, of in keys.items() for key in of]
     assert listed["train.lr"] == ("0.006", "peak learning rate of AdamW")

@@ -23,6 +23,17 @@ shard = "by_file"
 speeds = [1, 0.5, 0.25]
 threads = 1
 max_restarts = 0
+[[islands.each]]
+ranks = 1
+engine = "ddp"
+launcher = "ssh"
+host = "user@far"
+workdir = "/srv/far"
+python = "/usr/bin/python3"
+interface = "eth0"
+[[islands.each]]
+launcher = "slurm"
+[[islands.each]]
 [model]
 name = "gpt"
 layers = 2

@@ -174,6 +174,41 @@ def test_a_script_that_never_starts_shows_its_traceback(start: Start) -> None:
     assert err.splitlines()[-1] == "dtrain: island 0 failed before the first step"
 
 
+SHOWN = """
+import json, os, sys
+from pathlib import Path
+
+folder = Path(sys.argv[-1]) if "DTRAIN_RUN" not in os.environ else Path(os.environ["DTRAIN_RUN"])
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(dict(os.environ)))
+"""
+OURS = {
+    *("DTRAIN_RUN", "DTRAIN_JOB", "DTRAIN_ISLAND", "DTRAIN_NUM_ISLANDS", "DTRAIN_MEET", "DTRAIN_EPOCH", "DTRAIN_RESUME_STEP"),
+    *("DTRAIN_LAUNCH", "DTRAIN_PARENT", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+}
+ALIKE = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("ROLE_NAME", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
+)
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_has_the_environment_of_a_plain_torchrun_and_ours_besides(start: Start, tmp_path: Path) -> None:
+    launcher = start(SHOWN, "islands.count=1", "islands.ranks=2")
+    _, err = launcher.communicate(timeout=DEADLINE_S)
+    assert launcher.returncode == 0, err
+    plain = ["--standalone", "--nnodes=1", "--nproc-per-node=2", "script.py", str(tmp_path)]
+    line = [sys.executable, "-m", "torch.distributed.run", *plain]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        ours, theirs = (json.loads((f / f"rank{rank}.json").read_text()) for f in (tmp_path / "runs" / "stub", tmp_path))
+        assert ours.keys() - OURS == theirs.keys() - OURS
+        assert ours.keys() >= OURS
+        assert {"MASTER_ADDR", "MASTER_PORT"} <= ours.keys()
+        assert {name: ours[name] for name in ALIKE} == {name: theirs[name] for name in ALIKE}
+
+
 STUBBORN = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
