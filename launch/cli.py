@@ -17,6 +17,7 @@ from rich.text import Text
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_plan import plan
+from dtrain.launch.cli_slurm import slurm
 from dtrain.launch.cli_topology import topology
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.launch.tables import check_picture, table
@@ -46,6 +47,7 @@ app = typer.Typer(help=_ABOUT, add_completion=False, rich_markup_mode=None, pret
 app.add_typer(bench_app, name="bench")
 app.command()(topology)
 app.command()(plan)
+app.command()(slurm)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[

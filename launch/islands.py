@@ -15,7 +15,7 @@ from dtrain.metrics import ErrorNote, read_error
 
 _TRACEBACK = "Traceback (most recent call last)"
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
-_NEWS = ("status.json", "error.json", "part.json")
+NEWS = ("status.json", "error.json", "part.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
     """Start an island's torchrun, in a session of its own so that Ctrl-C in the terminal reaches the launcher only."""
     logs = folder(launch.run, island)
     logs.mkdir(parents=True, exist_ok=True)
-    for name in _NEWS:
+    for name in NEWS:
         (logs / name).unlink(missing_ok=True)
     with (logs / "agent.log").open("ab") as log:
         return subprocess.Popen(
