@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,11 @@ from dtrain.metrics import ErrorNote, read_error
 
 _TRACEBACK = "Traceback (most recent call last)"
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
-NEWS = ("status.json", "error.json", "part.json")
+_NEWS = ("status.json", "error.json", "part.json")
+
+TORCHRUN_VARIABLE = "DTRAIN_TORCHRUN"
+"""Holds the words that start the torchruns of an island of several nodes, where a scheduler's script says how: in place of the
+one torchrun here, and before what each start of the island says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
     """Start an island's torchrun, in a session of its own so that Ctrl-C in the terminal reaches the launcher only."""
     logs = folder(launch.run, island)
     logs.mkdir(parents=True, exist_ok=True)
-    for name in NEWS:
+    for name in _NEWS:
         (logs / name).unlink(missing_ok=True)
     with (logs / "agent.log").open("ab") as log:
         return subprocess.Popen(
@@ -53,12 +58,10 @@ def start(launch: Launch, island: int, epoch: int, step: int) -> subprocess.Pope
 
 def command(launch: Launch, island: int, epoch: int) -> list[str]:
     ours = ("dtrain.launch", "train", str(launch.run / "job.toml"), *launch.options)
+    here = [sys.executable, "-m", "dtrain.launch.agent", "--nnodes=1", f"--nproc-per-node={launch.job.islands.ranks}"]
+    said = os.environ.get(TORCHRUN_VARIABLE)
     return [
-        sys.executable,
-        "-m",
-        "dtrain.launch.agent",
-        "--nnodes=1",
-        f"--nproc-per-node={launch.job.islands.ranks}",
+        *(here if said is None else shlex.split(said)),
         f"--rdzv-id={_start_name(launch, epoch)}",  # names the log folder
         "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
         f"--log-dir={folder(launch.run, island) / 'torchrun'}",

@@ -1,8 +1,8 @@
 """What does Slurm have to be told so that it runs the islands of a job? A script, written so that a person can read and change it.
 
-The launcher runs on the first node of island 0, where Slurm starts the script, and islands meet at it. An island of one node is a
-step ``dtrain run --island K``; one of several nodes is a step with a torchrun a node. Islands in one partition are groups of the
-nodes of one allocation, and those in different partitions the components of a heterogeneous job.
+The launcher runs on the first node of island 0, where Slurm starts the script, and islands meet at it: each joins by ``dtrain run
+--island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one partition
+are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job.
 
 Slurm's words: https://slurm.schedmd.com/sbatch.html, srun.html, heterogeneous_jobs.html.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import Job, toml_value
-from dtrain.launch.slurm_parts import ALONE, END, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
+from dtrain.launch.slurm_parts import ALONE, END, GO_ON, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")  # of a partition, several of them, or an account
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # minutes, hours:minutes:seconds, days-hours and so on
@@ -66,9 +66,7 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
         lines += _component(job, asked, [component] if component else islands, first=k == 0)
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
     lines += ["", *_places(job, asked, apart=apart)]
-    if asked.island is None or islands[0].nodes == 1:
-        lines += _job(job, job_file, overrides, asked)
-    lines += ["", STOP]
+    lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", '"$run"' if asked.island is None else f'"$run-island{asked.island}"'), GO_ON]
     if asked.island is None:
         lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every))]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
@@ -180,10 +178,12 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
         yield f"# {who}: {nodes} with {ranks}{f', in partition {where.partition}' if where.partition else ''}"
     yield "#"
     if asked.island is None:
-        yield f"# The run is kept in {_run(job)}."
-        yield "# Submitted again it goes on from the newest checkpoint there. All nodes must see that folder under this name."
+        yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
+        yield f"# {job.job.name}-islandK: all nodes must see these folders under these names."
+        yield "# Submitted again, it goes on from the newest checkpoint."
     else:
-        yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What the run keeps is where it runs."
+        yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
+        yield f"# {_run(job)}-island{asked.island}. Submitted again, it goes on with that."
     yield ""
 
 
@@ -286,7 +286,7 @@ def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) ->
     if any(where.nodes == 1 for where in islands):
         yield JOIN + "\n"
     if any(where.nodes > 1 for where in islands):
-        yield TORCHRUNS.replace("@islands", str(job.islands.count)).replace("@timeout_s", f"{job.link.timeout_s:g}") + "\n"
+        yield TORCHRUNS + "\n"
     if not apart:
         yield NODES + "\n"
     first = [0, *accumulate(where.nodes for where in islands)]
@@ -297,8 +297,8 @@ def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) ->
             yield f"join {where.island} {placed}"
         elif apart:
             yield f'read -r first < <(scontrol show hostnames "${_nodelist(where.island, apart=True)}")'
-            yield f'torchruns {where.island} "$first" {n} {where.ranks_per_node} {shlex.quote(where.interface)} {placed}'
+            yield f'torchruns {where.island} "$first" {n} {where.ranks_per_node} {placed}'
         else:
             at = f'"$(nodes {first[k]} 1)"'
-            yield f"torchruns {where.island} {at} {n} {where.ranks_per_node} {shlex.quote(where.interface)} {placed}"
+            yield f"torchruns {where.island} {at} {n} {where.ranks_per_node} {placed}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STOP = r"""# What runs here: the launcher, and an srun an island.
+STOP = r"""# What runs here: the launcher, and for each island what joins it.
 pids=()
 ended=
 stop() {
@@ -13,9 +13,9 @@ trap 'ended=cancelled; stop' TERM
 gone() { # seconds to wait at most until none of these processes is left
     timeout "$1" bash -c 'while kill -0 "$@"; do sleep 0.2; done' _ "${@:2}" 2>/dev/null
 }
-newest() { # the newest checkpoint that all islands have written
+newest() { # the newest checkpoint that counts
     local mark found=none
-    for mark in "$run"/checkpoints/step_*/COMMIT; do
+    for mark in @kept/checkpoints/step_*/COMMIT; do
         found=$mark
     done
     echo "$found"
@@ -23,34 +23,39 @@ newest() { # the newest checkpoint that all islands have written
 before=$(newest)"""
 
 LAUNCHER = r"""# The launcher: it owns the meeting point, commits checkpoints (every @every steps), and ends when the run does.
-resume=()
-if [[ -e $run/job.toml ]]; then
-    resume=(--resume)
-fi
+go_on "$run"
 dtrain run "${job[@]}" "${resume[@]}" &
 main=$!
 pids+=("$main")"""
 
 ALONE = """main=${pids[0]}    # nothing but the island is here"""
 
-JOIN = r"""# An island of one node: dtrain starts its torchrun there, and joins the launcher.
+GO_ON = r"""go_on() { # with the run that this folder holds, if it does
+    resume=()
+    if [[ -e $1/job.toml ]]; then
+        resume=(--resume)
+    fi
+}"""
+
+JOIN = r"""# An island of one node: dtrain joins the launcher from there, and starts its torchrun.
 join() { # island, where
+    go_on "$run-island$1"
     srun "${options[@]}" --nodes=1 --ntasks=1 "$2" --output="$logs/island$1-%N.log" \
-        dtrain run "${job[@]}" --island "$1" --meet "$meet" &
+        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" &
     pids+=("$!")
 }"""
 
-TORCHRUNS = r"""# An island of several nodes: a torchrun on each. They come together at the first, and start when the launcher is there.
-torchruns() { # island, its first node, its nodes, ranks a node, network interface, where
+TORCHRUNS = r"""# An island of several nodes: dtrain joins the launcher from here, and starts a torchrun on each. They meet at the first.
+torchruns() { # island, its first node, its nodes, ranks a node, where
     # shellcheck disable=SC2016  # each node has a SLURM_NODEID of its own
-    DTRAIN_RUN=$run DTRAIN_JOB=$run/job.toml DTRAIN_ISLAND=$1 DTRAIN_NUM_ISLANDS=@islands DTRAIN_MEET=$meet \
-        GLOO_SOCKET_IFNAME=$5 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1 \
-        srun "${options[@]}" --nodes="$3" --ntasks="$3" "$6" --output="$logs/island$1-%N.log" \
-        bash -c 'exec python -m dtrain.launch.told @timeout_s "$SLURM_NODEID" \
-            python -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' _ \
-        --nnodes="$3" --nproc-per-node="$4" --rdzv-backend=static --rdzv-endpoint="$2:$((port + 1))" \
-        --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 --log-dir="$run/logs/island$1/torchrun" --redirects=3 \
-        -m dtrain.launch train "$run/job.toml" &
+    local words=(
+        srun "${options[@]}" --nodes="$3" --ntasks="$3" "$5" --output="$logs/island$1-%N.log"
+        bash -c 'exec env -u DTRAIN_PARENT python -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' _
+        --nnodes="$3" --nproc-per-node="$4" --rdzv-backend=static --rdzv-endpoint="$2:$((port + 1))"
+    )
+    go_on "$run-island$1"
+    DTRAIN_TORCHRUN=${words[*]@Q} \
+        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" >"$logs/island$1.log" 2>&1 &
     pids+=("$!")
 }"""
 

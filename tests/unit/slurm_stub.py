@@ -6,6 +6,7 @@ command once a node, with what Slurm says to a task. The launcher ends when as m
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def srun() -> int:
     return max(task.wait() for task in tasks)
 
 
+def island() -> int:
+    """Also starts its torchruns, as DTRAIN_TORCHRUN says and dtrain.launch.islands does."""
+    folder = Path(os.environ["RUN"] + "-island" + arguments[arguments.index("--island") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.toml").touch()
+    if "DTRAIN_TORCHRUN" in os.environ:
+        started = subprocess.run([*shlex.split(os.environ["DTRAIN_TORCHRUN"]), "--rdzv-id=epoch0"], check=False)
+        return started.returncode
+    return int(os.environ.get("ISLANDS_END", "0"))
+
+
 note()
 match name, arguments[:1]:
     case "scontrol", ["show"]:
@@ -72,8 +84,8 @@ match name, arguments[:1]:
         status = srun()
     case "dtrain", _ if "--island" not in arguments:
         status = launcher()
-    case "dtrain" | "python", _:
-        status = int(os.environ.get("ISLANDS_END", "0"))
+    case "dtrain", _:
+        status = island()
     case _:
         status = 0
 sys.exit(status)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dtrain.config import load_job
-from dtrain.launch import slurm
+from dtrain.launch import islands, slurm
 from dtrain.launch.cli import run_command
 from dtrain.launch.slurm import Asked, Where, layout
 from tests.unit.small_run import refused, write_job_file
@@ -157,46 +157,48 @@ def test_the_same_script_goes_on_with_the_run(stubs: Path) -> None:
     assert ended(text, stubs, 2, place) == 0
     Path(os.environ["CALLS"]).unlink()
     assert ended(text, stubs, 2, place) == 0
-    launchers = [call["arguments"] for call in calls("dtrain") if "--island" not in call["arguments"]]
-    assert [words[-1] for words in launchers] == ["--resume"]
-    assert not any("--resume" in call["arguments"] for call in calls("dtrain") if "--island" in call["arguments"])
+    assert [call["arguments"][-1] for call in calls("dtrain")] == ["--resume"] * 3
 
 
 def torchrun_of(call: dict[str, Any]) -> Any:
-    """What torch's own parser makes of it."""
+    """What torch's own parser makes of it, with the end that ``islands.command`` gives it."""
     from torch.distributed.run import get_args_parser
 
-    told = ["-m", "dtrain.launch.told", "300", call["environment"]["SLURM_NODEID"], "python", "-m", "torch.distributed.run"]
-    assert call["arguments"][: len(told)] == told
-    return get_args_parser().parse_args(call["arguments"][len(told) :])
+    assert call["arguments"][:2] == ["-m", "torch.distributed.run"]
+    return get_args_parser().parse_args([*call["arguments"][2:], "-m", "dtrain.launch"])
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_an_island_of_several_nodes_has_a_torchrun_on_each(stubs: Path, apart: bool) -> None:
+def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path, apart: bool) -> None:
     partitions = ("--partition", "a", "--partition", "b") if apart else ()
     text = written(IB, *RANKS, "--gpus-per-node", "2", *partitions, *at_stubs(stubs))
     nodes = [["n1", "n2"], ["n3", "n4"]]
     assert ended(text, stubs, 4, allocation(apart=apart, nodes=nodes)) == 0
+    joined = sorted(call["arguments"][-4:] for call in calls("dtrain") if "--island" in call["arguments"])
+    assert joined == [["--island", "0", "--meet", "n1:20007"], ["--island", "1", "--meet", "n1:20007"]]
     found = {call["environment"]["SLURMD_NODENAME"]: call for call in calls("python")}
     assert set(found) == {"n1", "n2", "n3", "n4"}
-    run = Path("runs/small").absolute()
     for k, island in enumerate(nodes):
         for rank, node in enumerate(island):
-            said, torchrun = found[node]["environment"], torchrun_of(found[node])
+            torchrun = torchrun_of(found[node])
             assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.node_rank) == ("2", "2", rank)
             assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint) == ("static", f"{island[0]}:20008")
-            assert (torchrun.max_restarts, torchrun.redirects) == (0, "3")
-            assert torchrun.log_dir == str(run / "logs" / f"island{k}" / "torchrun")
-            assert torchrun.module
-            assert [torchrun.training_script, *torchrun.training_script_args] == ["dtrain.launch", "train", str(run / "job.toml")]
-            ours = {key.removeprefix("DTRAIN_"): value for key, value in said.items() if key.startswith("DTRAIN_")}
-            assert ours == {
-                "RUN": str(run), "JOB": str(run / "job.toml"), "ISLAND": str(k), "NUM_ISLANDS": "2", "MEET": "n1:20007",
-            }  # fmt: skip
-            assert said["GLOO_SOCKET_IFNAME"] == "ib0"
+            assert torchrun.rdzv_id == "epoch0"
+            assert Path(f"runs/small-slurm/40007/island{k}-{node}.log").is_file()
     groups = [word for call in calls("srun") for word in call["arguments"] if word.startswith("--het-group")]
     assert sorted(groups) == (["--het-group=0", "--het-group=1"] if apart else [])
     assert all("--gpus-per-node=2" in call["arguments"] for call in calls("srun"))
+
+
+def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the one here; all else of the command stays."""
+    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
+    alone = islands.command(launch, 1, 3)
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
+    several = islands.command(launch, 1, 3)
+    assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
+    assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
+    assert several[7:] == alone[5:]
 
 
 def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
@@ -304,5 +306,5 @@ def test_islands_of_unlike_size_have_as_many_nodes_as_they_need(monkeypatch: pyt
     assert layout(job, tables, Asked(gpus_per_node=8)) == wanted
     monkeypatch.setattr(slurm, "tables_of", lambda job: tables)
     text = written(IB, "--gpus-per-node", "8")
-    assert 'torchruns 0 "$(nodes 0 1)" 2 8 eth1 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
+    assert 'torchruns 0 "$(nodes 0 1)" 2 8 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
     assert """'islands.each=[{ranks = 16, interface = "eth1", launcher = "slurm"}, {launcher = "slurm"}]'""" in text
