@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dtrain.errors import PeerLost
 from dtrain.launch.cli_bench import bench_app
+from dtrain.launch.cli_kubernetes import kubernetes
 from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_slurm import slurm
 from dtrain.launch.cli_topology import topology
@@ -48,6 +49,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(topology)
 app.command()(plan)
 app.command()(slurm)
+app.command()(kubernetes)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)]
 Overrides = Annotated[

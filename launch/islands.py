@@ -115,7 +115,8 @@ def _changed(path: Path) -> int:
 
 
 def _start_name(launch: Launch, epoch: int) -> str:
-    return f"epoch{epoch}-{launch.tag}"
+    """Where an island has several torchruns, which need to name it alike, one that all can know."""
+    return f"epoch{epoch}" if TORCHRUN_VARIABLE in os.environ else f"epoch{epoch}-{launch.tag}"
 
 
 def stdout_log(launch: Launch, island: int, epoch: int) -> Path | None:

@@ -21,14 +21,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dtrain.config import Job, toml_value
+from dtrain.config import Job
+from dtrain.launch.outside import MEET, each_override, nodes_of, tables_of
 from dtrain.launch.slurm_parts import ALONE, END, GO_ON, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")  # of a partition, several of them, or an account
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # minutes, hours:minutes:seconds, days-hours and so on
-_MEET = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*):([0-9]{1,5})")
-_OF_A_LAUNCHER = ("launcher", "host", "workdir", "python")
-"""Keys of [[islands.each]] that say who starts an island: here Slurm does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +73,6 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     return "\n".join([*lines, "", END])
 
 
-def tables_of(job: Job) -> list[dict[str, Any]]:
-    """What [[islands.each]] says of each island, but for who starts it; empty tables where islands are alike."""
-    said = job.islands.model_dump(exclude_none=True).get("each") or [{}] * job.islands.count
-    return [{key: value for key, value in table.items() if key not in _OF_A_LAUNCHER} for table in said]
-
-
 def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[Where]:
     """The nodes of the islands that the script is for; raises ValueError where ranks and nodes do not divide."""
     count = job.islands.count
@@ -96,7 +88,7 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
     found: list[Where] = []
     for place, island in enumerate(numbers):
         ranks = tables[island].get("ranks", job.islands.ranks)
-        nodes = _nodes(island, ranks, asked)
+        nodes = nodes_of(island, ranks, asked.nodes_per_island, asked.gpus_per_node)
         interface = tables[island].get("interface") or job.link.interface
         partition = partitions[place if len(partitions) > 1 else 0] if partitions else None
         found.append(Where(island, nodes, ranks // nodes, interface, partition))
@@ -131,7 +123,7 @@ def _check_words(job: Job, job_file: Path, overrides: Sequence[str], asked: Aske
                 raise ValueError(f"{option} {value}: Slurm has no such names; use letters, digits and _.,@+-")
     if asked.time is not None and not _TIME.fullmatch(asked.time):
         raise ValueError(f'--time {asked.time}: write "12:00:00", or "2-12:00:00" with days before the dash')
-    if asked.meet is not None and not (match := _MEET.fullmatch(asked.meet)):
+    if asked.meet is not None and not (match := MEET.fullmatch(asked.meet)):
         raise ValueError(f"--meet {asked.meet}: write HOST:PORT, as login1:29400")
     elif asked.meet is not None and not 0 < int(match[2]) < 65535:  # with the port after it, torchrun's
         raise ValueError(f"--meet {asked.meet}: use a port from 1 to 65534")
@@ -145,22 +137,6 @@ def _check_words(job: Job, job_file: Path, overrides: Sequence[str], asked: Aske
         raise ValueError("link.port = 65535: torchrun takes the port after it; use a lower one")
     if set("%\\") & set(_run(job)):
         raise ValueError(f"the run folder {_run(job)} has % or \\ in its name, by which Slurm names logs; use another job.dir")
-
-
-def _nodes(island: int, ranks: int, asked: Asked) -> int:
-    gpus, nodes = asked.gpus_per_node, asked.nodes_per_island
-    if nodes is None:
-        nodes = 1 if gpus is None or ranks <= gpus else -(-ranks // gpus)
-    if ranks % nodes:
-        raise ValueError(
-            f"{ranks} ranks of island {island} do not divide by {nodes} nodes; use another islands.ranks, --nodes-per-island or "
-            "--gpus-per-node"
-        )
-    if gpus is not None and ranks // nodes > gpus:
-        raise ValueError(
-            f"{ranks // nodes} ranks a node of island {island} are more than --gpus-per-node {gpus}; use more --nodes-per-island"
-        )
-    return nodes
 
 
 def _run(job: Job) -> str:
@@ -259,18 +235,13 @@ def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> It
     """What ``dtrain run`` is given."""
     words = [str(job_file), *overrides]
     if asked.island is None:
-        tables = [{**table, "launcher": "slurm"} for table in tables_of(job)]
-        words.append(f"islands.each=[{', '.join(map(_inline, tables))}]")
+        words.append(each_override(job, "slurm"))
     yield "job=("
     yield from (f"    {shlex.quote(word)}" for word in words)
     if asked.island is None:
         yield '    "link.advertise=$head"'
         yield '    "link.port=$port"'
     yield ")"
-
-
-def _inline(table: Mapping[str, object]) -> str:
-    return "{" + ", ".join(f"{key} = {toml_value(value)}" for key, value in table.items()) + "}"
 
 
 def _nodelist(island: int, *, apart: bool) -> str:

@@ -66,7 +66,7 @@ def island() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.toml").touch()
     if "DTRAIN_TORCHRUN" in os.environ:
-        started = subprocess.run([*shlex.split(os.environ["DTRAIN_TORCHRUN"]), "--rdzv-id=epoch0"], check=False)
+        started = subprocess.run([*shlex.split(os.environ["DTRAIN_TORCHRUN"]), "--rdzv-id=epoch0"], env=os.environ | {"DTRAIN_PARENT": "1"}, check=False)
         return started.returncode
     return int(os.environ.get("ISLANDS_END", "0"))
 

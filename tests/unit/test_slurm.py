@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dtrain.config import load_job
-from dtrain.launch import islands, slurm
+from dtrain.launch import islands, outside, slurm
 from dtrain.launch.cli import run_command
 from dtrain.launch.slurm import Asked, Where, layout
 from tests.unit.small_run import refused, write_job_file
@@ -181,6 +181,7 @@ def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path
     for k, island in enumerate(nodes):
         for rank, node in enumerate(island):
             torchrun = torchrun_of(found[node])
+            assert "DTRAIN_PARENT" not in found[node]["environment"], "its ranks have another parent"
             assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.node_rank) == ("2", "2", rank)
             assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint) == ("static", f"{island[0]}:20008")
             assert torchrun.rdzv_id == "epoch0"
@@ -304,7 +305,8 @@ def test_islands_of_unlike_size_have_as_many_nodes_as_they_need(monkeypatch: pyt
     job, tables = load_job(Path("job.toml"), (IB,)), [{"ranks": 16, "interface": "eth1"}, {}]
     wanted = [Where(0, 2, 8, "eth1", None), Where(1, 1, 1, "ib0", None)]
     assert layout(job, tables, Asked(gpus_per_node=8)) == wanted
-    monkeypatch.setattr(slurm, "tables_of", lambda job: tables)
+    for module in (slurm, outside):
+        monkeypatch.setattr(module, "tables_of", lambda job: tables)
     text = written(IB, "--gpus-per-node", "8")
     assert 'torchruns 0 "$(nodes 0 1)" 2 8 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
     assert """'islands.each=[{ranks = 16, interface = "eth1", launcher = "slurm"}, {launcher = "slurm"}]'""" in text
