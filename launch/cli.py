@@ -41,6 +41,8 @@ Start here:
   dtrain check mine.py:row                 whether a method of your own keeps its promises
   dtrain plan JOB.toml                     which of them suits your link and your machines
   dtrain profile JOB.toml                  where a step's time goes
+  dtrain slurm JOB.toml                    a script that runs it on a Slurm cluster
+  dtrain kubernetes JOB.toml               manifests that run it on Kubernetes
   dtrain keys                              what a job file can say
 """
 

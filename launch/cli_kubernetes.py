@@ -24,7 +24,7 @@ def kubernetes(
     gpus_per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", metavar="G", help="of a pod; left out: none", min=1, show_default=False)
     ] = None,
-    volume: Annotated[str, typer.Option("--volume", metavar="CLAIM", help="the claim that keeps runs, for many writers")] = "runs",
+    volume: Annotated[str, typer.Option("--volume", metavar="CLAIM", help="claim that keeps runs, for many writers")] = "runs",
 ) -> None:
     """Write the manifests that run a job on Kubernetes, as a JobSet.
 

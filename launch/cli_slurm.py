@@ -15,12 +15,12 @@ def slurm(
         list[str] | None,
         typer.Argument(metavar="[section.key=value ...]", help="keys that differ from the file", show_default=False),
     ] = None,
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="where the script is written; -: standard output")] = "-",
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="where it is written; -: standard output")] = "-",
     force: Annotated[bool, typer.Option("--force", help="overwrite FILE")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="give it to sbatch, and print the job's number")] = False,
     partition: Annotated[
         list[str] | None,
-        typer.Option("--partition", metavar="P", help="once for all islands, or once an island in their order", show_default=False),
+        typer.Option("--partition", metavar="P", help="once for all islands, or once an island, in order", show_default=False),
     ] = None,
     nodes_per_island: Annotated[
         int | None, typer.Option("--nodes-per-island", metavar="N", help="left out: as its ranks need", min=1, show_default=False)
@@ -40,7 +40,7 @@ def slurm(
     ] = None,
     island: Annotated[
         int | None,
-        typer.Option("--island", metavar="K", help="of this one only; a launcher elsewhere is at --meet", min=0, show_default=False),
+        typer.Option("--island", metavar="K", help="this one only; a launcher elsewhere is at --meet", min=0, show_default=False),
     ] = None,
     setup: Annotated[
         list[str] | None,

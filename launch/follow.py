@@ -1,7 +1,7 @@
 """What does another node of an island do? Starts its torchrun whenever the first one does, which joins the launcher for all.
 
-``python -m dtrain.launch.follow JOB.toml RUN ISLAND HOST:PORT``, with DTRAIN_TORCHRUN as on the first node but for the node's rank.
-Of each start the launcher tells the epoch and the step at the meeting point.
+``python -m dtrain.launch.follow JOB.toml RUN ISLAND HOST:PORT``, with DTRAIN_TORCHRUN as on the first node but for the node's
+rank. Of each start the launcher tells the epoch and the step at the meeting point.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What does Kubernetes have to be told so that it runs the islands of a job? A JobSet, and a ConfigMap with the job file.
 
-The launcher is a pod, and so is each node of each island. Pods have host names that the others know (JobSet's network), and islands
-meet at the launcher's. A pod that fails has the whole set made anew, as often as islands.max_restarts says, and it goes on from the
-newest checkpoint on the volume; what a person has to put right (exit status 2) ends it at once.
+The launcher is a pod, and so is each node of each island. Pods have host names that the others know (JobSet's network), and
+islands meet at the launcher's. A pod that fails has the whole set made anew, as often as islands.max_restarts says, and it goes
+on from the newest checkpoint on the volume; what a person has to put right (exit status 2) ends it at once.
 
 JobSet: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
@@ -64,7 +64,7 @@ def manifests(job: Job, asked: Asked) -> list[Manifest]:
     islands = [_pods(k, tables[k].get("ranks", job.islands.ranks), asked.gpus_per_node) for k in range(job.islands.count)]
     longest = max(len(_host(name, f"island{pods.island}", pods.count - 1)) for pods in islands)
     if max(longest, len(_host(name, "launcher", 0))) > _LONGEST:
-        raise ValueError(f"job.name = {job.job.name!r} makes host names of pods longer than {_LONGEST} characters; use a shorter one")
+        raise ValueError(f"job.name = {job.job.name!r} makes host names longer than {_LONGEST} characters; use a shorter one")
     job = _in_pods(job, name)
     metadata = {"name": name, **({"namespace": asked.namespace} if asked.namespace else {})}
     config = {
@@ -120,7 +120,7 @@ def _check(job: Job, asked: Asked) -> None:
     if not _CLAIM.fullmatch(asked.volume):
         raise ValueError(f"--volume {asked.volume}: no claim has such a name; use small letters, digits, dashes and dots")
     if job.link.transport == "nccl":
-        raise ValueError('link.transport = "nccl" is for islands that share a machine, and the launcher\'s pod has no GPU; use "c10d"')
+        raise ValueError('link.transport = "nccl" is for islands that share a machine, and pods do not; use "c10d"')
     named = {"data.source": job.data.source} if job.data.source != "stdlib" else {}
     for k, level in enumerate(job.sync.level or [job.sync]):
         section = f"sync.level.{k}" if job.sync.level else "sync"
@@ -208,7 +208,7 @@ def _pod(script: str, config: str, asked: Asked, *, gpus: int | None) -> Manifes
         ],
     }
     if gpus is not None:
-        container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(gpus)}}
     volumes = [
         {"name": "job", "configMap": {"name": config}},
         {"name": "runs", "persistentVolumeClaim": {"claimName": asked.volume}},

@@ -1,8 +1,8 @@
-"""What does Slurm have to be told so that it runs the islands of a job? A script, written so that a person can read and change it.
+"""What does Slurm have to be told so that it runs the islands of a job? A script that a person can read and change.
 
-The launcher runs on the first node of island 0, where Slurm starts the script, and islands meet at it: each joins by ``dtrain run
---island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one partition
-are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job.
+The launcher runs on the first node of island 0, where Slurm starts the script, and islands meet at it: each joins by ``dtrain
+run --island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one
+partition are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job.
 
 Slurm's words: https://slurm.schedmd.com/sbatch.html, srun.html, heterogeneous_jobs.html.
 """
@@ -64,7 +64,8 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
         lines += _component(job, asked, [component] if component else islands, first=k == 0)
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
     lines += ["", *_places(job, asked, apart=apart)]
-    lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", '"$run"' if asked.island is None else f'"$run-island{asked.island}"'), GO_ON]
+    kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
+    lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
     if asked.island is None:
         lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every))]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
@@ -82,8 +83,7 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
     partitions = asked.partitions
     if len(partitions) not in (0, 1, len(numbers)):
         raise ValueError(
-            f"{len(partitions)} times --partition for {len(numbers)} islands; name one for all islands, or one for each, in their "
-            "order"
+            f"{len(partitions)} times --partition for {len(numbers)} islands; name one for all, or one for each, in their order"
         )
     found: list[Where] = []
     for place, island in enumerate(numbers):
@@ -104,7 +104,7 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
 
 def check_sbatch() -> None:
     if shutil.which("sbatch") is None:
-        raise ValueError("--submit: this machine has no sbatch; write the script with --output FILE and submit it where there is one")
+        raise ValueError("--submit: this machine has no sbatch; write the script with --output FILE, and submit it where one is")
 
 
 def sbatch(text: str) -> str:
@@ -123,9 +123,9 @@ def _check_words(job: Job, job_file: Path, overrides: Sequence[str], asked: Aske
                 raise ValueError(f"{option} {value}: Slurm has no such names; use letters, digits and _.,@+-")
     if asked.time is not None and not _TIME.fullmatch(asked.time):
         raise ValueError(f'--time {asked.time}: write "12:00:00", or "2-12:00:00" with days before the dash')
-    if asked.meet is not None and not (match := MEET.fullmatch(asked.meet)):
+    if asked.meet is not None and not MEET.fullmatch(asked.meet):
         raise ValueError(f"--meet {asked.meet}: write HOST:PORT, as login1:29400")
-    elif asked.meet is not None and not 0 < int(match[2]) < 65535:  # with the port after it, torchrun's
+    if asked.meet is not None and not 0 < int(asked.meet.rpartition(":")[2]) < 65535:  # with the port after it, torchrun's
         raise ValueError(f"--meet {asked.meet}: use a port from 1 to 65534")
     if asked.island is not None and asked.meet is None:
         raise ValueError(f"--island {asked.island} joins a launcher that runs elsewhere; say where with --meet HOST:PORT")
@@ -226,7 +226,7 @@ def _places(job: Job, asked: Asked, *, apart: bool) -> Iterator[str]:
         yield f"port={port}"
     else:
         yield f'read -r head < <(scontrol show hostnames "${_nodelist(0, apart=apart)}")    # this node: the first of island 0'
-        port = str(job.link.port) if job.link.port else "$((20000 + SLURM_JOB_ID % 10000))    # jobs on one node have different ones"
+        port = str(job.link.port) if job.link.port else "$((20000 + SLURM_JOB_ID % 10000))"
         yield f"port={port}"
     yield "meet=$head:$port"
 

@@ -45,7 +45,7 @@ join() { # island, where
     pids+=("$!")
 }"""
 
-TORCHRUNS = r"""# An island of several nodes: dtrain joins the launcher from here, and starts a torchrun on each. They meet at the first.
+TORCHRUNS = r"""# An island of several nodes: dtrain joins the launcher from here, and starts a torchrun on each.
 torchruns() { # island, its first node, its nodes, ranks a node, where
     # shellcheck disable=SC2016  # each node has a SLURM_NODEID of its own
     local words=(
@@ -82,7 +82,8 @@ if ((status == 143 && failed)); then
     status=$failed    # it was stopped here, for an island's sake
 fi
 
-# Back into the queue at the time limit, and after a failure where a checkpoint is newer than this start: no fault repeats for ever.
+# Back into the queue at the time limit; and after a failure where a checkpoint is newer than this start, so that no fault is
+# repeated for ever.
 if [[ $ended == cancelled ]]; then
     exit 143
 elif [[ $ended == limit ]]; then

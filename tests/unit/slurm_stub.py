@@ -1,7 +1,7 @@
 """A Slurm of one machine, as far as a script of ``dtrain slurm`` sees it, and a dtrain that only says how it was called.
 
-Runs under the names sbatch, srun, scontrol, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun`` starts its
-command once a node, with what Slurm says to a task. The launcher ends when as many tasks have begun as TASKS says.
+Runs under the names sbatch, srun, scontrol, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun`` starts
+its command once a node, with what Slurm says to a task. The launcher ends when as many tasks have begun as TASKS says.
 """
 
 import json
@@ -66,8 +66,8 @@ def island() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.toml").touch()
     if "DTRAIN_TORCHRUN" in os.environ:
-        started = subprocess.run([*shlex.split(os.environ["DTRAIN_TORCHRUN"]), "--rdzv-id=epoch0"], env=os.environ | {"DTRAIN_PARENT": "1"}, check=False)
-        return started.returncode
+        words = [*shlex.split(os.environ["DTRAIN_TORCHRUN"]), "--rdzv-id=epoch0"]
+        return subprocess.run(words, env=os.environ | {"DTRAIN_PARENT": "1"}, check=False).returncode
     return int(os.environ.get("ISLANDS_END", "0"))
 
 

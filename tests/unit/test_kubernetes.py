@@ -25,11 +25,12 @@ from tests.unit.small_run import refused, write_job_file
 RANKS = ("islands.ranks=4", "train.batch=4")
 IMAGE = ("--image", "registry.example/dtrain:1.0")
 
-# What of JobSet v1alpha2 may stand where (https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/): a field's kind, its words, or
-# what is below it; a V1 name is a type of Kubernetes itself. A star marks what must be there.
+# What of JobSet v1alpha2 may stand where (https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/): a field's kind, its words,
+# or what is below it; a V1 name is a type of Kubernetes itself. A star marks what must be there.
 RULE = {
     "name*": re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?"),
-    "action*": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob", "RestartJobAndIgnoreMaxRestarts"},
+    "action*": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob",
+                "RestartJobAndIgnoreMaxRestarts"},
     "onJobFailureReasons": [{"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded",
                              "PodFailurePolicy"}],
     "onJobFailureMessagePatterns": [str],
@@ -128,22 +129,29 @@ def test_kubernetes_and_jobset_know_all_that_is_said(words: Sequence[str]) -> No
     assert list(strangers(jobset, JOBSET, "jobset")) == []
 
 
-def test_what_is_not_known_would_be_found() -> None:
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("spec.successPolicy", "operator", "all"),
+        ("spec.failurePolicy", "maxrestarts", 3),
+        ("spec.failurePolicy.rules.0", "name", "user error"),
+        ("spec.replicatedJobs.1", "replicas", "1"),
+        ("spec.replicatedJobs.1.template.spec", "completionmode", "Indexed"),
+        ("spec.replicatedJobs.1.template.spec", "parallelism", "1"),
+        ("spec.replicatedJobs.1.template.spec.template.spec.containers.0", "name", None),
+        ("spec.replicatedJobs.1.template.spec.template.spec.volumes.2.emptyDir", "size", "1Gi"),
+    ],
+)
+def test_what_is_not_known_would_be_found(place: str, key: str, value: object) -> None:
     _, jobset = written()
-    job = jobset["spec"]["replicatedJobs"][1]["template"]["spec"]
-    job["completionmode"] = "Indexed"
-    job["template"]["spec"]["containers"][0]["volumeMounts"][0].pop("mountPath")
-    job["parallelism"] = "1"
-    jobset["spec"]["failurePolicy"]["maxrestarts"] = 3
-    jobset["spec"]["successPolicy"]["operator"] = "all"
-    at = "jobset.spec.replicatedJobs[1].template.spec"
-    assert [found.partition(": ")[0] for found in strangers(jobset, JOBSET, "jobset")] == [
-        "jobset.spec.successPolicy.operator = 'all'",
-        "jobset.spec.failurePolicy.maxrestarts",
-        f"{at}.parallelism = '1', and must be int",
-        f"{at}.template.spec.containers[0].volumeMounts[0]",
-        f"{at}.completionmode",
-    ]
+    at: Any = jobset
+    for step in place.split("."):
+        at = at[int(step)] if step.isdecimal() else at[step]
+    if value is None:
+        del at[key]
+    else:
+        at[key] = value
+    assert list(strangers(jobset, JOBSET, "jobset"))
 
 
 def containers(jobset: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -158,12 +166,10 @@ def test_an_island_is_a_job_of_indexed_pods_with_its_gpus() -> None:
     sizes = {name: (job["completionMode"], job["completions"], job["parallelism"]) for name, job in pods.items()}
     assert sizes == {"launcher": ("Indexed", 1, 1), "island0": ("Indexed", 2, 2), "island1": ("Indexed", 2, 2)}
     found = containers(jobset)
-    assert [found[name].get("resources") for name in ("launcher", "island1")] == [None, {"limits": {"nvidia.com/gpu": 2}}]
-    assert {volume["name"]: volume.get("emptyDir") for volume in pods["island0"]["template"]["spec"]["volumes"]}["shm"] == {
-        "medium": "Memory"
-    }
-    claims = [v["persistentVolumeClaim"]["claimName"] for v in pods["island0"]["template"]["spec"]["volumes"] if v["name"] == "runs"]
-    assert claims == ["runs"]
+    assert [found[name].get("resources") for name in ("launcher", "island1")] == [None, {"limits": {"nvidia.com/gpu": "2"}}]
+    volumes = {volume.pop("name"): volume for volume in pods["island0"]["template"]["spec"]["volumes"]}
+    assert volumes["shm"] == {"emptyDir": {"medium": "Memory"}}
+    assert volumes["runs"] == {"persistentVolumeClaim": {"claimName": "runs"}}
 
 
 def test_the_job_in_the_map_is_the_file_with_what_pods_are_to_know() -> None:
@@ -256,7 +262,7 @@ def test_shellcheck_has_nothing_to_say(words: Sequence[str]) -> None:
         (("--image", "a b"), "--image 'a b' is no image; write REGISTRY/NAME:TAG"),
         (("data.source=text",), "data.source = 'text' is a file here, and pods have others; say where it lies in the image"),
         (("link.transport=nccl",), 'link.transport = "nccl" is for islands that share a machine'),
-        ((f"job.name={'a' * 51}",), f"job.name = '{'a' * 51}' makes host names of pods longer than 63 characters"),
+        ((f"job.name={'a' * 51}",), f"job.name = '{'a' * 51}' makes host names longer than 63 characters"),
         (("islands.ranks=3", "train.batch=3", "--gpus-per-node", "2"), "3 ranks of island 0 do not divide by 2 nodes"),
         (("sim.step_s=1.0",), "sim.step_s = 1.0 has no effect with dtrain run"),
         (("--output", "job.toml"), "--output job.toml: the file is there already; overwrite it with --force, or name another"),
