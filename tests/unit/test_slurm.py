@@ -199,7 +199,8 @@ def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatc
     several = islands.command(launch, 1, 3)
     assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
     assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
-    assert several[7:] == alone[5:]
+    assert alone[5] == "--rdzv-id=epoch3-tag"
+    assert several[7:] == ["--rdzv-id=epoch3", *alone[6:]], "a name that torchruns elsewhere know too"
 
 
 def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
