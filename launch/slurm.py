@@ -63,7 +63,7 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     for k, component in enumerate(islands if apart else [None]):
         lines += _component(job, asked, [component] if component else islands, first=k == 0)
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
-    lines += ["", *_places(job, asked, apart=apart)]
+    lines += ["", *_places(job, asked, islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
     lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
     if asked.island is None:
@@ -216,18 +216,19 @@ def _surroundings(job: Job, asked: Asked) -> Iterator[str]:
     yield from asked.setup
 
 
-def _places(job: Job, asked: Asked, *, apart: bool) -> Iterator[str]:
+def _places(job: Job, asked: Asked, interface: str) -> Iterator[str]:
     yield f"run={shlex.quote(_run(job))}"
     yield 'logs=$run-slurm/$SLURM_JOB_ID    # a file for each island and node'
     yield 'mkdir -p -- "$logs"'
-    if asked.meet:
-        host, _, port = asked.meet.rpartition(":")
+    host, _, port = (asked.meet or "").rpartition(":")
+    host = host or job.link.advertise or ("" if interface else "127.0.0.1")
+    if host:
         yield f"head={host}"
-        yield f"port={port}"
-    else:
-        yield f'read -r head < <(scontrol show hostnames "${_nodelist(0, apart=apart)}")    # this node: the first of island 0'
-        port = str(job.link.port) if job.link.port else "$((20000 + SLURM_JOB_ID % 10000))"
-        yield f"port={port}"
+    else:  # and not its name, which may be that of its address on another network
+        yield "# Islands meet at this node, by its address on the network that carries the link."
+        yield f"read -r _ _ _ head _ < <(ip -4 -oneline address show dev {shlex.quote(interface)})"
+        yield "head=${head%/*}"
+    yield f"port={port or job.link.port or '$((20000 + SLURM_JOB_ID % 10000))'}"
     yield "meet=$head:$port"
 
 
@@ -242,10 +243,6 @@ def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> It
         yield '    "link.advertise=$head"'
         yield '    "link.port=$port"'
     yield ")"
-
-
-def _nodelist(island: int, *, apart: bool) -> str:
-    return f"SLURM_JOB_NODELIST_HET_GROUP_{island}" if apart else "SLURM_JOB_NODELIST"
 
 
 def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) -> Iterator[str]:
@@ -267,7 +264,7 @@ def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) ->
         if n == 1:
             yield f"join {where.island} {placed}"
         elif apart:
-            yield f'read -r first < <(scontrol show hostnames "${_nodelist(where.island, apart=True)}")'
+            yield f'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_{where.island}")'
             yield f'torchruns {where.island} "$first" {n} {where.ranks_per_node} {placed}'
         else:
             at = f'"$(nodes {first[k]} 1)"'

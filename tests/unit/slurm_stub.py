@@ -1,6 +1,6 @@
 """A Slurm of one machine, as far as a script of ``dtrain slurm`` sees it, and a dtrain that only says how it was called.
 
-Runs under the names sbatch, srun, scontrol, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun`` starts
+Runs under the names sbatch, srun, scontrol, ip, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun`` starts
 its command once a node, with what Slurm says to a task. The launcher ends when as many tasks have begun as TASKS says.
 """
 
@@ -75,6 +75,9 @@ note()
 match name, arguments[:1]:
     case "scontrol", ["show"]:
         print("\n".join(arguments[-1].split(",")))
+        status = 0
+    case "ip", _:
+        print(f"2: {arguments[-1]}    inet 10.0.0.7/24 brd 10.0.0.255 scope global {arguments[-1]}")
         status = 0
     case "sbatch", _:
         Path(os.environ["SUBMITTED"]).write_text(sys.stdin.read())

@@ -42,7 +42,7 @@ def stubs(tmp_path: Path) -> Path:
     """A folder for PATH: the stub under all its names."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("sbatch", "srun", "scontrol", "dtrain", "python"):
+    for name in ("sbatch", "srun", "scontrol", "ip", "dtrain", "python"):
         (folder / name).write_text(f"#!{sys.executable} -IS\n" + STUB.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / name).chmod(0o755)
     return folder
@@ -139,17 +139,17 @@ def test_an_island_of_one_node_is_a_dtrain_run_and_joins_the_launcher(stubs: Pat
     assert ended(text, stubs, 2, allocation(apart=False, nodes=[["n1"], ["n2"]])) == 0
     launcher, *joined = sorted(calls("dtrain"), key=lambda call: "--island" in call["arguments"])
     words = ["run", "job.toml", IB, "sync.every=10", "islands.threads=3"]
-    words += ['islands.each=[{launcher = "slurm"}, {launcher = "slurm"}]', "link.advertise=n1", "link.port=20007"]
+    words += ['islands.each=[{launcher = "slurm"}, {launcher = "slurm"}]', "link.advertise=10.0.0.7", "link.port=20007"]
     assert launcher["arguments"] == words
     assert launcher["cwd"] == os.getcwd()
     assert "SLURM_PROCID" not in launcher["environment"], "it is no step of its own"
     found = {call["environment"]["SLURMD_NODENAME"]: call for call in joined}
     for k, node in enumerate(("n1", "n2")):
-        assert found[node]["arguments"] == [*words, "--island", str(k), "--meet", "n1:20007"]
+        assert found[node]["arguments"] == [*words, "--island", str(k), "--meet", "10.0.0.7:20007"]
         assert found[node]["environment"]["OMP_NUM_THREADS"] == "3"
         assert Path(f"runs/small-slurm/40007/island{k}-{node}.log").is_file()
     assert all("--export=ALL" in call["arguments"] for call in calls("srun"))
-    assert [call["arguments"][0] for call in calls("scontrol")] == ["show", "show"], "nothing is queued again"
+    assert [call["arguments"][0] for call in calls("scontrol")] == ["show"], "nothing is queued again"
 
 
 def test_the_same_script_goes_on_with_the_run(stubs: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path
     nodes = [["n1", "n2"], ["n3", "n4"]]
     assert ended(text, stubs, 4, allocation(apart=apart, nodes=nodes)) == 0
     joined = sorted(call["arguments"][-4:] for call in calls("dtrain") if "--island" in call["arguments"])
-    assert joined == [["--island", "0", "--meet", "n1:20007"], ["--island", "1", "--meet", "n1:20007"]]
+    assert joined == [["--island", "0", "--meet", "10.0.0.7:20007"], ["--island", "1", "--meet", "10.0.0.7:20007"]]
     found = {call["environment"]["SLURMD_NODENAME"]: call for call in calls("python")}
     assert set(found) == {"n1", "n2", "n3", "n4"}
     for k, island in enumerate(nodes):
@@ -209,6 +209,23 @@ def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
     (joined,) = calls("dtrain")
     assert joined["arguments"] == ["run", "job.toml", IB, "--island", "1", "--meet", "login1:29400"]
     assert "--job-name=small-island1" in options(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        ((IB,), ["read -r _ _ _ head _ < <(ip -4 -oneline address show dev ib0)", "head=${head%/*}", "port=$((20000 +"]),
+        ((IB, "link.port=29401", "link.advertise=gate"), ["head=gate", "port=29401"]),
+        ((IB, "link.port=29401", "--meet", "login9:29402"), ["head=login9", "port=29402"]),
+        (("islands.count=1", "sync.recipe=local"), ["head=127.0.0.1", "port=$((20000 +"]),
+    ],
+)
+def test_islands_meet_where_the_launcher_listens(words: Sequence[str], head: list[str]) -> None:
+    lines = written(*words).splitlines()
+    (at,) = [k for k, line in enumerate(lines) if line == "meet=$head:$port"]
+    for line, wanted in zip(lines[at - len(head) : at], head, strict=True):
+        assert line.startswith(wanted)
+    assert '    "link.advertise=$head"' in lines[at:]
 
 
 @pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
