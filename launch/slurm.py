@@ -201,7 +201,8 @@ def _component(job: Job, asked: Asked, islands: Sequence[Where], *, first: bool)
         yield f"#SBATCH --time={asked.time}"
     yield f"#SBATCH --nodes={sum(where.nodes for where in islands)}"
     yield "#SBATCH --ntasks-per-node=1"
-    yield "# Whole nodes, with all their cores and all their memory:"
+    if first:
+        yield "# Whole nodes, with all their cores and all their memory:"
     yield "#SBATCH --exclusive"
     yield "#SBATCH --mem=0"
     if asked.gpus_per_node:

@@ -1,7 +1,7 @@
 """A Slurm of one machine, as far as a script of ``dtrain slurm`` sees it, and a dtrain that only says how it was called.
 
-Runs under the names sbatch, srun, scontrol, ip, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun`` starts
-its command once a node, with what Slurm says to a task. The launcher ends when as many tasks have begun as TASKS says.
+Runs under the names sbatch, srun, scontrol, ip, dtrain and python. Each call adds a line of JSON to the file CALLS. ``srun``
+starts its command once a node, with what Slurm says to a task. The launcher ends when as many tasks have begun as TASKS says.
 """
 
 import json
