@@ -19,9 +19,11 @@ from dtrain.errors import PeerLost
 from dtrain.launch import lab_user
 from dtrain.launch.cli_bench import bench_app
 from dtrain.launch.cli_doctor import doctor
+from dtrain.launch.cli_kubernetes import kubernetes
 from dtrain.launch.cli_lab import lab_app
 from dtrain.launch.cli_plan import plan
 from dtrain.launch.cli_run import run
+from dtrain.launch.cli_slurm import slurm
 from dtrain.launch.cli_status import status
 from dtrain.launch.cli_topology import topology
 from dtrain.launch.closing import EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER_ERROR, close, complain, resumable
@@ -46,6 +48,8 @@ Start here:
   dtrain profile JOB.toml                  where a step's time goes
   dtrain lab up --islands 2 --rate 10mbit  real slow links on this machine, to run it over
   dtrain doctor JOB.toml                   what of this machine would stop it
+  dtrain slurm JOB.toml                    a script that runs it on a Slurm cluster
+  dtrain kubernetes JOB.toml               manifests that run it on Kubernetes
   dtrain keys                              what a job file can say
 """
 
@@ -57,6 +61,8 @@ app.command()(topology)
 app.command()(plan)
 app.command()(status)
 app.command()(doctor)
+app.command()(slurm)
+app.command()(kubernetes)
 
 
 @app.command(hidden=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,10 @@ from dtrain.metrics import ErrorNote, read_error
 _TRACEBACK = "Traceback (most recent call last)"
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
 _NEWS = ("status.json", "error.json", "part.json")
+
+TORCHRUN_VARIABLE = "DTRAIN_TORCHRUN"
+"""Holds the words that start the torchruns of an island of several nodes, where a scheduler's script says how: in place of the
+one torchrun here, and before what each start of the island says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,12 @@ def forget_news(run: Path, island: int) -> None:
 def command(launch: Launch, island: int, epoch: int) -> list[str]:
     ours = ("dtrain.launch", "train", str(launch.run / "job.toml"), *launch.options)
     site = launch.sites[island] if launch.sites else Site()
+    ranks = launch.job.island(island).ranks
+    here = [sys.executable, "-m", "dtrain.launch.agent", "--nnodes=1", f"--nproc-per-node={ranks}"]
+    said = os.environ.get(TORCHRUN_VARIABLE)
     return [
         *site.prefix,
-        sys.executable,
-        "-m",
-        "dtrain.launch.agent",
-        "--nnodes=1",
-        f"--nproc-per-node={launch.job.island(island).ranks}",
+        *(here if said is None else shlex.split(said)),
         f"--rdzv-id={_start_name(launch, epoch)}",  # names the log folder
         "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
         f"--log-dir={folder(launch.run, island) / 'torchrun'}",
@@ -126,7 +130,8 @@ def _changed(path: Path) -> int:
 
 
 def _start_name(launch: Launch, epoch: int) -> str:
-    return f"epoch{epoch}-{launch.tag}"
+    """Where an island has several torchruns, which need to name it alike, one that all can know."""
+    return f"epoch{epoch}" if TORCHRUN_VARIABLE in os.environ else f"epoch{epoch}-{launch.tag}"
 
 
 def stdout_log(launch: Launch, island: int, epoch: int) -> Path | None:

@@ -55,8 +55,7 @@ def test_every_command_of_the_readme_runs(
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     listed = [words for words in commands() if words[1] != "lab"]  # those need root: test_lab_jobs
     known = {"run", "plan", "profile", "sim", "status", "report", "eval", "recipes", "topology", "check", "keys", "bench"}
-    known |= {"doctor"}
-    assert {words[1] for words in listed} == known
+    assert {words[1] for words in listed} == known | {"doctor", "slurm", "kubernetes"}
     (tmp_path / "mine.py").write_text(mine(), encoding="utf-8")
     # What make train leaves behind; in this process, which is quicker and the same to the bit (test_same_bits).
     assert run_command(["sim", "launch/jobs/quickstart.toml", *SMALLER]) == 0, capsys.readouterr().err
@@ -98,6 +97,8 @@ def test_every_command_of_the_readme_runs(
     assert "gossip_adam" in said["bench"]
     assert {line.split()[0] for line in said["bench recipes"].splitlines()} >= {"allreduce", "mine.py:row", "dpsgd", "choco"}
     assert (tmp_path / "both.png").exists()
+    assert (tmp_path / "job.sbatch").exists()
+    assert (tmp_path / "job.yaml").exists()
     assert (tmp_path / "mine.png").exists()
     assert (tmp_path / "runs" / "slow" / "model.safetensors").exists()
     names = {Path(word).name for words in listed if words[1] == "report" for word in words if word.startswith("runs/")}

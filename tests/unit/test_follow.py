@@ -1,0 +1,75 @@
+"""Does another node of an island start its torchrun whenever the launcher says that the island starts?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from dtrain.config import load_job
+from dtrain.errors import PeerLost
+from dtrain.launch import follow, islands
+from tests.unit.small_run import write_job_file
+
+# Plays a torchrun: notes how it was started, and fails in epoch 1.
+TORCHRUN = """
+import json, os, sys
+with open("starts", "a") as file:
+    file.write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
+sys.exit(os.environ["DTRAIN_EPOCH"] == "1")
+"""
+
+
+class Told(HashStore):
+    """A meeting point at which the launcher says one thing after the other."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self._words: Iterator[str] = iter(words)
+        self.set("regroup", "")
+
+    def get(self, key: str) -> bytes:
+        assert key == "regroup"
+        return next(self._words).encode()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(follow, "_POLL_S", 0.001)
+    write_job_file()
+    Path("torchrun.py").write_text(TORCHRUN)
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, f"{sys.executable} -IS torchrun.py --node-rank=1")
+
+
+def test_each_start_is_followed_until_one_ends_well() -> None:
+    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "there:29400", tag="")
+    assert follow.follow(launch, 1, Told("1:40", "1:40", "1:40", "2:500")) == 0
+    starts: list[tuple[list[str], dict[str, Any]]] = [json.loads(line) for line in Path("starts").read_text().splitlines()]
+    told = [(said["DTRAIN_EPOCH"], said["DTRAIN_RESUME_STEP"]) for _, said in starts]
+    assert told == [("1", "40"), ("2", "500")]
+    for (words, said), epoch in zip(starts, (1, 2), strict=True):
+        assert words[:2] == ["--node-rank=1", f"--rdzv-id=epoch{epoch}"], "which the first node's torchrun says too"
+        assert words[-4:] == ["-m", "dtrain.launch", "train", "/runs/x/job.toml"]
+        assert (said["DTRAIN_ISLAND"], said["DTRAIN_NUM_ISLANDS"], said["DTRAIN_MEET"]) == ("1", "2", "there:29400")
+        assert said["DTRAIN_RUN"] == "/runs/x"
+
+
+def test_the_meeting_point_is_asked() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("regroup", "3:40")
+    there = follow.reach(f"127.0.0.1:{store.port}", 30.0)
+    assert follow.newer(there, 2, 30.0) == (3, 40)
+    with pytest.raises(PeerLost, match=r"the launcher has told of no start within 0\.3 s"):
+        follow.newer(there, 3, 0.3)
+
+
+def test_a_launcher_that_never_comes_is_not_waited_for_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("job.toml").write_text("[link]\ntimeout_s = 0.1\n")
+    assert follow.main("job.toml", "run", "1", "127.0.0.1:1") == 75
+    assert capsys.readouterr().err.startswith("dtrain: no launcher at 127.0.0.1:1 within 0.1 s (Connection refused)")

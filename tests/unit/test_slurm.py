@@ -1,0 +1,330 @@
+"""Does the script of ``dtrain slurm`` start every rank where it should, go on with a run, and end as the run does?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config import load_job
+from dtrain.launch import islands, outside, slurm
+from dtrain.launch.cli import run_command
+from dtrain.launch.slurm import Asked, Where, layout
+from tests.unit.small_run import refused, write_job_file
+
+STUB = Path(__file__).with_name("slurm_stub.py")
+ODD = "it's a \"folder\" of $HOME"  # each of these means something to a shell
+IB = "link.interface=ib0"
+RANKS = ("islands.ranks=4", "train.batch=4")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_an_odd_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ODD).mkdir()
+    monkeypatch.chdir(tmp_path / ODD)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("SUBMITTED", str(tmp_path / "submitted"))
+    write_job_file()
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Path:
+    """A folder for PATH: the stub under all its names."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "scontrol", "ip", "dtrain", "python"):
+        (folder / name).write_text(f"#!{sys.executable} -IS\n" + STUB.read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def written(*words: str) -> str:
+    out = Path("job.sbatch")
+    assert run_command(["slurm", "job.toml", *words, "--output", str(out), "--force"]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+JOBS = {
+    "two islands": (IB,),
+    "four islands": (IB, "islands.count=4", "--time", "2-12:00:00", "--account", "phys-1", "--gpus-per-node", "1"),
+    "an override with blanks": (IB, "job.dir=it's here", "sync.recipe=fedavg"),
+    "one partition": (IB, "--partition", "long"),
+    "partitions": (IB, *("--partition", "a"), *("--partition", "b")),
+    "several nodes": (IB, *RANKS, "--gpus-per-node", "2"),
+    "several nodes in partitions": (IB, *RANKS, "--nodes-per-island", "4", *("--partition", "a"), *("--partition", "b,c")),
+    "one of them": (IB, "--island", "1", "--meet", "login1:29400"),
+    "one of them on several nodes": (IB, *RANKS, "--island", "1", "--meet", "login1:29400", "--nodes-per-island", "2"),
+    "one in all": ("islands.count=1", "sync.recipe=local", "--setup", "module load 'cuda/12.4'"),
+}
+
+
+@pytest.mark.parametrize("words", JOBS.values(), ids=list(JOBS))
+def test_bash_and_shellcheck_have_nothing_to_say(words: Sequence[str]) -> None:
+    written(*words)
+    # SC2016 is about $ between single quotes, as in the folder's name, where it stands for itself.
+    for checker in (["bash", "-n"], ["shellcheck", "--shell=bash", "--exclude=SC2016"]):
+        done = subprocess.run([*checker, "job.sbatch"], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def options(text: str) -> list[list[str]]:
+    """Of each component of the job, as sbatch reads them: up to the first line that is no comment."""
+    head = re.match(r"(#.*\n|\n)*", text)
+    assert head is not None
+    assert "#SBATCH" not in text[head.end() :], "sbatch would not see it"
+    words = [line.removeprefix("#SBATCH ") for line in head[0].splitlines() if line.startswith("#SBATCH ")]
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == "hetjob":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+def test_islands_of_one_partition_are_one_allocation_and_of_several_its_components() -> None:
+    (one,) = options(written(*JOBS["four islands"]))
+    for word in ("--job-name=small", "--requeue", "--signal=B:USR1@120", "--nodes=4", "--ntasks-per-node=1", "--exclusive"):
+        assert word in one
+    assert {"--mem=0", "--gpus-per-node=1", "--time=2-12:00:00", "--account=phys-1"} <= set(one)
+    first, second = options(written(*JOBS["several nodes in partitions"]))
+    assert {"--partition=a", "--nodes=4"} <= set(first)
+    assert {"--partition=b,c", "--nodes=4", "--exclusive", "--mem=0"} <= set(second)
+    assert "--requeue" not in second
+    assert len(options(written(IB, *("--partition", "a"), *("--partition", "a")))) == 1
+
+
+def allocation(*, apart: bool, nodes: Sequence[Sequence[str]]) -> dict[str, str]:
+    groups = {f"SLURM_JOB_NODELIST_HET_GROUP_{k}": ",".join(group) for k, group in enumerate(nodes)}
+    whole = {"SLURM_JOB_NODELIST": ",".join(node for group in nodes for node in group)}
+    return {"SLURM_JOB_ID": "40007", **(groups if apart else whole)}
+
+
+def start(text: str, stubs: Path, tasks: int, said: dict[str, str]) -> subprocess.Popen[str]:
+    """Slurm's side: the script begins somewhere else, with the job's environment."""
+    Path("job.sbatch").write_text(text, encoding="utf-8")
+    ours = {"RUN": str(Path("runs/small").absolute()), "TASKS": str(tasks), "PATH": f"{stubs}:{os.environ['PATH']}"}
+    command = ["bash", str(Path("job.sbatch").absolute())]
+    return subprocess.Popen(command, cwd="/", env={**os.environ, **ours, **said}, stdout=subprocess.PIPE, text=True)
+
+
+def ended(text: str, stubs: Path, tasks: int, said: dict[str, str]) -> int:
+    with start(text, stubs, tasks, said) as script:
+        script.communicate(timeout=60)
+    return script.returncode
+
+
+def calls(*names: str) -> list[dict[str, Any]]:
+    path = Path(os.environ["CALLS"])
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [call for call in found if call["name"] in names]
+
+
+def at_stubs(stubs: Path) -> tuple[str, str]:
+    return "--setup", f'export PATH={stubs}:"$PATH"'
+
+
+def test_an_island_of_one_node_is_a_dtrain_run_and_joins_the_launcher(stubs: Path) -> None:
+    text = written(IB, "sync.every=10", "islands.threads=3", *at_stubs(stubs))
+    assert ended(text, stubs, 2, allocation(apart=False, nodes=[["n1"], ["n2"]])) == 0
+    launcher, *joined = sorted(calls("dtrain"), key=lambda call: "--island" in call["arguments"])
+    words = ["run", "job.toml", IB, "sync.every=10", "islands.threads=3"]
+    words += ['islands.each=[{launcher = "slurm"}, {launcher = "slurm"}]', "link.advertise=10.0.0.7", "link.port=20007"]
+    assert launcher["arguments"] == words
+    assert launcher["cwd"] == os.getcwd()
+    assert "SLURM_PROCID" not in launcher["environment"], "it is no step of its own"
+    found = {call["environment"]["SLURMD_NODENAME"]: call for call in joined}
+    for k, node in enumerate(("n1", "n2")):
+        assert found[node]["arguments"] == [*words, "--island", str(k), "--meet", "10.0.0.7:20007"]
+        assert found[node]["environment"]["OMP_NUM_THREADS"] == "3"
+        assert Path(f"runs/small-slurm/40007/island{k}-{node}.log").is_file()
+    assert all("--export=ALL" in call["arguments"] for call in calls("srun"))
+    assert [call["arguments"][0] for call in calls("scontrol")] == ["show"], "nothing is queued again"
+
+
+def test_the_same_script_goes_on_with_the_run(stubs: Path) -> None:
+    text, place = written(IB, *at_stubs(stubs)), allocation(apart=False, nodes=[["n1"], ["n2"]])
+    assert ended(text, stubs, 2, place) == 0
+    Path(os.environ["CALLS"]).unlink()
+    assert ended(text, stubs, 2, place) == 0
+    assert [call["arguments"][-1] for call in calls("dtrain")] == ["--resume"] * 3
+
+
+def torchrun_of(call: dict[str, Any]) -> Any:
+    """What torch's own parser makes of it, with the end that ``islands.command`` gives it."""
+    from torch.distributed.run import get_args_parser
+
+    assert call["arguments"][:2] == ["-m", "torch.distributed.run"]
+    return get_args_parser().parse_args([*call["arguments"][2:], "-m", "dtrain.launch"])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path, apart: bool) -> None:
+    partitions = ("--partition", "a", "--partition", "b") if apart else ()
+    text = written(IB, *RANKS, "--gpus-per-node", "2", *partitions, *at_stubs(stubs))
+    nodes = [["n1", "n2"], ["n3", "n4"]]
+    assert ended(text, stubs, 4, allocation(apart=apart, nodes=nodes)) == 0
+    joined = sorted(call["arguments"][-4:] for call in calls("dtrain") if "--island" in call["arguments"])
+    assert joined == [["--island", "0", "--meet", "10.0.0.7:20007"], ["--island", "1", "--meet", "10.0.0.7:20007"]]
+    found = {call["environment"]["SLURMD_NODENAME"]: call for call in calls("python")}
+    assert set(found) == {"n1", "n2", "n3", "n4"}
+    for k, island in enumerate(nodes):
+        for rank, node in enumerate(island):
+            torchrun = torchrun_of(found[node])
+            assert "DTRAIN_PARENT" not in found[node]["environment"], "its ranks have another parent"
+            assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.node_rank) == ("2", "2", rank)
+            assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint) == ("static", f"{island[0]}:20008")
+            assert torchrun.rdzv_id == "epoch0"
+            assert Path(f"runs/small-slurm/40007/island{k}-{node}.log").is_file()
+    groups = [word for call in calls("srun") for word in call["arguments"] if word.startswith("--het-group")]
+    assert sorted(groups) == (["--het-group=0", "--het-group=1"] if apart else [])
+    assert all("--gpus-per-node=2" in call["arguments"] for call in calls("srun"))
+
+
+def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the one here; all else of the command stays."""
+    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
+    alone = islands.command(launch, 1, 3)
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
+    several = islands.command(launch, 1, 3)
+    assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
+    assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
+    assert alone[5] == "--rdzv-id=epoch3-tag"
+    assert several[7:] == ["--rdzv-id=epoch3", *alone[6:]], "a name that torchruns elsewhere know too"
+
+
+def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
+    text = written(IB, "--island", "1", "--meet", "login1:29400", *at_stubs(stubs))
+    assert ended(text, stubs, 1, allocation(apart=False, nodes=[["n9"]])) == 0
+    (joined,) = calls("dtrain")
+    assert joined["arguments"] == ["run", "job.toml", IB, "--island", "1", "--meet", "login1:29400"]
+    assert "--job-name=small-island1" in options(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        ((IB,), ["read -r _ _ _ head _ < <(ip -4 -oneline address show dev ib0)", "head=${head%/*}", "port=$((20000 +"]),
+        ((IB, "link.port=29401", "link.advertise=gate"), ["head=gate", "port=29401"]),
+        ((IB, "link.port=29401", "--meet", "login9:29402"), ["head=login9", "port=29402"]),
+        (("islands.count=1", "sync.recipe=local"), ["head=127.0.0.1", "port=$((20000 +"]),
+    ],
+)
+def test_islands_meet_where_the_launcher_listens(words: Sequence[str], head: list[str]) -> None:
+    lines = written(*words).splitlines()
+    (at,) = [k for k, line in enumerate(lines) if line == "meet=$head:$port"]
+    for line, wanted in zip(lines[at - len(head) : at], head, strict=True):
+        assert line.startswith(wanted)
+    assert '    "link.advertise=$head"' in lines[at:]
+
+
+@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
+def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
+    stubs: Path, number: signal.Signals, status: int, queued: list[str]
+) -> None:
+    text = written(IB, *at_stubs(stubs))
+    place = allocation(apart=False, nodes=[["n1"], ["n2"]])
+    with start(text, stubs, 2, {**place, "HANGS": "1"}) as script:
+        limit = time.monotonic() + 60
+        while not Path("runs/small/hangs").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        script.send_signal(number)
+        script.communicate(timeout=60)
+    assert script.returncode == status
+    assert [call["arguments"][1] for call in calls("scontrol") if call["arguments"][0] == "requeue"] == queued
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "queued"),
+    [
+        ({"ENDS": "75", "COMMITS": "1"}, 0, 1),
+        ({"ENDS": "75"}, 75, 0),  # no checkpoint is newer than its start: it would fail so again
+        ({"ENDS": "2", "COMMITS": "1"}, 2, 0),  # a person has to change something
+        ({"ISLANDS_END": "9", "HANGS": "1"}, 9, 0),  # the launcher does not see it, and is stopped
+        ({"ISLANDS_END": "9", "HANGS": "1", "COMMITS": "1"}, 0, 1),
+        ({"ISLANDS_END": "9", "ENDS": "2"}, 2, 0),  # it does, and its word counts
+    ],
+)
+def test_a_failure_is_tried_again_where_the_run_got_on(stubs: Path, said: dict[str, str], status: int, queued: int) -> None:
+    text = written(IB, *at_stubs(stubs)).replace("gone 15", "gone 1")
+    place = allocation(apart=False, nodes=[["n1"], ["n2"]])
+    assert ended(text, stubs, 2, {**place, **said}) == status
+    assert sum(call["arguments"] == ["requeue", "40007"] for call in calls("scontrol")) == queued
+
+
+def test_it_is_submitted_and_the_number_printed(
+    stubs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+    assert run_command(["slurm", "job.toml", IB, "--submit"]) == 0
+    assert capsys.readouterr().out == "4711\n"
+    assert run_command(["slurm", "job.toml", IB]) == 0
+    assert capsys.readouterr().out.replace(" --submit", "") == Path(os.environ["SUBMITTED"]).read_text()
+    assert [call["arguments"] for call in calls("sbatch")] == [["--parsable"]]
+    (stubs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
+    assert refused(capsys, "slurm", "job.toml", IB, "--submit") == "sbatch refused the script: sbatch: error: Invalid account"
+
+
+def test_a_file_is_never_overwritten_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.sh").write_text("mine")
+    assert "overwrite it with --force" in refused(capsys, "slurm", "job.toml", IB, "--output", "mine.sh")
+    assert run_command(["slurm", "job.toml", IB, "--output", "mine.sh", "--force"]) == 0
+    assert "written: mine.sh; submit it with: sbatch mine.sh" in capsys.readouterr().out
+    assert Path("mine.sh").read_text().startswith("#!/usr/bin/env bash\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["job.toml", "mine.sh"], "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "link.interface is empty, which is loopback, and island 0 is not on one node with all others; name"),
+        ((IB, "--submit"), "--submit: this machine has no sbatch; write the script with --output FILE"),
+        ((IB, "sync.evry=5"), "on the command line: unknown key sync.evry"),
+        ((IB, "sync.delay=9"), "sync.delay = 9 is longer than sync.every = 5"),
+        ((IB, "sim.step_s=1.0"), "sim.step_s = 1.0 has no effect with dtrain run"),
+        ((IB, "--partition", "a b"), "--partition a b: Slurm has no such names"),
+        ((IB, "--partition", "a", "--partition", "b", "--partition", "c"), "3 times --partition for 2 islands; name one for all"),
+        ((IB, "--time", "noon"), '--time noon: write "12:00:00"'),
+        ((IB, "--account", "$(rm)"), "--account $(rm): Slurm has no such names"),
+        ((IB, "--meet", "login1"), "--meet login1: write HOST:PORT"),
+        ((IB, "--meet", "login1:65535"), "--meet login1:65535: use a port from 1 to 65534"),
+        ((IB, "--island", "1"), "--island 1 joins a launcher that runs elsewhere; say where with --meet HOST:PORT"),
+        ((IB, "--island", "2", "--meet", "h:1"), "--island 2: the last of 2 islands is island 1"),
+        ((IB, *RANKS, "--nodes-per-island", "3"), "4 ranks of island 0 do not divide by 3 nodes"),
+        ((IB, *RANKS, "--nodes-per-island", "2", "--gpus-per-node", "1"), "2 ranks a node of island 0 are more than"),
+        ((IB, "job.dir=a\nb"), "'/"),
+        ((IB, "job.dir=100%"), "the run folder"),
+        ((IB, "link.port=65535"), "link.port = 65535: torchrun takes the port after it"),
+        ((IB, "--setup", "a\nb"), r"'a\nb' has characters that cannot stand in a line of a script"),
+        ((IB, "--output", "no/such.sh"), "--output no/such.sh: there is no folder no; make it first"),
+        ((IB, "--output", "."), "--output .: that is a folder; name a file in it"),
+        ((IB, "--force"), "--force has no effect without --output FILE"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: Sequence[str], said: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert refused(capsys, "slurm", "job.toml", *words).startswith(said)
+
+
+def test_islands_of_unlike_size_have_as_many_nodes_as_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, tables = load_job(Path("job.toml"), (IB,)), [{"ranks": 16, "interface": "eth1"}, {}]
+    wanted = [Where(0, 2, 8, "eth1", None), Where(1, 1, 1, "ib0", None)]
+    assert layout(job, tables, Asked(gpus_per_node=8)) == wanted
+    for module in (slurm, outside):
+        monkeypatch.setattr(module, "tables_of", lambda job: tables)
+    text = written(IB, "--gpus-per-node", "8")
+    assert 'torchruns 0 "$(nodes 0 1)" 2 8 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
+    assert """'islands.each=[{ranks = 16, interface = "eth1", launcher = "slurm"}, {launcher = "slurm"}]'""" in text
