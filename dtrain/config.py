@@ -59,11 +59,33 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:
-        shared = self.islands.engine == "ddp"  # all of it passes through each stage of a pipeline
+        shared = self.islands.engine != "pipeline"  # all of it passes through each stage of a pipeline
         parts = (self.islands.ranks if shared else 1) * self.train.accumulate
         if self.train.batch % parts:
             by = "islands.ranks x train.accumulate" if shared else "train.accumulate"
             raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Job:
+        islands = self.islands
+        sharded = islands.engine == "fsdp"
+        for key, said in (("shards", islands.shards is not None), ("activation_checkpointing", islands.activation_checkpointing)):
+            if said and not sharded:
+                raise ValueError(
+                    f'islands.{key} is of islands.engine = "fsdp", and it is {islands.engine!r}; leave it out, or use '
+                    "islands.engine=fsdp"
+                )
+        if sharded and islands.shards is not None and islands.ranks % islands.shards:
+            raise ValueError(
+                f"islands.shards = {islands.shards} does not divide islands.ranks = {islands.ranks}; use a divisor of it, as "
+                f"{islands.ranks}"
+            )
+        if sharded and self.train.merge == "variance_corrected" and islands.ranks > 1:
+            raise ValueError(
+                'train.merge = "variance_corrected" needs each tensor whole on a rank, and islands.engine = "fsdp" shards them; '
+                "use train.merge=mean, or islands.engine=ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -27,8 +27,16 @@ class JobSection(Section):
 class Islands(Section):
     count: int = Field(2, ge=1, le=1024, description="number of islands")
     ranks: int = Field(1, ge=1, le=1024, description="processes (GPUs) on each island")
-    engine: Literal["ddp", "pipeline"] = Field(
-        "ddp", description="inside an island: ddp, each rank has the whole model; pipeline, each rank has a stage of its layers"
+    engine: Literal["ddp", "fsdp", "pipeline"] = Field(
+        "ddp",
+        description="inside an island: ddp, each rank has the whole model; fsdp, a part of every parameter (FSDP2); pipeline, a "
+        "stage of its layers",
+    )
+    shards: int | None = Field(
+        None, ge=1, description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="of engine fsdp: keep only each block's input for the backward pass, and compute the block again"
     )
     shard: Literal["iid", "by_file"] = Field(
         "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"
