@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dtrain import chosen
 from dtrain.codec_name import MAX_BLOCK
+from dtrain.lanes import rank_of_lane
 from dtrain.shards import local
 
 GRAIN = MAX_BLOCK
@@ -148,6 +149,8 @@ class Bucket:
     """The rank of the island that carries this bucket over the link."""
     moments: Moments | None = None
     """Where a method sends them."""
+    lane: int = 0
+    """Of the lanes that join the islands' ranks, the one that its wires take: it ends at the owner on every island."""
 
 
 def cut_evenly(numels: Sequence[int], num_parts: int, grains: Sequence[int]) -> tuple[int, ...]:
@@ -184,7 +187,7 @@ class Flat:
     first: int = 0
     """Elements of the whole model that lie before these, where a rank holds some of its layers."""
     in_parts: bool = False
-    """Whether a rank holds a part of each parameter (``island/parts.py``): storages are those, and buckets no views of them."""
+    """Whether ranks hold parts of the parameters (``island/parts.py``): storages are this one's, and buckets no views of them."""
 
     @property
     def numel(self) -> int:
@@ -214,7 +217,8 @@ class Flat:
                 address += p.numel() * p.element_size()
 
     def _check_parts(self, now: Mapping[str, nn.Parameter]) -> None:
-        for name, p, part in zip(self.names, self.parameters, self.storages, strict=True):
+        held = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if not p.is_meta]
+        for (name, p), part in zip(held, self.storages, strict=True):
             if now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr():
                 raise ValueError(
                     f"parameter {name} was replaced after dtrain.join, or is gathered; shard, move or load the model first, "
@@ -233,12 +237,12 @@ def flatten(
 ) -> Flat:  # fmt: skip
     """Move the parameters that ``chosen.shared`` names (tied ones once) into one flat storage per dtype and make them views of
     it; raises ValueError for ones that cannot be shared. ``embeddings``: ids."""
-    names, parameters, trained, kinds = _shared(named, include, exclude)
-    device = parameters[0].device
-    storages = []
+    names, parameters, trained = _shared(named, include, exclude)
+    order, storages = order_of(parameters), []
     with torch.no_grad():
-        for dtype, members in kinds.items():
-            flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=dtype, device=device)
+        for members in order:
+            like = parameters[members[0]]
+            flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=like.dtype, device=like.device)
             offset = 0
             for i in members:
                 p = parameters[i]
@@ -247,7 +251,7 @@ def flatten(
                 p.data = view
                 offset += p.numel()
             storages.append(flat)
-    return Flat(names, parameters, tuple(storages), _order(kinds), trained, _looked_up(names, parameters, embeddings))
+    return Flat(names, parameters, tuple(storages), order, trained, _looked_up(names, parameters, embeddings))
 
 
 def flat_parts(
@@ -255,23 +259,26 @@ def flat_parts(
     *, embeddings: Set[int] = frozenset(),
 ) -> Flat:  # fmt: skip
     """``flatten`` where a rank holds a part of each parameter, which stays where it is."""
-    names, parameters, trained, kinds = _shared(named, include, exclude)
+    names, parameters, trained = _shared(named, include, exclude)
     storages = tuple(local(p.detach()) for p in parameters)
-    return Flat(
-        names, parameters, storages, _order(kinds), trained, _looked_up(names, parameters, embeddings), in_parts=True
-    )
+    looked_up = _looked_up(names, parameters, embeddings)
+    return Flat(names, parameters, storages, order_of(parameters), trained, looked_up, in_parts=True)
 
 
 def _looked_up(names: Sequence[str], parameters: Sequence[nn.Parameter], embeddings: Set[int]) -> frozenset[str]:
     return frozenset(name for name, p in zip(names, parameters, strict=True) if id(p) in embeddings)
 
 
-def _order(kinds: Mapping[torch.dtype, Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(members) for members in kinds.values())
+def order_of(parameters: Sequence[nn.Parameter]) -> tuple[tuple[int, ...], ...]:
+    """Positions by dtype, dtypes in the order in which they come."""
+    kinds: dict[torch.dtype, list[int]] = {}
+    for i, p in enumerate(parameters):
+        kinds.setdefault(p.dtype, []).append(i)
+    return tuple(map(tuple, kinds.values()))
 
 
-_Shared = tuple[tuple[str, ...], tuple[nn.Parameter, ...], tuple[nn.Parameter, ...], dict[torch.dtype, list[int]]]
-"""Names, the parameters that are shared, all that are trained, and positions by dtype."""
+_Shared = tuple[tuple[str, ...], tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]
+"""Names, the parameters that are shared, and all that are trained."""
 
 
 def _shared(
@@ -301,17 +308,15 @@ def _shared(
             f"the model's parameters lie on {', '.join(sorted(map(str, devices)))}; a rank synchronises one device: "
             "start one rank a device"
         )
-    kinds: dict[torch.dtype, list[int]] = {}
-    for i, p in enumerate(parameters):
-        kinds.setdefault(p.dtype, []).append(i)
-    return tuple(names), tuple(parameters), trained, kinds
+    return tuple(names), tuple(parameters), trained
 
 
 def make_buckets(
     flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool,
-    keeps_whole: KeepsWhole | None = None,
+    keeps_whole: KeepsWhole | None = None, num_lanes: int | None = None,
 ) -> list[Bucket]:  # fmt: skip
-    """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
+    """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each lane, and neighbouring
+    lanes to each rank. There are as many lanes as ranks, or, where islands have different numbers of ranks, as the most of them.
 
     The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
     otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
@@ -332,19 +337,21 @@ def make_buckets(
         raise ValueError(
             f"bucket_bytes = {largest} cuts the model into {len(pieces)} buckets; at most {MAX_BUCKETS}: raise it"
         )
-    owners = _owners([p[1].numel for p in pieces], num_ranks)
+    lanes = _shared_out([p[1].numel for p in pieces], num_lanes or num_ranks)
     return [
-        Bucket(i, fragment, layout, x, _gradient(flat, x) if with_grad else None, owners[i])
+        Bucket(
+            i, fragment, layout, x, _gradient(flat, x) if with_grad else None,
+            rank_of_lane(lanes[i], num_lanes or num_ranks, num_ranks), lane=lanes[i],
+        )
         for i, (fragment, layout, x) in enumerate(pieces)
-    ]
+    ]  # fmt: skip
 
 
 def _values(flat: Flat, kind: int, start: int, stop: int) -> Tensor:
     """A bucket's: a view of the parameters, or empty until it is at hand where these are in parts."""
     if not flat.in_parts:
         return flat.storages[kind][start:stop]
-    like = flat.parameters[flat.order[kind][0]]
-    return torch.empty(0, dtype=like.dtype, device=like.device)
+    return torch.empty(0, dtype=flat.parameters[flat.order[kind][0]].dtype, device=flat.storages[0].device)
 
 
 def _gradient(flat: Flat, x: Tensor) -> Tensor:
@@ -362,12 +369,12 @@ def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
     return Layout(tuple(spans))
 
 
-def _owners(numels: Sequence[int], num_ranks: int) -> list[int]:
-    """Rank of each bucket: neighbours together, near-equal elements a rank (by the bucket's middle)."""
+def _shared_out(numels: Sequence[int], num_lanes: int) -> list[int]:
+    """Lane of each bucket: neighbours together, near-equal elements a lane (by the bucket's middle)."""
     total = sum(numels)
-    owners = []
+    lanes = []
     done = 0
     for n in numels:
-        owners.append(min(num_ranks - 1, int((done + n / 2) * num_ranks / total)))
+        lanes.append(min(num_lanes - 1, int((done + n / 2) * num_lanes / total)))
         done += n
-    return owners
+    return lanes

@@ -70,8 +70,10 @@ class Sync:
         device = self._flat.storages[0].device
         for level in recipe.levels:
             prepare_kernels(level, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        cuts = cut_levels(plans, self._flat, optimizers, self._ranks.num_replicas)
+        num_lanes = connection.num_lanes if self._ranks.num_replicas == self._ranks.num_ranks else 1
+        cuts = cut_levels(plans, self._flat, optimizers, self._ranks.num_replicas, num_lanes)
         self.buckets = cuts[0]
+        connection.lanes.update({b.index: b.lane for buckets in cuts for b in buckets})
         self._gradients = gradients_of(self.buckets, self._flat, self._ranks) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device, group_of(recipe, connection.node))
         self._wait = Wait(connection, self._traffic)

@@ -21,10 +21,15 @@ from dtrain.island.stages import Stages
 from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
 
-RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
-"""What the ranks of an island are to each other, where there are several."""
+_RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
 
 Heldout = tuple[Tensor, Tensor]
+
+
+def ranks_of(engine: str, *, uneven: bool) -> Callable[[torch.device], Island]:
+    """What the ranks of an island are to each other, where there are several. ``uneven``: other islands have another engine or
+    number of ranks, so that a stage has no counterpart there."""
+    return Parts if uneven and engine == "pipeline" else _RANKS[engine]
 
 
 def trained(job: Job, whole: GPT, ranks: Island, device: torch.device) -> nn.Module:

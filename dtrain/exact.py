@@ -188,10 +188,12 @@ class Exact:
         return told.tolist()
 
     def _compare(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
-        """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0."""
+        """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0. Ranks that
+        share buckets bring the same, and one of them compares."""
         everyone: list[Tensor] = []
         own = torch.frombuffer(bytearray(self._promises(recipe, seed, edges)), dtype=torch.uint8).to(self._device)
-        self._run(0, [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
+        notes = [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))]
+        self._run(0, notes if self._ranks.replica == 0 else [])
         for node, told in enumerate(everyone):
             for k, name in enumerate(_PROMISES):
                 part = slice(k * _PROMISE_BYTES, (k + 1) * _PROMISE_BYTES)
@@ -204,9 +206,11 @@ class Exact:
     def _promises(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> bytes:
         answers = [_answers(level, number) for level, number in zip(recipe.levels, edges, strict=True)]
         group = None if recipe.near is None else recipe.near.islands
-        model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
+        model = [
+            (str(b.x.dtype), b.lane, [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets
+        ]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
-        facts = ([answers, group], [model, beside], self._ranks.num_ranks, seed)
+        facts = ([answers, group], [model, beside], self._connection.num_lanes, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
     def _run(self, step: int, flights: Sequence[Flight]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,7 +24,6 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
                 "fully_shard"
             )
         flat = flatten(named, include, exclude, embeddings=embeddings_of(model))
-        flat = replace(flat, first=ranks.before(flat.numel))
     else:
         frozen = [name for name, p in named if not p.requires_grad]
         if frozen:
@@ -34,8 +32,7 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
                 "leave it out of fully_shard's modules, or use an island of DDP ranks"
             )
         flat = flat_parts(named, include, exclude, embeddings=embeddings_of(model))
-    ranks.hold(flat)
-    return flat
+    return ranks.hold(flat)
 
 
 def inside_of(model: nn.Module) -> Callable[[torch.device], Island]:

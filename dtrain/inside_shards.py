@@ -37,13 +37,13 @@ class Sharded:
         size = train.batch // (ranks.num_ranks * train.accumulate)
         total = 0.0
         for micro in range(train.accumulate):
-            inputs, targets = self._batches.micro(step, micro, rank=ranks.rank, size=size)
+            inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             model.set_requires_gradient_sync(micro == train.accumulate - 1)
             with span("forward_backward"):
                 loss = mean_loss(model(inputs), targets, train.accumulate)
                 loss.backward()
                 total += float(loss.detach())
-        return total
+        return total / ranks.num_ranks
 
     @torch.no_grad()
     def evaluate(self) -> float:

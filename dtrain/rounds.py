@@ -141,11 +141,13 @@ def group_of(recipe: Recipe, node: int) -> range:
     return range(first, first + recipe.near.islands)
 
 
-def cut_levels(plans: Sequence[Plan], flat: Flat, optimizers: Sequence[Optimizer], num_ranks: int) -> list[list[Bucket]]:
+def cut_levels(
+    plans: Sequence[Plan], flat: Flat, optimizers: Sequence[Optimizer], num_ranks: int, num_lanes: int
+) -> list[list[Bucket]]:
     """The buckets of each level, all of different numbers, by which their wires are named; raises ValueError for too many."""
     cuts: list[list[Bucket]] = []
     for plan in plans:
-        buckets = cut(plan.recipe, flat, num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+        buckets = cut(plan.recipe, flat, num_ranks=num_ranks, num_lanes=num_lanes, with_grad=plan.rewrites_gradients)
         if plan.recipe.moments is not None:
             buckets = with_moments(plan.recipe.name, buckets, flat, optimizers)
         before = sum(map(len, cuts))

@@ -76,7 +76,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
             observe = held.enter_context(Profiled(window, place, device)).before_step
         while True:
             try:
-                inside = engines.RANKS[job.islands.engine]
+                inside = engines.ranks_of(job.islands.engine, uneven=place.num_lanes > 0)
                 connection = connect(place, settings, device=device, epoch=epoch, on_wait=on_wait, inside=inside)
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
@@ -257,7 +257,7 @@ def _gradient(island: _Island, step: int) -> float:
     ranks = island.connection.ranks
     for optimizer in island.optimizers:
         optimizer.zero_grad()
-    total = ranks.total([island.inside.gradient(step)])[0] / ranks.num_replicas
+    total = ranks.total([island.inside.gradient(step)])[0]
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
     return total

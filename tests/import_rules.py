@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "section", "sections", "sections_sync", "config", "codec_name"),
+    "lanes",
     *("own_name", "units"),
     *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
 )
@@ -20,7 +21,7 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
 LAYERS = (
     PURE,
-    ("kernels", "transport", "spans", "staging"),
+    ("kernels", "transport", "spans", "staging", "shards"),
     (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
         *("low_rank", "codebook", "dct", "torch_codec", "hierarchical", "on_host", "same_products"),

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.bucket import Bucket, Flat
+from dtrain.bucket import Bucket, Flat, order_of
 from dtrain.island.ranges import Held, Piece, first_holders, pieces
 from dtrain.island.replicas import broadcast, highest, joined, sums
 from dtrain.shards import first_element, local
+
+_T = TypeVar("_T")
 
 
 class _Route(NamedTuple):
@@ -46,21 +49,42 @@ class Parts:
         self._held: list[list[Held]] = []
         self._routes: dict[int, _Route] = {}
 
-    def hold(self, flat: Flat) -> None:
-        """Tell each other who holds what."""
+    def hold(self, flat: Flat) -> Flat:
+        """Tell each other who holds what. Of parameters that are other ranks' alone, as those of other stages are, this rank has
+        the shapes, on the device "meta"."""
+        flat = self._of_island(flat)
         self._parameters = flat.parameters
-        starts, at = dict[int, int](), flat.first
+        starts, at = dict[int, int](), 0
         for members in flat.order:
             for i in members:
                 starts[i] = at
                 at += flat.parameters[i].numel()
-        own = []
-        for i, p in enumerate(flat.parameters):
-            first = starts[i] + first_element(p)
-            own.append(Held(first, first + local(p).numel()))
-        told: list[list[Held]] = [[] for _ in range(self.num_ranks)]
+        firsts = [starts[i] + (0 if p.is_meta else first_element(p)) for i, p in enumerate(flat.parameters)]
+        own = [
+            Held(first, first + (0 if p.is_meta else local(p).numel())) for first, p in zip(firsts, flat.parameters, strict=True)
+        ]
+        self._held = self._tell(own)
+        return flat
+
+    def _of_island(self, flat: Flat) -> Flat:
+        """All ranks' parameters, in the order of the ranks, each once."""
+        own = dict(zip(flat.names, flat.parameters, strict=True))
+        said = [(name, p.shape, p.dtype, name in flat.embeddings) for name, p in own.items()]
+        found = {name: (shape, dtype, looked_up) for told in self._tell(said) for name, shape, dtype, looked_up in told}
+        if len(found) == len(own):
+            return flat
+        parameters = tuple(
+            own[name] if name in own else nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+            for name, (shape, dtype, _) in found.items()
+        )
+        embeddings = frozenset(name for name, (_, _, looked_up) in found.items() if looked_up)
+        return replace(flat, names=tuple(found), parameters=parameters, order=order_of(parameters), embeddings=embeddings)
+
+    def _tell(self, own: list[_T]) -> list[list[_T]]:
+        """What each rank has."""
+        told: list[list[_T]] = [[] for _ in range(self.num_ranks)]
         dist.all_gather_object(told, own)
-        self._held = told
+        return told
 
     def worst(self, code: int) -> int:
         return highest(code, self._device)
@@ -91,7 +115,7 @@ class Parts:
     def share_gradients(self, buckets: Sequence[Bucket]) -> None:
         """Put the owners' ``g`` into every ``grad``."""
         for p in self._parameters:
-            if p.grad is None:
+            if p.grad is None and not p.is_meta:
                 p.grad = torch.zeros_like(p)
         gradients = [_gradient(p) for p in self._parameters]
         for wave in self._waves(buckets):
@@ -107,9 +131,6 @@ class Parts:
         """Of parts that several ranks hold the first's count."""
         first = self._held.index(self._held[self.rank]) == self.rank
         return joined(values if first else values[:0], self._device)
-
-    def before(self, count: int) -> int:
-        return 0
 
     def _waves(self, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
         """One bucket of each owner at a time, so that what is on its way inside the island is no second copy of the model."""

@@ -37,8 +37,9 @@ class Island(Protocol):
         """Element-wise sums over the island's ranks (float64)."""
         ...
 
-    def hold(self, flat: Flat) -> None:
-        """Of these parameters all that follows is; called once, before it."""
+    def hold(self, flat: Flat) -> Flat:
+        """Of these parameters, which this rank trains, all that follows is; called once, before it. Returns those that its
+        buckets are cut from, which all ranks that share them find alike."""
         ...
 
     def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
@@ -58,10 +59,6 @@ class Island(Protocol):
         """Values of this rank's parameters, flat, become those of the whole model's, in the model's order."""
         ...
 
-    def before(self, count: int) -> int:
-        """How much of what this rank's parameters have ``count`` of lies before them in the model."""
-        ...
-
 
 class Alone:
     """An island of one rank."""
@@ -77,8 +74,8 @@ class Alone:
     def total(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
-    def hold(self, flat: Flat) -> None:
-        """It holds all."""
+    def hold(self, flat: Flat) -> Flat:
+        return flat
 
     def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
         return nullcontext()  # buckets are views of the parameters
@@ -91,9 +88,6 @@ class Alone:
 
     def joined(self, values: Tensor) -> Tensor:
         return values
-
-    def before(self, count: int) -> int:
-        return 0
 
 
 class Replicas:
@@ -113,8 +107,8 @@ class Replicas:
     def total(self, values: Sequence[float]) -> list[float]:
         return sums(values, self._device)
 
-    def hold(self, flat: Flat) -> None:
-        """Each holds all."""
+    def hold(self, flat: Flat) -> Flat:
+        return flat
 
     @contextmanager
     def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
@@ -130,9 +124,6 @@ class Replicas:
 
     def joined(self, values: Tensor) -> Tensor:
         return values
-
-    def before(self, count: int) -> int:
-        return 0
 
 
 def highest(code: int, device: torch.device) -> int:

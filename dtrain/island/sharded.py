@@ -1,5 +1,5 @@
-"""How is a model spread over the ranks of an island? By FSDP2: each keeps a part of every parameter, and a block is gathered when it
-is computed.
+"""How is a model spread over the ranks of an island? By FSDP2: each keeps a part of every parameter, and a block is gathered when
+it is computed.
 
 Parameters, gradients and optimizer state are sharded by rows over ``shards`` ranks. With fewer shards than ranks each group of
 that many has the whole model, and gradients are averaged over the groups (HSDP). fully_shard: torch.distributed.fsdp."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -35,8 +36,9 @@ class Stages:
     def total(self, values: Sequence[float]) -> list[float]:
         return sums(values, self._device)
 
-    def hold(self, flat: Flat) -> None:
-        """Each holds all of its stage."""
+    def hold(self, flat: Flat) -> Flat:
+        """Those of its stage: it shares their buckets with nobody."""
+        return replace(flat, first=sum(lengths(flat.numel, self._device)[: self.rank]))
 
     def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
         return nullcontext()  # buckets are views of the parameters, and no other rank holds them
@@ -49,6 +51,3 @@ class Stages:
 
     def joined(self, values: Tensor) -> Tensor:
         return joined(values, self._device)
-
-    def before(self, count: int) -> int:
-        return sum(lengths(count, self._device)[: self.rank])

@@ -1,4 +1,4 @@
-"""What does a rank of a pipelined island run in tests? The job's own training, on the harness's process group and link."""
+"""What does a rank of an island with an engine run in tests? The job's own training, on the harness's process group and link."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain import checkpoint, metrics
 from dtrain.config import Job
 from dtrain.connect import connect, settings_of
 from dtrain.data.corpus import load_corpus
-from dtrain.island.stages import Stages
+from dtrain.engines import ranks_of
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
 from dtrain.train import train_island
@@ -31,12 +31,33 @@ def staged_job(source: str, *changes: str) -> Job:
     )  # fmt: skip
 
 
+def engine_job(source: str, engine: str, ranks: int, *changes: str) -> Job:
+    """Four blocks, so that two or four stages are possible, and four sequences, of which four ranks or micro-batches have one."""
+    accumulate = ranks if engine == "pipeline" else 1
+    return job_of(
+        Path(source), f"islands.ranks={ranks}", f'islands.engine="{engine}"', "model.layers=4", "train.batch=4",
+        f"train.accumulate={accumulate}", "train.steps=20", *changes,
+    )  # fmt: skip
+
+
+def with_engines(
+    *, source: str, name: str, changes: list[str], engines: list[tuple[str, int]], resume_step: int = 0
+) -> dict[str, Any]:
+    """Train to the end, each island with an engine and a number of ranks of its own; with ``resume_step`` as ``trained``."""
+    torch.set_num_threads(1)
+    engine, ranks = engines[place_from_env().island]
+    run = Path(os.environ["DTRAIN_RUN"], name)
+    return _once_and_again(engine_job(source, engine, ranks, *changes), run, resume_step)
+
+
 def trained(*, source: str, name: str, changes: list[str], resume_step: int = 0) -> dict[str, Any]:
     """Train to the end; with ``resume_step`` once more from that checkpoint, in a link of its own. What rank 0 finds of the
     weights of both is compared here, the rest in the test."""
     torch.set_num_threads(1)
-    job = staged_job(source, *changes)
-    run = Path(os.environ["DTRAIN_RUN"], name)
+    return _once_and_again(staged_job(source, *changes), Path(os.environ["DTRAIN_RUN"], name), resume_step)
+
+
+def _once_and_again(job: Job, run: Path, resume_step: int) -> dict[str, Any]:
     _train(job, run, 0, int(os.environ["DTRAIN_EPOCH"]))
     once = _left(run)
     if not resume_step:
@@ -53,12 +74,15 @@ def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
     logs = run / "logs" / f"island{place.island}"
     if place.rank == 0:
         logs.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    if place.num_ranks > 1:
+        dist.barrier()
     cpu = torch.device("cpu")
-    connection = connect(place, settings_of(job.link), device=cpu, epoch=epoch, inside=Stages)
+    inside = ranks_of(job.islands.engine, uneven=place.num_lanes > 0)
+    connection = connect(place, settings_of(job.link), device=cpu, epoch=epoch, inside=inside)
     status = StatusFile(logs / "status.json", job.train.steps, job.link.timeout_s)
     train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step)
-    dist.barrier()
+    if place.num_ranks > 1:
+        dist.barrier()
 
 
 def _left(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,0 +1,97 @@
+"""Is an island of any engine the same island as one of one rank, and do unlike islands work together?"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import checkpoint
+from tests.dist import staged
+from tests.dist.harness import Result, run_islands, show, values
+from tests.unit.by_hand import train, write_texts
+
+pytestmark = pytest.mark.timeout(600)
+STEPS, RESUMED_AT = 20, 12
+_ROUNDS = ("sync.every=5", "sync.delay=3", "sync.bucket_bytes=16384", "train.checkpoint_every=12", "train.eval_every=10")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "diloco": ('sync.recipe="delayed_diloco"', 'sync.codec="identity"', "sync.error_feedback=false", *_ROUNDS),
+    "dilocox": ('sync.recipe="dilocox"', 'sync.codec="identity"', "sync.rank=4", *_ROUNDS),
+    "decent_adam": ('sync.recipe="decent_adam"', 'sync.codec="identity"', "sync.bucket_bytes=16384"),
+}
+"""At step 12 a round of diloco flies: it began after step 10."""
+SHARED = 1e-5
+"""By which parameters may differ after 20 steps in fp32: ranks add gradients and norms of parts in an order of their own."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("engines") / "texts")
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same jobs with two islands of one rank."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {name: train(staged.engine_job(str(source), "ddp", 1, *changes), folder / name) for name, changes in RECIPES.items()}
+    torch.set_num_threads(num_threads)
+    return runs
+
+
+def launched(
+    source: Path, run: Path, engines: list[tuple[str, int]], names: list[str], *changes: str, resumed: str | None = None
+) -> list[Result]:
+    scenarios = {
+        name: functools.partial(
+            staged.with_engines, source=str(source), name=name, engines=engines, changes=[*RECIPES[name], *changes],
+            resume_step=RESUMED_AT if name == resumed else 0,
+        )
+        for name in names
+    }  # fmt: skip
+    ranks = [count for _, count in engines]
+    results = run_islands(
+        scenarios, len(engines), ranks[0] if len(set(engines)) == 1 else ranks, run=run, timeout_s=500
+    )
+    assert [r.status for r in results] == [0] * sum(ranks), show(results)
+    return results
+
+
+def furthest(a: Path, b: Path) -> float:
+    one, other = (checkpoint.load_weights(of / "model.safetensors") for of in (a, b))
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "changes"),
+    [
+        ("fsdp", 2, ()),
+        pytest.param("fsdp", 4, ("islands.shards=2", "islands.activation_checkpointing=true"), marks=pytest.mark.slow),  # HSDP
+        pytest.param("ddp", 2, (), marks=pytest.mark.slow),
+        pytest.param("pipeline", 2, (), marks=pytest.mark.slow),
+    ],
+    ids=["fsdp", "hsdp", "ddp", "pipeline"],
+)
+def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
+    source: Path, tmp_path: Path, alone: dict[str, Path], engine: str, ranks: int, changes: tuple[str, ...]
+) -> None:
+    """Rounds in flight among them, and low rank on shards as on the whole."""
+    results = launched(source, tmp_path, [(engine, ranks)] * 2, list(RECIPES), *changes, resumed="diloco")
+    for name in RECIPES:
+        assert furthest(tmp_path / name, alone[name]) < SHARED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 2 * ranks
+
+
+def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
+    """Two ranks with a part of every parameter each, one with all of it, and two stages."""
+    names = ["diloco", "dilocox"]
+    uneven = [("fsdp", 2), ("ddp", 1), ("pipeline", 2)]
+    results = launched(source, tmp_path / "uneven", uneven, names, "islands.count=3", resumed="diloco")
+    for name in names:
+        even = train(staged.engine_job(str(source), "ddp", 1, *RECIPES[name], "islands.count=3"), tmp_path / "even" / name)
+        assert furthest(tmp_path / "uneven" / name, even) < SHARED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 5
