@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,17 @@ import torch
 import torch.distributed as dist
 
 from dtrain import checkpoint, metrics
+from dtrain.bucket import Bucket
 from dtrain.config import Job
 from dtrain.connect import connect, settings_of
+from dtrain.core import Core
 from dtrain.data.corpus import load_corpus
 from dtrain.engines import ranks_of
+from dtrain.island.parts import Parts
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
+from dtrain.profiled import Observe, unobserved
+from dtrain.shards import local
 from dtrain.train import train_island
 from tests.unit.by_hand import job_of
 
@@ -69,7 +77,48 @@ def _once_and_again(job: Job, run: Path, resume_step: int) -> dict[str, Any]:
     )}  # fmt: skip
 
 
-def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
+def most_bytes(*, source: str, name: str, changes: list[str], engines: list[tuple[str, int]]) -> dict[str, int]:
+    """Train, and count the bytes of all tensors of this rank before each step, when gradients are still there, and whenever
+    buckets are at hand: the most of it, and the bytes that the rounds' state had."""
+    torch.set_num_threads(1)
+    engine, ranks = engines[place_from_env().island]
+    counted: list[int] = []
+    at_hand = Parts.at_hand
+
+    @contextmanager
+    def counting(self: Parts, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
+        with at_hand(self, buckets, changes=changes):
+            yield
+            if dist.is_initialized():
+                counted.append(tensor_bytes())
+
+    states: list[int] = []
+    Parts.at_hand = counting
+    core_init = Core.__init__
+
+    def init(self: Core, *args: Any, **kwargs: Any) -> None:
+        core_init(self, *args, **kwargs)
+        states.append(sum(x.numel() * x.element_size() for lane in self.lanes for x in lane.state.values()))
+
+    Core.__init__ = init
+    job = engine_job(source, engine, ranks, *changes)
+    run, epoch = Path(os.environ["DTRAIN_RUN"], name), int(os.environ["DTRAIN_EPOCH"])
+    _train(job, run, 0, epoch, lambda step: counted.append(tensor_bytes()))
+    return {"most": max(counted[2:]), "state": sum(states)}
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that Python sees, each piece of memory once."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for x in gc.get_objects():
+        if isinstance(x, torch.Tensor) and not x.is_meta:
+            held = local(x.detach()).untyped_storage()
+            found[held.data_ptr()] = held.nbytes()
+    return sum(found.values())
+
+
+def _train(job: Job, run: Path, resume_step: int, epoch: int, observe: Observe = unobserved) -> None:
     place = place_from_env()
     logs = run / "logs" / f"island{place.island}"
     if place.rank == 0:
@@ -80,7 +129,7 @@ def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
     inside = ranks_of(job.islands.engine, uneven=place.num_lanes > 0)
     connection = connect(place, settings_of(job.link), device=cpu, epoch=epoch, inside=inside)
     status = StatusFile(logs / "status.json", job.train.steps, job.link.timeout_s)
-    train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step)
+    train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step, observe=observe)
     if place.num_ranks > 1:
         dist.barrier()
 

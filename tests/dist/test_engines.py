@@ -95,3 +95,23 @@ def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
         even = train(staged.engine_job(str(source), "ddp", 1, *RECIPES[name], "islands.count=3"), tmp_path / "even" / name)
         assert furthest(tmp_path / "uneven" / name, even) < SHARED, name
     assert [v["same"] for v in values(results, "diloco")] == [True] * 5
+
+
+@pytest.mark.slow
+def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
+    """203 MB of parameters over 4 ranks. Beside what the rounds keep, a rank has its buckets while they are at hand."""
+    engines = [("fsdp", 4)] * 2
+    big = ("model.width=1024", "model.heads=8", "train.steps=6", "train.eval_every=0")
+    wanted = {
+        "alone": ('sync.recipe="local"', *big),
+        "diloco": ('sync.recipe="diloco"', "sync.every=2", *big),
+    }
+    scenarios = {
+        name: functools.partial(staged.most_bytes, source=str(source), name=name, engines=engines, changes=list(changes))
+        for name, changes in wanted.items()
+    }
+    results = run_islands(scenarios, 2, 4, run=tmp_path, timeout_s=550)
+    assert [r.status for r in results] == [0] * 8, show(results)
+    for alone, diloco in zip(values(results, "alone"), values(results, "diloco"), strict=True):
+        assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
+        assert diloco["most"] <= 1.15 * (alone["most"] + diloco["state"]), (alone, diloco)
