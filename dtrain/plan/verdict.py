@@ -78,8 +78,8 @@ def _too_large(setting: Setting, row: Row) -> str:
         if setting.shards > 1:
             return f"{parts}. Each rank holds 1 / {setting.shards} of the model, whatever the batch: more shards, or {gpus}"
         return (
-            f"{parts}. Each rank holds the whole model, whatever their number and the batch: islands.engine=fsdp, which shards it, "
-            f"a smaller model, or {gpus}"
+            f"{parts}. Each rank holds the whole model, whatever their number and the batch: islands.engine=fsdp, which shards "
+            f"it, a smaller model, or {gpus}"
         )
     if left <= 0:
         moved = "outer_state" in RULES[row.recipe.algorithm].axes and not m.host
