@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+import dtrain
 from dtrain import checkpoint, metrics
 from dtrain.bucket import Bucket
 from dtrain.config import Job
@@ -23,7 +26,7 @@ from dtrain.island.parts import Parts
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
 from dtrain.profiled import Observe, unobserved
-from dtrain.shards import local
+from dtrain.shards import local, whole
 from dtrain.train import train_island
 from tests.unit.by_hand import job_of
 
@@ -102,9 +105,41 @@ def most_bytes(*, source: str, name: str, changes: list[str], engines: list[tupl
 
     Core.__init__ = init
     job = engine_job(source, engine, ranks, *changes)
-    run, epoch = Path(os.environ["DTRAIN_RUN"], name), int(os.environ["DTRAIN_EPOCH"])
-    _train(job, run, 0, epoch, lambda step: counted.append(tensor_bytes()))
-    return {"most": max(counted[2:]), "state": sum(states)}
+
+    def observe(step: int) -> None:
+        counted.append(tensor_bytes())
+        if step == job.train.steps - 1:
+            raise _Enough
+
+    with suppress(_Enough):
+        _train(job, Path(os.environ["DTRAIN_RUN"], name), 0, int(os.environ["DTRAIN_EPOCH"]), observe)
+    return {"most": max(counted), "state": sum(states)}
+
+
+class _Enough(Exception):
+    """What is asked for has been seen; all ranks stop at one step."""
+
+
+def own_loop(*, recipe: str, every: int, codec: str) -> list[list[float]]:
+    """Somebody's own loop over a model that ``fully_shard`` has sharded, or over a plain one where there is one rank. What the
+    model is after the merge."""
+    torch.set_num_threads(1)
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 3))
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) / 3)
+    if ranks > 1:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with dtrain.join(model, optimizer, recipe=recipe, every=every, codec=codec, bucket_bytes=256, clip=0.5) as sync:
+        for step in range(12):
+            x = torch.randn(8, 7, generator=torch.Generator().manual_seed(100 * sync.island + step)).chunk(ranks)[rank]
+            optimizer.zero_grad()
+            (model(x) - x[:, :3].sin()).square().mean().backward()
+            optimizer.step()
+        sync.merge()
+    return [whole(p.detach()).flatten().tolist() for p in model.parameters()]
 
 
 def tensor_bytes() -> int:

@@ -97,6 +97,18 @@ def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
     assert [v["same"] for v in values(results, "diloco")] == [True] * 5
 
 
+def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
+    loops = {
+        "rounds": functools.partial(staged.own_loop, recipe="diloco", every=4, codec="identity"),
+        "gradients": functools.partial(staged.own_loop, recipe="allreduce", every=1, codec="identity"),
+    }
+    each = [run_islands(loops, 2, ranks, run=tmp_path / str(ranks), timeout_s=200) for ranks in (1, 2)]
+    for name in loops:
+        (first, *_), (other, *_) = (values(results, name) for results in each)
+        for a, b in zip(first, other, strict=True):
+            assert a == pytest.approx(b, abs=SHARED), name
+
+
 @pytest.mark.slow
 def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
     """203 MB of parameters over 4 ranks. Beside what the rounds keep, a rank has its buckets while they are at hand."""
