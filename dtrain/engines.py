@@ -18,7 +18,7 @@ from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.stages import Stages
-from dtrain.models.gpt import GPT
+from dtrain.models.gpt import GPT, Block
 from dtrain.models.gpt_stage import GPTStage
 
 _RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
@@ -43,7 +43,7 @@ def trained(job: Job, whole: GPT, ranks: Island, device: torch.device) -> nn.Mod
 
         shards = job.islands.shards or ranks.num_ranks
         return shard(
-            whole, device, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.activation_checkpointing
+            whole, device, Block, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
         )
     return whole.to(device)
 

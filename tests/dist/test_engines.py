@@ -70,7 +70,7 @@ def furthest(a: Path, b: Path) -> float:
     ("engine", "ranks", "changes"),
     [
         ("fsdp", 2, ()),
-        pytest.param("fsdp", 4, ("islands.shards=2", "islands.activation_checkpointing=true"), marks=pytest.mark.slow),  # HSDP
+        pytest.param("fsdp", 4, ("islands.shards=2", "islands.recompute=true"), marks=pytest.mark.slow),  # HSDP
         pytest.param("ddp", 2, (), marks=pytest.mark.slow),
         pytest.param("pipeline", 2, (), marks=pytest.mark.slow),
     ],
