@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from dtrain import checkpoint
+from dtrain.build import build_recipe
+from dtrain.config import Job
+from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.plan.sent import sent
 from tests.dist import staged
 from tests.dist.harness import Result, run_islands, show, values
 from tests.unit.by_hand import train, write_texts
@@ -111,7 +116,8 @@ def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
-    """203 MB of parameters over 4 ranks. Beside what the rounds keep, a rank has its buckets while they are at hand."""
+    """203 MB of parameters over 4 ranks. Beside a quarter of what the rounds keep and send, a rank has its buckets while they are
+    at hand, a quarter of the parameters."""
     engines = [("fsdp", 4)] * 2
     big = ("model.width=1024", "model.heads=8", "train.steps=6", "train.eval_every=0")
     wanted = {
@@ -124,6 +130,18 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
     }
     results = run_islands(scenarios, 2, 4, run=tmp_path, timeout_s=550)
     assert [r.status for r in results] == [0] * 8, show(results)
+    job = staged.engine_job(str(source), "fsdp", 4, *wanted["diloco"])
+    shapes = {name: p.shape for name, p in _model(job).named_parameters()}
+    assert sum(math.prod(shape) for shape in shapes.values()) * 4 > 200e6
+    counts = sent(build_recipe(job), shapes, 2, num_ranks=4)
+    rounds = (counts.state_bytes + counts.wire_bytes) // 4
     for alone, diloco in zip(values(results, "alone"), values(results, "diloco"), strict=True):
         assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
-        assert diloco["most"] <= 1.15 * (alone["most"] + diloco["state"]), (alone, diloco)
+        assert diloco["state"] <= 1.01 * counts.state_bytes / 4 + 1e6
+        assert diloco["most"] <= 1.15 * (alone["most"] + rounds), (alone, diloco, rounds)
+
+
+def _model(job: Job) -> GPT:
+    m = job.model
+    with torch.device("meta"):
+        return GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
