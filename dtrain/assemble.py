@@ -135,12 +135,13 @@ def assemble_levels(recipe: Recipe, seed: int, num_islands: int) -> tuple[Plan, 
     return tuple(assemble(level, seed, size) for level, size in zip(recipe.levels, sizes, strict=True))
 
 
-def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool) -> list[Bucket]:
+def cut(r: Recipe, flat: Flat, *, num_ranks: int, with_grad: bool, num_lanes: int | None = None) -> list[Bucket]:
     """The buckets that a recipe asks for; raises ValueError where no parameter of the model is sent by a rank that it names."""
     if r.reduce == "low_rank" and r.rank is not None:
         check_rank({name: p.shape for name, p in zip(flat.names, flat.parameters, strict=True)}, r.rank)
     return make_buckets(
-        flat, num_fragments=r.fragments, bucket_bytes=r.bucket_bytes, num_ranks=num_ranks, with_grad=with_grad,
+        flat, num_fragments=r.fragments, bucket_bytes=r.bucket_bytes, num_ranks=num_ranks, num_lanes=num_lanes,
+        with_grad=with_grad,
         keeps_whole=lambda s: r.combine == "radial" or columns(r, s) > 0,
     )  # fmt: skip
 

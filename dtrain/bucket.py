@@ -9,7 +9,7 @@ parameters that a path must see whole are never cut.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from dtrain import chosen
 from dtrain.codec_name import MAX_BLOCK
+from dtrain.lanes import rank_of_lane
+from dtrain.shards import local
 
 GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
@@ -136,7 +138,7 @@ class Moments(Protocol):
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """A contiguous piece of the model: ``x`` (a view of the flat parameters) and ``g`` (fp32 gradients, where a
-    method sends them)."""
+    method sends them). Where ranks hold parts of the parameters both are empty but while they are at hand."""
 
     index: int
     fragment: int
@@ -147,6 +149,8 @@ class Bucket:
     """The rank of the island that carries this bucket over the link."""
     moments: Moments | None = None
     """Where a method sends them."""
+    lane: int = 0
+    """Of the lanes that join the islands' ranks, the one that its wires take: it ends at the owner on every island."""
 
 
 def cut_evenly(numels: Sequence[int], num_parts: int, grains: Sequence[int]) -> tuple[int, ...]:
@@ -181,11 +185,13 @@ class Flat:
     embeddings: frozenset[str] = frozenset()
     """Names of those that are embeddings, heads that are tied to one too."""
     first: int = 0
-    """Elements of the whole model that lie before these, where a rank holds a part of it."""
+    """Elements of the whole model that lie before these, where a rank holds some of its layers."""
+    in_parts: bool = False
+    """Whether ranks hold parts of the parameters (``island/parts.py``): storages are this one's, and buckets no views of them."""
 
     @property
     def numel(self) -> int:
-        return sum(s.numel() for s in self.storages)
+        return sum(p.numel() for p in self.parameters)
 
     @property
     def apart(self) -> list[nn.Parameter]:
@@ -196,6 +202,9 @@ class Flat:
     def check_in_place(self, model: nn.Module) -> None:
         """Raises ValueError where a parameter no longer is a view of its storage: it would train, and never be sent."""
         now = dict(model.named_parameters())
+        if self.in_parts:
+            self._check_parts(now)
+            return
         for storage, members in zip(self.storages, self.order, strict=True):
             address = storage.data_ptr()
             for i in members:
@@ -206,6 +215,15 @@ class Flat:
                         "load_state_dict(assign=True) do; move or load the model first, then join"
                     )
                 address += p.numel() * p.element_size()
+
+    def _check_parts(self, now: Mapping[str, nn.Parameter]) -> None:
+        held = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if not p.is_meta]
+        for (name, p), part in zip(held, self.storages, strict=True):
+            if now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr():
+                raise ValueError(
+                    f"parameter {name} was replaced after dtrain.join, or is gathered; shard, move or load the model first, "
+                    "then join, and call model.reshard() after a forward pass without a backward one"
+                )
 
 
 def embeddings_of(model: nn.Module) -> Set[int]:
@@ -219,6 +237,53 @@ def flatten(
 ) -> Flat:  # fmt: skip
     """Move the parameters that ``chosen.shared`` names (tied ones once) into one flat storage per dtype and make them views of
     it; raises ValueError for ones that cannot be shared. ``embeddings``: ids."""
+    names, parameters, trained = _shared(named, include, exclude)
+    order, storages = order_of(parameters), []
+    with torch.no_grad():
+        for members in order:
+            like = parameters[members[0]]
+            flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=like.dtype, device=like.device)
+            offset = 0
+            for i in members:
+                p = parameters[i]
+                view = flat[offset : offset + p.numel()].view(p.shape)
+                view.copy_(p)
+                p.data = view
+                offset += p.numel()
+            storages.append(flat)
+    return Flat(names, parameters, tuple(storages), order, trained, _looked_up(names, parameters, embeddings))
+
+
+def flat_parts(
+    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+    *, embeddings: Set[int] = frozenset(),
+) -> Flat:  # fmt: skip
+    """``flatten`` where a rank holds a part of each parameter, which stays where it is."""
+    names, parameters, trained = _shared(named, include, exclude)
+    storages = tuple(local(p.detach()) for p in parameters)
+    looked_up = _looked_up(names, parameters, embeddings)
+    return Flat(names, parameters, storages, order_of(parameters), trained, looked_up, in_parts=True)
+
+
+def _looked_up(names: Sequence[str], parameters: Sequence[nn.Parameter], embeddings: Set[int]) -> frozenset[str]:
+    return frozenset(name for name, p in zip(names, parameters, strict=True) if id(p) in embeddings)
+
+
+def order_of(parameters: Sequence[nn.Parameter]) -> tuple[tuple[int, ...], ...]:
+    """Positions by dtype, dtypes in the order in which they come."""
+    kinds: dict[torch.dtype, list[int]] = {}
+    for i, p in enumerate(parameters):
+        kinds.setdefault(p.dtype, []).append(i)
+    return tuple(map(tuple, kinds.values()))
+
+
+_Shared = tuple[tuple[str, ...], tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]
+"""Names, the parameters that are shared, and all that are trained."""
+
+
+def _shared(
+    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> _Shared:
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -243,57 +308,54 @@ def flatten(
             f"the model's parameters lie on {', '.join(sorted(map(str, devices)))}; a rank synchronises one device: "
             "start one rank a device"
         )
-    (device,) = devices
-    kinds: dict[torch.dtype, list[int]] = {}
-    for i, p in enumerate(parameters):
-        kinds.setdefault(p.dtype, []).append(i)
-    storages = []
-    with torch.no_grad():
-        for dtype, members in kinds.items():
-            flat = torch.empty(sum(parameters[i].numel() for i in members), dtype=dtype, device=device)
-            offset = 0
-            for i in members:
-                p = parameters[i]
-                view = flat[offset : offset + p.numel()].view(p.shape)
-                view.copy_(p)
-                p.data = view
-                offset += p.numel()
-            storages.append(flat)
-    looked_up = frozenset(name for name, p in zip(names, parameters, strict=True) if id(p) in embeddings)
-    order = tuple(tuple(m) for m in kinds.values())
-    return Flat(tuple(names), tuple(parameters), tuple(storages), order, trained, looked_up)
+    return tuple(names), tuple(parameters), trained
 
 
 def make_buckets(
     flat: Flat, *, num_fragments: int, bucket_bytes: int | None, num_ranks: int, with_grad: bool,
-    keeps_whole: KeepsWhole | None = None,
+    keeps_whole: KeepsWhole | None = None, num_lanes: int | None = None,
 ) -> list[Bucket]:  # fmt: skip
-    """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each rank.
+    """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each lane, and neighbouring
+    lanes to each rank. There are as many lanes as ranks, or, where islands have different numbers of ranks, as the most of them.
 
     The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
     otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
     global_base = flat.first
-    for storage, members in zip(flat.storages, flat.order, strict=True):
+    for kind, members in enumerate(flat.order):
         layout = _layout(flat, members, global_base)
-        global_base += storage.numel()
+        global_base += layout.numel
         fragments = layout.cuts(num_fragments, GRAIN, keeps_whole)
         for f in range(num_fragments):
             inside = layout.part(fragments[f], fragments[f + 1])
             cuts = inside.cuts(max(1, -(-inside.numel * 4 // largest)), GRAIN, keeps_whole)
             for a, b in pairwise(cuts):
                 if a < b:
-                    pieces.append((f, inside.part(a, b), storage[fragments[f] + a : fragments[f] + b]))
+                    pieces.append((f, inside.part(a, b), _values(flat, kind, fragments[f] + a, fragments[f] + b)))
     if len(pieces) > MAX_BUCKETS:
         raise ValueError(
             f"bucket_bytes = {largest} cuts the model into {len(pieces)} buckets; at most {MAX_BUCKETS}: raise it"
         )
-    owners = _owners([p[1].numel for p in pieces], num_ranks)
+    lanes = _shared_out([p[1].numel for p in pieces], num_lanes or num_ranks)
     return [
-        Bucket(i, fragment, layout, x, torch.zeros(x.numel(), device=x.device) if with_grad else None, owners[i])
+        Bucket(
+            i, fragment, layout, x, _gradient(flat, x) if with_grad else None,
+            rank_of_lane(lanes[i], num_lanes or num_ranks, num_ranks), lane=lanes[i],
+        )
         for i, (fragment, layout, x) in enumerate(pieces)
-    ]
+    ]  # fmt: skip
+
+
+def _values(flat: Flat, kind: int, start: int, stop: int) -> Tensor:
+    """A bucket's: a view of the parameters, or empty until it is at hand where these are in parts."""
+    if not flat.in_parts:
+        return flat.storages[kind][start:stop]
+    return torch.empty(0, dtype=flat.parameters[flat.order[kind][0]].dtype, device=flat.storages[0].device)
+
+
+def _gradient(flat: Flat, x: Tensor) -> Tensor:
+    return torch.zeros(0 if flat.in_parts else x.numel(), device=x.device)
 
 
 def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
@@ -307,12 +369,12 @@ def _layout(flat: Flat, members: Sequence[int], global_base: int) -> Layout:
     return Layout(tuple(spans))
 
 
-def _owners(numels: Sequence[int], num_ranks: int) -> list[int]:
-    """Rank of each bucket: neighbours together, near-equal elements a rank (by the bucket's middle)."""
+def _shared_out(numels: Sequence[int], num_lanes: int) -> list[int]:
+    """Lane of each bucket: neighbours together, near-equal elements a lane (by the bucket's middle)."""
     total = sum(numels)
-    owners = []
+    lanes = []
     done = 0
     for n in numels:
-        owners.append(min(num_ranks - 1, int((done + n / 2) * num_ranks / total)))
+        lanes.append(min(num_lanes - 1, int((done + n / 2) * num_lanes / total)))
         done += n
-    return owners
+    return lanes

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dtrain.optim import ScheduleFreeAdamW, average_of
+from dtrain.shards import local, placed_as
 
 _MANIFEST = "manifest.json"
 _NAMES = ".names"
@@ -80,6 +81,23 @@ def load_island(run: Path, step: int, island: int, wanted: Callable[[str], bool]
     with _alone_and_whole(f"checkpoint {folder} could not be read"):
         load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
+
+
+def load_parts(run: Path, step: int, island: int, into: dict[str, Tensor]) -> None:
+    """Read the tensors of an island's checkpoint into these, of each the part that this rank holds."""
+    folder = island_folder(run, step, island)
+    with _alone_and_whole(f"checkpoint {folder} could not be read"):
+        load(into, checkpoint_id=folder, no_dist=True)
+
+
+def shapes_of_island(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the model's tensors in an island's checkpoint."""
+    index = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix("model."): tuple(entry.size)
+        for key, entry in index.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def newest_commit(run: Path) -> int | None:
@@ -225,7 +243,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str) -> dict[str, 
     saved = optimizer.state_dict()
     out = {f"{name}.groups": _as_json(saved["param_groups"])}
     for index, state in saved["state"].items():
-        out |= {f"{name}.state.{index}.{key}": value for key, value in state.items()}
+        out |= {f"{name}.state.{index}.{key}": local(value) for key, value in state.items()}
     return out
 
 
@@ -236,6 +254,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors:
             index, field = key.removeprefix(f"{name}.state.").split(".", 1)
             state.setdefault(int(index), {})[field] = value
     groups = _read_json(tensors[f"{name}.groups"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        state[index] = {key: value if key == "step" else placed_as(parameters[index], value) for key, value in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -275,8 +296,12 @@ def _name(k: int) -> str:
 
 def check_same_model(weights: Mapping[str, Tensor], model: torch.nn.Module, where: Path) -> None:
     """Raises ValueError where a checkpoint holds another model."""
+    check_same_shapes({k: tuple(v.shape) for k, v in weights.items()}, model, where)
+
+
+def check_same_shapes(have: Mapping[str, tuple[int, ...]], model: torch.nn.Module, where: Path) -> None:
+    """``check_same_model`` by its tensors' shapes."""
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in weights.items()}
     if want == have:
         return
     name = next(k for k in sorted({*want, *have}) if want.get(k) != have.get(k))

@@ -63,11 +63,32 @@ class Job(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:
         for ranks_key, ranks, engine in self._shapes():
-            shared = engine == "ddp"  # all of it passes through each stage of a pipeline
+            shared = engine != "pipeline"  # all of it passes through each stage of a pipeline
             parts = (ranks if shared else 1) * self.train.accumulate
             if self.train.batch % parts:
                 by = f"{ranks_key} x train.accumulate" if shared else "train.accumulate"
                 raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Job:
+        islands, sharded = self.islands, [(key, ranks) for key, ranks, engine in self._shapes() if engine == "fsdp"]
+        for key, said in (("shards", islands.shards is not None), ("recompute", islands.recompute)):
+            if said and not sharded:
+                raise ValueError(
+                    f'islands.{key} is of islands.engine = "fsdp", and it is {islands.engine!r}; leave it out, or use '
+                    "islands.engine=fsdp"
+                )
+        for key, ranks in sharded:
+            if islands.shards is not None and ranks % islands.shards:
+                raise ValueError(
+                    f"islands.shards = {islands.shards} does not divide {key} = {ranks}; use a divisor of it, as {ranks}"
+                )
+        if self.train.merge == "variance_corrected" and any(ranks > 1 for _, ranks in sharded):
+            raise ValueError(
+                'train.merge = "variance_corrected" needs each tensor whole on a rank, and islands.engine = "fsdp" shards them; '
+                "use train.merge=mean, or islands.engine=ddp"
+            )
         return self
 
     @model_validator(mode="after")
@@ -113,6 +134,17 @@ class Job(Section):
     def ranks(self) -> int:
         """Of all islands together."""
         return sum(self.island(k).ranks for k in range(self.islands.count))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether islands have different engines or numbers of ranks, so that ranks have no counterparts."""
+        return len({(ranks, engine) for _, ranks, engine in self._shapes()}) > 1
+
+    def seen_by(self, k: int) -> Job:
+        """The job as if all islands were like this one: what trains asks [islands] for its ranks and engine."""
+        plan = self.island(k)
+        own = {"ranks": plan.ranks, "engine": plan.engine, "each": None}
+        return self.model_copy(update={"islands": self.islands.model_copy(update=own)})
 
     @property
     def elsewhere(self) -> list[int]:

@@ -26,8 +26,9 @@ from dtrain.membership import (
     meeting_store,
     place_from_env,
 )
-from dtrain.transport.base import Transport
+from dtrain.transport.base import Inbox, Transport
 from dtrain.transport.gloo import reason
+from dtrain.transport.lanes import Lanes
 from dtrain.transport.local import LocalHub
 from dtrain.transport.throttle import Hop, MemoryUplink, SharedUplink, Throttle, Uplink
 
@@ -57,6 +58,10 @@ class Connection:
     on_wait: OnWait = _log_wait
     job_recipe: str | None = None
     job_axes: Mapping[str, object] = field(default_factory=dict)
+    num_lanes: int = 1
+    """That join the islands (``lanes.py``)."""
+    lanes: dict[int, int] = field(default_factory=dict)
+    """Each bucket's, which the transport looks up; filled in once buckets are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +115,22 @@ def connect(
             )
         hub = LocalHub(1)
         return Connection(
-            0, 1, hub.transport(0), MemoryMembership(Hub(), 0), ranks, settings.timeout_s, on_wait, recipe, axes
+            0, 1, hub.transport(0), MemoryMembership(Hub(), 0), ranks, settings.timeout_s, on_wait, recipe, axes, place.num_ranks
         )
     now = place.epoch if epoch is None else epoch
     store = meeting_store(place.meet, settings.timeout_s)
-    membership = StoreMembership(store, node=place.island, num_nodes=place.num_islands, rank=place.rank, epoch=now)
+    membership = StoreMembership(store, node=place.island, num_nodes=place.num_islands, lanes=place.lanes, epoch=now)
     membership.gather(settings.timeout_s, on_wait)
     # A connection to the meeting point of its own: who waits in one keeps everybody else out of it.
     own = meeting_store(place.meet, settings.timeout_s)
-    transport = _linked(lambda: _transport(place, settings, own, now, device), place, membership, settings.timeout_s, on_wait)
-    return Connection(
-        place.island, place.num_islands, transport, membership, ranks, settings.timeout_s, on_wait, recipe, axes
+    lanes = dict[int, int]()
+    transport = _linked(
+        lambda: _transport(place, settings, own, now, device, lanes), place, membership, settings.timeout_s, on_wait
     )
+    return Connection(
+        place.island, place.num_islands, transport, membership, ranks, settings.timeout_s, on_wait, recipe, axes,
+        place.num_lanes or place.num_ranks, lanes,
+    )  # fmt: skip
 
 
 def _linked(
@@ -205,12 +214,16 @@ def _ranks(place: Place, device: torch.device, inside: Callable[[torch.device], 
     return inside(device)
 
 
-Maker = Callable[[Place, "LinkSettings", Store, int, torch.device], Transport]
+Maker = Callable[[Place, "LinkSettings", Store, str, torch.device, Inbox], Transport]
 
 
-def _transport(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
+def _transport(
+    place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device, lane_of: Mapping[int, int]
+) -> Transport:
     makers: dict[str, Maker] = {"c10d": _gloo, "nccl": _nccl}
-    transport = makers[settings.transport](place, settings, store, epoch, device)
+    make, inbox = makers[settings.transport], Inbox()
+    each = {lane: make(place, settings, store, f"link/{epoch}/{lane}", device, inbox) for lane in place.lanes}
+    transport = Lanes(each, lane_of, inbox) if len(each) > 1 else each[place.lanes[0]]
     if not settings.is_slow:
         return transport
 
@@ -232,29 +245,35 @@ def _throttled(inner: Transport, settings: LinkSettings, node: int, uplink: Call
     return Throttle(inner, uplink=far.uplink, rtt_s=far.rtt_s, near=hop, group=range(first, first + near.islands))
 
 
-def _gloo(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
+def _gloo(
+    place: Place, settings: LinkSettings, store: Store, prefix: str, device: torch.device, inbox: Inbox
+) -> Transport:
     from dtrain.transport.c10d import GlooTransport  # torch.distributed's gloo is not built everywhere
 
     return GlooTransport(
         store,
-        f"link/{epoch}/{place.rank}",
+        prefix,
         place.island,
         place.num_islands,
         interface=place.interface,
         connect_s=settings.timeout_s,
+        inbox=inbox,
     )
 
 
-def _nccl(place: Place, settings: LinkSettings, store: Store, epoch: int, device: torch.device) -> Transport:
+def _nccl(
+    place: Place, settings: LinkSettings, store: Store, prefix: str, device: torch.device, inbox: Inbox
+) -> Transport:
     from dtrain.transport.ordered import OrderedTransport, nccl_group  # needs a GPU
 
     return OrderedTransport(
         store,
-        f"link/{epoch}/{place.rank}",
+        prefix,
         place.island,
         place.num_islands,
         make_group=nccl_group(device),
         interface=place.interface,
         device=device,
         connect_s=settings.timeout_s,
+        inbox=inbox,
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.assemble import assemble_levels, prepare_kernels
-from dtrain.bucket import embeddings_of, flatten
 from dtrain.connect import Connection, connect
 from dtrain.core import Flight
 from dtrain.corrected import moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exact import Exact, refuse_unequal_steps
 from dtrain.fused import fused_steps
-from dtrain.gradients import Gradients
+from dtrain.gradients import gradients_of
+from dtrain.held import flat_of, inside_of
 from dtrain.hooks import hook, take_over
 from dtrain.island.norm import clip_gradients
 from dtrain.loop_fits import check_loop, optimizers_of, refuse_idle, refuse_past_end
@@ -67,14 +66,13 @@ class Sync:
         self._model, self._connection, self._ranks, self._clip = model, connection, connection.ranks, clip
         check_ranks(recipe, self._ranks.num_ranks)
         plan, *_ = plans = assemble_levels(recipe, seed, connection.num_nodes)
-        flat = flatten(model.named_parameters(), recipe.include, recipe.exclude, embeddings=embeddings_of(model))
-        self._flat = replace(flat, first=self._ranks.before(flat.numel))
+        self._flat = flat_of(model, recipe.include, recipe.exclude, self._ranks)
         device = self._flat.storages[0].device
         for level in recipe.levels:
             prepare_kernels(level, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        cuts = cut_levels(plans, self._flat, optimizers, self._ranks.num_replicas)
+        cuts = cut_levels(plans, self._flat, optimizers, connection)
         self.buckets = cuts[0]
-        self._gradients = Gradients(self.buckets, self._flat) if plan.rewrites_gradients else None
+        self._gradients = gradients_of(self.buckets, self._flat, self._ranks) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device, group_of(recipe, connection.node))
         self._wait = Wait(connection, self._traffic)
         self._exact = Exact(model, self._flat, self.buckets, connection, self._traffic, self._wait)
@@ -85,7 +83,8 @@ class Sync:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
             self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-            self._rounds = Rounds(recipe, plans, cuts, connection)
+            with self._ranks.at_hand([b for buckets in cuts for b in buckets], changes=False):
+                self._rounds = Rounds(recipe, plans, cuts, connection)
             self.core, self.levels = self._rounds.last, self._rounds.levels  # the core's peers are all islands
             self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
             self._agreement = agreement(self.core, connection, self._traffic, self._wait)
@@ -193,6 +192,8 @@ class Sync:
 
     def merge_corrected(self) -> float:
         """``merge`` for islands that were never in sync: it gives back the variance that a mean takes out (``corrected.py``)."""
+        if not self._ranks.whole:
+            raise ValueError("merge_corrected needs each tensor whole on one rank, and this island's are sharded; use merge")
         self.drain()
         self._exact.rest(self._rounds)
         before, distance = moments(self._flat.parameters), self._average()
@@ -283,11 +284,9 @@ class Sync:
         """Start the rounds of a level that begin now."""
         if self._wait.peer_left:
             return
-        plan = level.core.plan
-        self._launch(level.core.start_rounds() if self._agreement is None else self._agreement.after_step())
-        if self._ranks.num_ranks > 1 and plan.moves and level.core.delay_steps:  # else landing does it
-            begun = level.core.begun(self.step)
-            self._ranks.refresh([b for b in level.buckets if b.fragment in begun], gradients=False)
+        begun = level.core.begun(self.step) if self._ranks.num_ranks > 1 else set[int]()
+        with self._ranks.at_hand([b for b in level.buckets if b.fragment in begun], changes=level.core.plan.moves):
+            self._launch(level.core.start_rounds() if self._agreement is None else self._agreement.after_step())
 
     def _launch(self, flights: Sequence[Flight]) -> None:
         if flights:
@@ -324,10 +323,10 @@ class Sync:
         lanes = level.core.due(step)
         self._wait_for(flights_of(lanes))
         with span("land"):
-            for lane in lanes:
-                level.core.land(lane)
-            # After a drop ranks may differ in which rounds landed; this makes them equal again.
-            self._ranks.refresh([b for b in level.buckets if b.fragment in fragments], gradients=False)
+            # After a drop ranks may differ in which rounds landed; its end makes them equal again.
+            with self._ranks.at_hand([b for b in level.buckets if b.fragment in fragments], changes=True):
+                for lane in lanes:
+                    level.core.land(lane)
             level.core.adapt(step)
 
     def _exchange_gradients(self) -> None:
@@ -340,9 +339,8 @@ class Sync:
         with span("gradients"):
             if self._rounds.first.plan.signs:  # of what was dropped or not begun too; a sign's sign is itself
                 for b in self.buckets:
-                    assert b.g is not None
-                    b.g.sign_()
-            self._ranks.refresh(self.buckets, gradients=True)
+                    if b.owner == self._ranks.replica and b.g is not None:
+                        b.g.sign_()
             self._gradients.write()
 
     def _average(self) -> float:
@@ -391,7 +389,7 @@ def join(
         "gamma": gamma, "gossip_steps": gossip_steps, "landing": landing, "alpha": alpha,
         "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }
-    connection = link or connect(device=next(model.parameters()).device)
+    connection = link or connect(device=next(model.parameters()).device, inside=inside_of(model))
     said = {k: v for k, v in axes.items() if v is not None}
     of_job = {"recipe": connection.job_recipe, **connection.job_axes} if recipe is None else {"recipe": recipe}
     row = of_join(of_section({**of_job, **said}, connection.num_nodes), total_steps)

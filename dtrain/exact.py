@@ -88,16 +88,18 @@ class Exact:
         """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all island 0's model
         where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
         buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
+        flights: list[Flight] = []
         if self._connection.num_nodes > 1:
             self._compare(recipe, seed, edges)
             same = self._mine if recipe.start == "same" else []
-            flights = [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
+            flights += [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
             if self._ranks.replica == 0:  # apart, so that a statistic that differs does not send a frozen model along
                 for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
                     if rest:
                         flights.append(self._flight(START, self._beyond(name), lambda link, rest=rest: align(rest, link)))
-            self._run(0, flights)
-        self._ranks.refresh(self._buckets, gradients=False)
+        with self._ranks.at_hand(self._buckets, changes=True):
+            if self._connection.num_nodes > 1:
+                self._run(0, flights)
         self._ranks.share([*frozen, *buffers, *(p.detach() for p in self._flat.apart)])
         self._averaged = averaged_buffers(self._model)
 
@@ -106,7 +108,7 @@ class Exact:
         """Make the parameters what ``merge`` would average, that of rounds in flight apart; the call puts all that changes back,
         here and in an average."""
         rests = [value for lane in rounds.lanes if lane.algorithm.rest is not None for value in lane.state.values()]
-        tensors = [*(b.x for b in self._buckets), *self._averaged, *rests]
+        tensors = [*self._flat.storages, *self._averaged, *rests]
         saved = [x.clone() for x in tensors]
         self.rest(rounds)
 
@@ -120,35 +122,36 @@ class Exact:
     @torch.no_grad()
     def rest(self, rounds: Rounds) -> None:
         """Move the parameters to where a plain mean of theirs is the mean that the method keeps."""
-        if any(lane.algorithm.rest is not None for lane in rounds.lanes):
-            self._as_trained = {b.index: b.x.clone() for b in self._mine}
-        rounds.rest()
+        with self._ranks.at_hand(self._buckets, changes=True):
+            if any(lane.algorithm.rest is not None for lane in rounds.lanes):
+                self._as_trained = {b.index: b.x.clone() for b in self._mine}
+            rounds.rest()
 
     @torch.no_grad()
     def average(self, step: int) -> Averaged:
         """Replace the model, buffers too, by the mean over islands, the same bits on all of them."""
         self._flat.check_in_place(self._model)
-        pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
-        buffers = pack(self._averaged) if self._ranks.replica == 0 else None
-        if buffers is not None:
-            pieces.append((self._beyond(_BUFFERS), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
-        self._connection.membership.announce(Notice(step, self.merges, merging=True))
-        self._run(
-            step,
-            [
-                self._flight(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
-                for index, layout, x, mean in pieces
-            ],
-        )
-        apart = 0.0
-        for index, _, x, mean in pieces:
-            before = self._as_trained.get(index, x)
-            apart += float((before.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
-            x.copy_(mean)
-        self._as_trained = {}
-        if buffers is not None:
-            unpack(self._averaged, buffers)
-        self._ranks.refresh(self._buckets, gradients=False)
+        with self._ranks.at_hand(self._buckets, changes=True):
+            pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
+            buffers = pack(self._averaged) if self._ranks.replica == 0 else None
+            if buffers is not None:
+                pieces.append((self._beyond(_BUFFERS), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
+            self._connection.membership.announce(Notice(step, self.merges, merging=True))
+            self._run(
+                step,
+                [
+                    self._flight(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
+                    for index, layout, x, mean in pieces
+                ],
+            )
+            apart = 0.0
+            for index, _, x, mean in pieces:
+                before = self._as_trained.get(index, x)
+                apart += float((before.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
+                x.copy_(mean)
+            self._as_trained = {}
+            if buffers is not None:
+                unpack(self._averaged, buffers)
         self._ranks.share(self._averaged)
         averaged = self._compare_notes(step, self._ranks.total([apart])[0])
         self.merges += 1
@@ -185,10 +188,12 @@ class Exact:
         return told.tolist()
 
     def _compare(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
-        """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0."""
+        """Raises IslandsDiffer where an island brought another recipe, model, number of ranks or seed than island 0. Ranks that
+        share buckets bring the same, and one of them compares."""
         everyone: list[Tensor] = []
         own = torch.frombuffer(bytearray(self._promises(recipe, seed, edges)), dtype=torch.uint8).to(self._device)
-        self._run(0, [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))])
+        notes = [self._flight(START, self._beyond(_NOTES), lambda link: tell(own, everyone, link))]
+        self._run(0, notes if self._ranks.replica == 0 else [])
         for node, told in enumerate(everyone):
             for k, name in enumerate(_PROMISES):
                 part = slice(k * _PROMISE_BYTES, (k + 1) * _PROMISE_BYTES)
@@ -201,9 +206,11 @@ class Exact:
     def _promises(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> bytes:
         answers = [_answers(level, number) for level, number in zip(recipe.levels, edges, strict=True)]
         group = None if recipe.near is None else recipe.near.islands
-        model = [(str(b.x.dtype), [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets]
+        model = [
+            (str(b.x.dtype), b.lane, [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets
+        ]
         beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
-        facts = ([answers, group], [model, beside], self._ranks.num_ranks, seed)
+        facts = ([answers, group], [model, beside], self._connection.num_lanes, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
     def _run(self, step: int, flights: Sequence[Flight]) -> None:

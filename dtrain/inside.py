@@ -31,8 +31,8 @@ class Inside(Protocol):
         ...
 
     def gradient(self, step: int) -> float:
-        """Add the gradient of a step's batch to every ``grad``; returns this rank's part of the sum of the losses, in nats a
-        token, of the ranks that hold the same parameters."""
+        """Add the gradient of a step's batch to every ``grad``; returns this rank's part of the island's mean loss, in nats a
+        token: the sum over the ranks is it."""
         ...
 
     def evaluate(self) -> float:
@@ -51,8 +51,8 @@ class Batches:
         self._job, self._corpus, self._device = job, corpus, device
         self._node, self._num_nodes = connection.node, connection.num_nodes
 
-    def micro(self, step: int, micro: int, *, rank: int, size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (size, context) each."""
+    def part(self, step: int, number: int, *, size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (size, context) each, of the step's parts of this size the one of this number."""
         job = self._job
         with span("data"):
             inputs, targets = sample_batch(
@@ -60,9 +60,8 @@ class Batches:
                 seed=job.job.seed,
                 island=self._node,
                 num_islands=self._num_nodes,
-                rank=rank,
                 step=step,
-                micro=micro,
+                first=number * size,
                 batch=size,
                 context=job.model.context,
                 shard=job.islands.shard,
@@ -91,7 +90,7 @@ class Whole:
         size = train.batch // (ranks.num_ranks * train.accumulate)
         total = 0.0
         for micro in range(train.accumulate):
-            inputs, targets = self._batches.micro(step, micro, rank=ranks.rank, size=size)
+            inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             if isinstance(self._trained, DistributedDataParallel):
                 self._trained.require_backward_grad_sync = micro == train.accumulate - 1
             with self._computing, span("forward_backward"):
@@ -99,7 +98,7 @@ class Whole:
                     loss = mean_loss(self._trained(inputs), targets, train.accumulate)
                 loss.backward()
                 total += float(loss.detach())
-        return total
+        return total / ranks.num_ranks
 
     def evaluate(self) -> float:
         if self._ranks.rank:

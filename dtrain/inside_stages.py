@@ -43,7 +43,7 @@ class Staged:
     def gradient(self, step: int) -> float:
         inputs = targets = None
         if self._part.is_first or self._part.is_last:
-            micros = [self._batches.micro(step, micro, rank=0, size=self._size) for micro in range(self._micro_batches)]
+            micros = [self._batches.part(step, micro, size=self._size) for micro in range(self._micro_batches)]
             inputs, targets = (torch.cat(parts) for parts in zip(*micros, strict=True))
         total = 0.0
         with span("forward_backward"):

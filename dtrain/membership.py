@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from torch._C._distributed_c10d import Store, TCPStore
 
 from dtrain.errors import PeerLost, Regroup
+from dtrain.lanes import lanes_of
 from dtrain.words import MemoryWords, StoreWords, Words, forget
 
 SAY_EVERY_S = 1.0
@@ -93,6 +94,13 @@ class Place:
     run: Path | None
     job: Path | None
     interface: str
+    num_lanes: int = 0
+    """The most ranks that an island of the job has; 0: all have as many as this one."""
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Those that end at this rank."""
+        return lanes_of(self.rank, self.num_lanes or self.num_ranks, self.num_ranks)
 
 
 def place_from_env(env: Mapping[str, str] | None = None) -> Place:
@@ -109,6 +117,7 @@ def place_from_env(env: Mapping[str, str] | None = None) -> Place:
         run=Path(e["DTRAIN_RUN"]) if "DTRAIN_RUN" in e else None,
         job=Path(e["DTRAIN_JOB"]) if "DTRAIN_JOB" in e else None,
         interface=e.get("GLOO_SOCKET_IFNAME", "lo"),
+        num_lanes=int(e.get("DTRAIN_NUM_LANES", "0")),
     )
 
 
@@ -119,13 +128,13 @@ def meeting_store(meet: str, timeout_s: float) -> TCPStore:
 
 
 class StoreMembership:
-    """Membership through the meeting point, for one epoch."""
+    """Membership through the meeting point, for one epoch. A rank speaks on each of its lanes, and listens on the first."""
 
     failed_may_return = True
 
-    def __init__(self, store: Store, *, node: int, num_nodes: int, rank: int, epoch: int) -> None:
+    def __init__(self, store: Store, *, node: int, num_nodes: int, lanes: Sequence[int], epoch: int) -> None:
         self._store = store
-        self._node, self._num_nodes, self._rank, self._epoch = node, num_nodes, rank, epoch
+        self._node, self._num_nodes, self._lanes, self._epoch = node, num_nodes, lanes, epoch
         self.words: Words = StoreWords(store, _words(epoch))
         self._there: set[str] = set()
         """Keys that others set, and have set."""
@@ -133,17 +142,18 @@ class StoreMembership:
 
     def gather(self, timeout_s: float, on_wait: OnWait) -> None:
         """Wait until this rank's counterparts on all islands are here; raises PeerLost naming who never came."""
-        self._store.set(self._key("ready", self._node), "1")
+        self._say("ready", "1")
         begun, say_at_s = time.monotonic(), SAY_EVERY_S
         missing = [n for n in range(self._num_nodes) if n != self._node]
         while True:
-            missing = [n for n in missing if not self._store.check([self._key("ready", n)])]
+            missing = [n for n in missing if not self._store.check(self._keys("ready", n))]
             if not missing:
                 return
             self.check_regroup()
             waited_s = time.monotonic() - begun
             if waited_s > timeout_s:
-                self._store.delete_key(self._key("ready", self._node))  # who comes later must not take it for here
+                for key in self._keys("ready", self._node):  # who comes later must not take it for here
+                    self._store.delete_key(key)
                 raise PeerLost(missing, f"did not come to the meeting point within {timeout_s:g} s")
             if waited_s > say_at_s:
                 on_wait(tuple(missing), waited_s, timeout_s)
@@ -151,7 +161,7 @@ class StoreMembership:
             time.sleep(0.02 if waited_s < 1 else 0.5)
 
     def announce(self, notice: Notice) -> None:
-        self._store.set(self._key("notice", self._node), ":".join(str(int(value)) for value in notice))
+        self._say("notice", ":".join(str(int(value)) for value in notice))
 
     def notices(self) -> dict[int, Notice]:
         out = {}
@@ -176,10 +186,10 @@ class StoreMembership:
 
     def beat(self, heard: int) -> None:
         self._shown += 1
-        self._store.set(self._key("beat", self._node), f"{self._shown}:{heard}")
+        self._say("beat", f"{self._shown}:{heard}")
 
     def beats(self) -> Mapping[int, int]:
-        return {n: shown for n, (shown, _) in enumerate(_beats(self._store, self._num_nodes, self._epoch, self._rank))}
+        return {n: shown for n, (shown, _) in enumerate(_beats(self._store, self._num_nodes, self._epoch, self._lanes[0]))}
 
     def _get(self, key: str) -> str | None:
         """None where nobody has set it yet: to get it then would wait for it."""
@@ -189,21 +199,28 @@ class StoreMembership:
             self._there.add(key)
         return self._store.get(key).decode()
 
+    def _say(self, what: str, value: str) -> None:
+        for key in self._keys(what, self._node):
+            self._store.set(key, value)
+
     def _key(self, what: str, node: int) -> str:
-        return _key(what, self._epoch, self._rank, node)
+        return _key(what, self._epoch, self._lanes[0], node)
+
+    def _keys(self, what: str, node: int) -> list[str]:
+        return [_key(what, self._epoch, lane, node) for lane in self._lanes]
 
 
-def _key(what: str, epoch: int, rank: int, node: int) -> str:
-    return f"{what}/{epoch}/{rank}/{node}"
+def _key(what: str, epoch: int, lane: int, node: int) -> str:
+    return f"{what}/{epoch}/{lane}/{node}"
 
 
 def _words(epoch: int) -> str:
     return f"words/{epoch}"
 
 
-def _beats(store: Store, num_nodes: int, epoch: int, rank: int) -> list[tuple[int, int]]:
+def _beats(store: Store, num_nodes: int, epoch: int, lane: int) -> list[tuple[int, int]]:
     """How often each island has shown life, and how many words it had heard; nothing before all have."""
-    keys = [_key("beat", epoch, rank, node) for node in range(num_nodes)]
+    keys = [_key("beat", epoch, lane, node) for node in range(num_nodes)]
     told = [beat.decode().split(":") for beat in store.multi_get(keys)] if store.check(keys) else []
     return [(int(shown), int(heard)) for shown, heard in told]
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dtrain import units
 from dtrain.methods import InnerOptimizer
 from dtrain.section import Section
-from dtrain.sections_each import Each
+from dtrain.sections_each import Each, Engine
 
 Precision = Literal["fp32", "bf16"]
 
@@ -28,8 +28,16 @@ class JobSection(Section):
 class Islands(Section):
     count: int = Field(2, ge=1, le=1024, description="number of islands")
     ranks: int = Field(1, ge=1, le=1024, description="processes (GPUs) on each island")
-    engine: Literal["ddp", "pipeline"] = Field(
-        "ddp", description="inside an island: ddp, each rank has the whole model; pipeline, each rank has a stage of its layers"
+    engine: Engine = Field(
+        "ddp",
+        description="inside an island: ddp, each rank has the whole model; fsdp, a part of every parameter (FSDP2); pipeline, a "
+        "stage of its layers",
+    )
+    shards: int | None = Field(
+        None, ge=1, description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all"
+    )
+    recompute: bool = Field(
+        False, description="of engine fsdp: activation checkpointing: keep of each block its input alone, and compute it again"
     )
     shard: Literal["iid", "by_file"] = Field(
         "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain import checkpoint
+from dtrain import checkpoint, engines, start
 from dtrain.assemble import prepare_kernels
 from dtrain.build import build_model, build_optimizers, build_recipe, moved_bytes
 from dtrain.clock import Clock
@@ -28,15 +28,11 @@ from dtrain.data.corpus import Corpus, load_corpus
 from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
-from dtrain.inside import Batches, Inside, Whole
+from dtrain.inside import Batches, Inside
 from dtrain.island.device import own_device
-from dtrain.island.replicas import Island as Ranks
-from dtrain.island.replicas import Replicas
-from dtrain.island.stages import Stages
 from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
-from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
@@ -46,7 +42,6 @@ from dtrain.spans import span
 from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
-_INSIDE: Mapping[str, Callable[[torch.device], Ranks]] = {"ddp": Replicas, "pipeline": Stages}
 
 
 def cpu_threads(job: Job) -> int:
@@ -59,7 +54,8 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     back. The steps of ``window`` are profiled."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job))
-    device = own_device(place)
+    device = own_device(place, sum(job.island(k).ranks for k in range(place.island)))
+    job = job.seen_by(place.island)
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     corpus = load_corpus(job.data.source)
@@ -81,9 +77,8 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
             observe = held.enter_context(Profiled(window, place, device)).before_step
         while True:
             try:
-                connection = connect(
-                    place, settings, device=device, epoch=epoch, on_wait=on_wait, inside=_INSIDE[job.islands.engine]
-                )
+                inside = engines.ranks_of(job.islands.engine, uneven=place.num_lanes > 0)
+                connection = connect(place, settings, device=device, epoch=epoch, on_wait=on_wait, inside=inside)
                 train_island(job, connection, corpus, place.run, status, device=device, resume_step=resume_step, observe=observe)
                 break
             except Regroup as again:
@@ -171,71 +166,30 @@ def _begin(
     wall_begun = time.monotonic()
     ranks, whole = connection.ranks, build_model(job, corpus, connection.node)
     shapes = {name: x.to("meta") for name, x in whole.state_dict().items()}
-    part = GPTStage(whole, ranks.rank, ranks.num_ranks) if job.islands.engine == "pipeline" else None
-    model = (part or whole).to(device)
+    begin = start.start(run, connection.node, resume_step, whole)
+    model = engines.trained(job, whole, ranks, device)
     recipe = build_recipe(job)
     optimizers = build_optimizers(job, recipe, model)
-    saved, start = _starting_point(run, connection, resume_step, whole, model)
+    saved = start.read(run, connection, begin.step, model) if begin.of_checkpoint else {}
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
-    if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
+    if begin.step and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
     clock = Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
     sync = Sync(model, optimizers, recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
-        # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
-        model.load_state_dict(_model_weights(saved))
-        checkpoint.load_optimizers(optimizers, saved, ranks.prefix)
-        own = f"{ranks.prefix}sync."
-        sync.load_state_dict({k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)})
-        torch.set_rng_state(saved[f"rng{ranks.rank}"])
+        start.restore(run, connection, saved, begin.step, model, optimizers, sync)
     else:
-        sync.begin_after(start)
+        sync.begin_after(begin.step)
     inputs, targets = heldout_sequences(corpus, job.model.context)
     heldout, batches = (inputs.to(device), targets.to(device)), Batches(job, corpus, connection, device)
-    if part is not None:
-        from dtrain.inside_stages import Staged  # torch's pipelines take a second to import, which no other run is to wait for
-
-        inside: Inside = Staged(job, part, shapes, batches, heldout, connection)
-    else:
-        inside = Whole(job, whole, batches, heldout, connection, computing)
-    first_step = int(saved.get("first_step", start))
+    inside = engines.inside_of(job, model, shapes, batches, heldout, connection, computing)
+    first_step = int(saved.get("first_step", begin.step))
     rho = rho_of(recipe, job.train.sam_rho)
     return _Island(
         job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, inside=inside, optimizers=optimizers,
         sam=SAM(optimizers, rho=rho, joined=ranks.joined) if rho else None, sync=sync, heldout=heldout, clock=clock,
         first_step=first_step,
     )  # fmt: skip
-
-
-def _starting_point(
-    run: Path, connection: Connection, resume_step: int, whole: nn.Module, model: nn.Module
-) -> tuple[dict[str, Tensor], int]:
-    """A checkpoint's tensors of this rank's model, and its step; or merged weights of another number of islands, which are put
-    into the whole model; or nothing and 0."""
-    island, prefix, held = connection.node, connection.ranks.prefix, {f"model.{name}" for name in model.state_dict()}
-
-    def wanted(key: str) -> bool:
-        others = key not in held if key.startswith("model.") else key.startswith("stage") and not key.startswith(prefix)
-        return not (prefix and others)  # who has the whole model looks at all, and at what the model has not
-
-    folder = checkpoint.island_folder(run, resume_step, island)
-    merged = run / "init.safetensors"
-    if resume_step and folder.exists():
-        saved = checkpoint.load_island(run, resume_step, island, wanted)
-        checkpoint.check_same_model(_model_weights(saved), model, folder)
-        return saved, resume_step
-    if merged.exists():
-        weights = checkpoint.load_weights(merged)
-        checkpoint.check_same_model(weights, whole, merged)
-        whole.load_state_dict(weights)
-        return {}, checkpoint.weights_step(merged)
-    if resume_step:
-        raise ValueError(f"no checkpoint of island {island} at step {resume_step} in {run / 'checkpoints'}")
-    return {}, 0
-
-
-def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
 
 
 def _loop(island: _Island, observe: Observe) -> None:
@@ -304,7 +258,7 @@ def _gradient(island: _Island, step: int) -> float:
     ranks = island.connection.ranks
     for optimizer in island.optimizers:
         optimizer.zero_grad()
-    total = ranks.total([island.inside.gradient(step)])[0] / ranks.num_replicas
+    total = ranks.total([island.inside.gradient(step)])[0]
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
     return total

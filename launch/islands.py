@@ -100,6 +100,7 @@ def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[s
         "GLOO_SOCKET_IFNAME": job.island(island).interface or "lo",
         "OMP_NUM_THREADS": str(threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
+        **({"DTRAIN_NUM_LANES": str(max(job.island(k).ranks for k in range(job.islands.count)))} if job.uneven else {}),
         TAG_VARIABLE: launch.tag,
         PARENT_VARIABLE: str(os.getpid()),
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "section", "sections", "sections_sync", "config", "codec_name"),
-    *("own_name", "units", "sections_each"),
+    *("own_name", "units", "sections_each", "lanes"),
     *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
@@ -20,7 +20,7 @@ IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threa
 # A module imports from its own layer and those before it. What is not named here lies between the engine and the launcher.
 LAYERS = (
     PURE,
-    ("kernels", "transport", "spans", "staging"),
+    ("kernels", "transport", "spans", "staging", "shards"),
     (
         *("bucket", "payload", "wire", "codec", "reduce", "combine", "outer", "link", "algorithm", "algorithms", "optim"),
         *("low_rank", "codebook", "dct", "torch_codec", "hierarchical", "on_host", "same_products"),
@@ -31,8 +31,8 @@ LAYERS = (
     ),
     ("membership", "words", "island"),
     (
-        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
+        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "held"),
+        *("hooks", "loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
     ),
     (),
     ("launch",),
@@ -49,11 +49,11 @@ KERNEL_USERS = (
     "launch.doctor_torch",
 )
 
-# checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
-# islands meet at (meeting) and calls torchrun (agent), and the doctor asks what is built into it.
+# checkpoint needs it for torch's distributed checkpoints, shards for DTensors, train to start torchrun's group; the launcher owns
+# the store that the islands meet at (meeting) and calls torchrun (agent), and the doctor asks what is built into it.
 DISTRIBUTED_USERS = (
     *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "words", "engine"),
-    *("checkpoint", "train"),
+    *("checkpoint", "shards", "train"),
     *("launch.meeting", "launch.agent", "launch.local", "launch.doctor_torch"),
 )
 STREAM_USERS = ("transport", "engine", "traffic")

@@ -1,5 +1,6 @@
-"""Which tokens does a batch hold? Training batches are a pure function of (seed, island, rank, step, micro-batch), so a resumed
-run needs no data state; held-out sequences are fixed, so every run is measured on the same text.
+"""Which tokens does a batch hold? An island's training batch is a pure function of (seed, island, step), whatever ranks and
+micro-batches share it, so a resumed run needs no data state; held-out sequences are fixed, so every run is measured on the same
+text.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ def sample_batch(
     seed: int,
     island: int,
     num_islands: int,
-    rank: int,
     step: int,
-    micro: int,
+    first: int,
     batch: int,
     context: int,
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (batch, context) int64 each. ``"iid"`` draws from all files, ``"by_file"`` from the island's own."""
+    """Inputs and targets, (batch, context) int64 each, of the island's sequences for this step those from number ``first``.
+    ``"iid"`` draws from all files, ``"by_file"`` from the island's own."""
     own = own_files(corpus, island, num_islands, shard)
     lengths = np.diff(corpus.file_starts)[own]
     count = num_starts(corpus, own, island=island, context=context)
-    starts = (_random_words(seed, island, rank, step, micro, batch) % np.uint64(count)).astype(np.int64)
+    starts = (_random_words(seed, island, step, first, batch) % np.uint64(count)).astype(np.int64)
     positions = starts[:, None] + np.arange(context + 1)  # (batch, context + 1), in the island's files laid end to end
     if shard == "by_file":
         ends = np.cumsum(lengths)
@@ -49,14 +50,15 @@ def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[T
     return _inputs_and_targets(corpus.heldout, starts[:, None] + np.arange(context + 1))
 
 
-def _random_words(seed: int, island: int, rank: int, step: int, micro: int, count: int) -> NDArray[np.uint64]:
+def _random_words(seed: int, island: int, step: int, first: int, count: int) -> NDArray[np.uint64]:
     """Philox is a counter-based generator: its words depend on key and counter alone, and no two of ours share both.
 
-    The counter's lowest word counts the blocks of one batch. Raw words, because numpy may change how it derives integers from
+    The counter's lowest word counts blocks of four words. Raw words, because numpy may change how it derives integers from
     them; the bias of their remainder is below 2^-30 for a corpus of up to 2^34 tokens.
     """
-    philox = np.random.Philox(key=[seed, island], counter=[0, micro, step, rank])
-    return philox.random_raw(count)
+    skipped = first % 4
+    philox = np.random.Philox(key=[seed, island], counter=[first // 4, 0, step, 0])
+    return philox.random_raw(skipped + count)[skipped:]
 
 
 def _inputs_and_targets(tokens: NDArray[Any], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.island.replicas import Island
+from dtrain.shards import local
 from dtrain.spans import span
 
 
@@ -16,10 +17,12 @@ def clip_gradients(parameters: Sequence[Tensor], norm: float, island: Island) ->
     """torch's ``clip_grad_norm_`` over the island's whole model, of which this rank holds ``parameters``: the norm of the norms
     of all tensors, in the model's order, so that the ranks find one norm and the bits of one rank that holds everything."""
     with span("clip"):
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if island.num_replicas == island.num_ranks:  # every rank has all of them
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        if island.whole and island.num_replicas == island.num_ranks:  # every rank has all of them
             total = nn.utils.get_total_norm(gradients)
         else:
             norms = [torch.linalg.vector_norm(g) for g in gradients]
             total = torch.linalg.vector_norm(island.joined(torch.stack(norms) if norms else torch.zeros(0)))
-        nn.utils.clip_grads_with_norm_(parameters, norm, total)
+        scale = torch.clamp(norm / (total + 1e-6), max=1.0)
+        for g in gradients:
+            g.mul_(scale.to(g.device))

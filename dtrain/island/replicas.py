@@ -1,4 +1,5 @@
-"""How do the ranks of an island work as one? Here those that each hold the whole model; ``stages.py`` has those that share it.
+"""How do the ranks of an island work as one? Here those that each hold the whole model; ``stages.py`` has those that hold some of
+its layers, ``parts.py`` those that hold a part of each parameter.
 
 Each rank carries its own buckets over the link. When rounds have landed, every bucket's owner sends the new values to
 its island, over the island's own process group. Before that the ranks agree that none of them failed, so that no one
@@ -6,14 +7,15 @@ waits for a rank that gave up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtrain.bucket import Bucket
+from dtrain.bucket import Bucket, Flat
 
 
 class Island(Protocol):
@@ -21,7 +23,9 @@ class Island(Protocol):
     num_ranks: int
     replica: int
     num_replicas: int
-    """Ranks that hold the parameters which this one holds, and its number among them: they share its buckets."""
+    """Ranks that share the buckets of this one's parameters, and its number among them: each carries some over the link."""
+    whole: bool
+    """Whether each of these holds all of the buckets' parameters."""
     prefix: str
     """In a checkpoint, before what this rank keeps of parameters that no other rank holds."""
 
@@ -33,8 +37,18 @@ class Island(Protocol):
         """Element-wise sums over the island's ranks (float64)."""
         ...
 
-    def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
-        """Give every rank the owners' values of these buckets."""
+    def hold(self, flat: Flat) -> Flat:
+        """Of these parameters, which this rank trains, all that follows is; called once, before it. Returns those that its
+        buckets are cut from, which all ranks that share them find alike."""
+        ...
+
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
+        """While it lasts the owners' ``x`` of these buckets are the parameters. At its end, where ``changes``, all ranks have
+        the owners' values. All ranks enter it together."""
+        ...
+
+    def share_gradients(self, buckets: Sequence[Bucket]) -> None:
+        """Give every rank the owners' ``g`` of these buckets."""
         ...
 
     def share(self, tensors: Sequence[Tensor]) -> None:
@@ -45,10 +59,6 @@ class Island(Protocol):
         """Values of this rank's parameters, flat, become those of the whole model's, in the model's order."""
         ...
 
-    def before(self, count: int) -> int:
-        """How much of what this rank's parameters have ``count`` of lies before them in the model."""
-        ...
-
 
 class Alone:
     """An island of one rank."""
@@ -56,6 +66,7 @@ class Alone:
     rank = replica = 0
     num_ranks = num_replicas = 1
     prefix = ""
+    whole = True
 
     def worst(self, code: int) -> int:
         return code
@@ -63,7 +74,13 @@ class Alone:
     def total(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
-    def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
+    def hold(self, flat: Flat) -> Flat:
+        return flat
+
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
+        return nullcontext()  # buckets are views of the parameters
+
+    def share_gradients(self, buckets: Sequence[Bucket]) -> None:
         """One rank is always equal to itself."""
 
     def share(self, tensors: Sequence[Tensor]) -> None:
@@ -72,14 +89,12 @@ class Alone:
     def joined(self, values: Tensor) -> Tensor:
         return values
 
-    def before(self, count: int) -> int:
-        return 0
-
 
 class Replicas:
     """An island of several ranks over its default process group."""
 
     prefix = ""
+    whole = True
 
     def __init__(self, device: torch.device) -> None:
         self.rank = self.replica = dist.get_rank()
@@ -92,17 +107,23 @@ class Replicas:
     def total(self, values: Sequence[float]) -> list[float]:
         return sums(values, self._device)
 
-    def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
-        _broadcast([(_values(b, gradients), b.owner) for b in buckets])
+    def hold(self, flat: Flat) -> Flat:
+        return flat
+
+    @contextmanager
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
+        yield  # buckets are views of the parameters
+        if changes:
+            broadcast([(b.x, b.owner) for b in buckets])
+
+    def share_gradients(self, buckets: Sequence[Bucket]) -> None:
+        broadcast([(b.g, b.owner) for b in buckets if b.g is not None])
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        _broadcast([(x, 0) for x in tensors])
+        broadcast([(x, 0) for x in tensors])
 
     def joined(self, values: Tensor) -> Tensor:
         return values
-
-    def before(self, count: int) -> int:
-        return 0
 
 
 def highest(code: int, device: torch.device) -> int:
@@ -119,15 +140,26 @@ def sums(values: Sequence[float], device: torch.device) -> list[float]:
     return added.tolist()
 
 
-def _broadcast(values: Sequence[tuple[Tensor, int]]) -> None:
+def broadcast(values: Sequence[tuple[Tensor, int]]) -> None:
+    """Each tensor becomes what it is on its rank."""
     works = [dist.broadcast(x, src=owner, async_op=True) for x, owner in values]
     for work in works:
         assert work is not None
         work.wait()
 
 
-def _values(b: Bucket, gradients: bool) -> Tensor:
-    if not gradients:
-        return b.x
-    assert b.g is not None
-    return b.g
+def lengths(count: int, device: torch.device) -> list[int]:
+    """Of each rank."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return [int(c) for c in counts]
+
+
+def joined(values: Tensor, device: torch.device) -> Tensor:
+    """Of all ranks, one after another, of whatever length each."""
+    each = lengths(values.numel(), device)
+    own = torch.zeros(max(each), dtype=values.dtype, device=device)
+    own[: values.numel()].copy_(values)
+    parts = [torch.empty_like(own) for _ in each]
+    dist.all_gather(parts, own)  # of one length each, as NCCL and gloo have it
+    return torch.cat([part[:length] for part, length in zip(parts, each, strict=True)])

@@ -7,19 +7,22 @@ stages do as one is to wait with one outcome, and to find what is a whole model'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtrain.bucket import Bucket
-from dtrain.island.replicas import highest, sums
+from dtrain.bucket import Bucket, Flat
+from dtrain.island.replicas import highest, joined, lengths, sums
 
 
 class Stages:
     """An island of several stages over its default process group, in the model's order."""
 
     replica, num_replicas = 0, 1
+    whole = True
 
     def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank()
@@ -33,25 +36,18 @@ class Stages:
     def total(self, values: Sequence[float]) -> list[float]:
         return sums(values, self._device)
 
-    def refresh(self, buckets: Sequence[Bucket], *, gradients: bool) -> None:
+    def hold(self, flat: Flat) -> Flat:
+        """Those of its stage: it shares their buckets with nobody."""
+        return replace(flat, first=sum(lengths(flat.numel, self._device)[: self.rank]))
+
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> AbstractContextManager[None]:
+        return nullcontext()  # buckets are views of the parameters, and no other rank holds them
+
+    def share_gradients(self, buckets: Sequence[Bucket]) -> None:
         """No other rank holds them."""
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         """No other rank holds them."""
 
     def joined(self, values: Tensor) -> Tensor:
-        lengths = self._lengths(values.numel())
-        own = torch.zeros(max(lengths), dtype=values.dtype, device=self._device)
-        own[: values.numel()].copy_(values)
-        parts = [torch.empty_like(own) for _ in lengths]
-        dist.all_gather(parts, own)  # of one length each, as NCCL and gloo have it
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-
-    def before(self, count: int) -> int:
-        return sum(self._lengths(count)[: self.rank])
-
-    def _lengths(self, count: int) -> list[int]:
-        counts = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.num_ranks)]
-        dist.all_gather(counts, torch.tensor([count], device=self._device))
-        return [int(c) for c in counts]
-
+        return joined(values, self._device)

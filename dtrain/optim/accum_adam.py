@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dtrain.kernels import Adam, Piece, operations
+from dtrain.shards import local
 
 Step = Callable[[], None]
 
@@ -89,7 +90,7 @@ class AccumAdamW(torch.optim.Optimizer):
         """A parameter's part with its moments, flat."""
         state = self._state(p)
         assert p.grad is not None
-        tensors = (p.detach(), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        tensors = (local(p.detach()), local(p.grad).contiguous(), state["exp_avg"], state["exp_avg_sq"])
         x, g, m, v = (t.view(-1)[part] for t in tensors)
         accumulated = state["accumulated"].view(-1)
         return Piece(x, g, m, v, accumulated[part] if group["every"] > 1 else accumulated, group["weight_decay"])
@@ -117,8 +118,10 @@ class AccumAdamW(torch.optim.Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous; AccumAdamW walks over flat memory")
             every = next(g["every"] for g in self.param_groups if any(q is p for q in g["params"]))
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros(p.shape, device=p.device) for _ in range(2))
-            state["accumulated"] = torch.zeros(p.shape if every > 1 else (0,), device=p.device)
+            # Of a sharded parameter this rank's part.
+            shape = local(p.detach()).shape
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros(shape, device=p.device) for _ in range(2))
+            state["accumulated"] = torch.zeros(shape if every > 1 else (0,), device=p.device)
         return state
 
     def _one(self, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dtrain.shards import local
+
 T = TypeVar("T")
 
 _LEAST_NORM = 1e-12
@@ -57,7 +59,7 @@ class SAM:
         with torch.enable_grad():
             loss = closure()
         parameters = [p for p in self._parameters() if p.grad is not None]
-        norm = self._norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm([local(p.grad) for p in parameters if p.grad is not None])
         if not norm.isfinite():
             return loss
         moved = [(p, p.detach().clone()) for p in parameters]
@@ -77,7 +79,7 @@ class SAM:
         scale = self.rho / norm.clamp_min(_LEAST_NORM)
         for p in parameters:
             assert p.grad is not None
-            p.add_(p.grad.to(scale.dtype) * scale.to(p.device))
+            local(p).add_(local(p.grad).to(scale.dtype) * scale.to(p.device))
 
     def _parameters(self) -> list[Tensor]:
         each = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]

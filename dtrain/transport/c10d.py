@@ -31,10 +31,14 @@ _IDLE_S, _BROKEN_S = 0.25, 5.0
 
 
 class GlooTransport:
-    """Point-to-point gloo between the islands' ranks of one number."""
+    """Point-to-point gloo between the islands' ranks at the ends of one lane."""
 
-    def __init__(self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str, connect_s: float) -> None:
-        self.inbox, self.wires_on = Inbox(), torch.device("cpu")
+    def __init__(
+        self, store: Store, prefix: str, node: int, num_nodes: int, *, interface: str, connect_s: float,
+        inbox: Inbox | None = None,
+    ) -> None:  # fmt: skip
+        """``inbox``: where wires arrive, another's too; its own where none is given."""
+        self.inbox, self.wires_on = inbox or Inbox(), torch.device("cpu")
         self._pool = Pool(self.wires_on)
         self._group = gloo_group(PrefixStore(prefix, store), node, num_nodes, interface=interface, connect_s=connect_s)
         self._receives = _Receives(self.inbox)

@@ -55,8 +55,10 @@ class OrderedTransport:
         interface: str,
         device: torch.device,
         connect_s: float,
+        inbox: Inbox | None = None,
     ) -> None:
-        self.inbox, self.wires_on = Inbox(), device
+        """``inbox``: where wires arrive, another's too; its own where none is given."""
+        self.inbox, self.wires_on = inbox or Inbox(), device
         self._device = device
         meet = PrefixStore(f"{prefix}/control", store)
         control = gloo_group(meet, node, num_nodes, interface=interface, connect_s=connect_s)

@@ -73,7 +73,7 @@ def show(results: Sequence[Result]) -> str:
 def run_islands(
     script: Script,
     num_islands: int,
-    ranks: int = 1,
+    ranks: int | Sequence[int] = 1,
     *,
     run: Path,
     timeout_s: float = 60.0,
@@ -82,6 +82,7 @@ def run_islands(
 ) -> list[Result]:
     """Run a script's text, a module's function, or named functions one after the other, on every rank of every island.
 
+    ``ranks``: of each island; a sequence where islands differ.
     ``functools.partial`` gives a function its (JSON) keyword arguments. A function is run in a link of its own: the n-th as
     epoch n. Returns when all have ended, by (island, rank); fails with all output when they have not within timeout_s.
 
@@ -95,13 +96,16 @@ def run_islands(
         shared["DTRAIN_JOB"] = str(job)
     store, meet = _store()
     store.set("regroup", "0:0")
-    masters = [_store() for _ in range(num_islands)] if ranks > 1 else []
+    each = [ranks] * num_islands if isinstance(ranks, int) else list(ranks)
+    if not isinstance(ranks, int):
+        shared["DTRAIN_NUM_LANES"] = str(max(each))
+    masters = [_store() for _ in range(num_islands)] if max(each) > 1 else []
     children: list[_Child] = []
     ended: queue.SimpleQueue[_Child] = queue.SimpleQueue()
     try:
         for island in range(num_islands):
-            for rank in range(ranks):
-                place = _environment(island, num_islands, rank, ranks, meet, masters[island][1] if masters else "", run)
+            for rank in range(each[island]):
+                place = _environment(island, num_islands, rank, each[island], meet, masters[island][1] if masters else "", run)
                 children.append(_Child(island, rank, _arguments(script, run), {**shared, **place}, ended))
         hung = _wait(children, ended, time.monotonic() + timeout_s, all_go_on=lost_s is not None)
     finally:

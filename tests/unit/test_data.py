@@ -35,14 +35,13 @@ def batch_of(
     seed: int = 0,
     island: int = 0,
     num_islands: int = 2,
-    rank: int = 0,
     step: int = 0,
-    micro: int = 0,
+    first: int = 0,
     batch: int = 8,
     context: int = 32,
     shard: Shard = "iid",
 ) -> tuple[Tensor, Tensor]:
-    place = {"seed": seed, "island": island, "num_islands": num_islands, "rank": rank, "step": step, "micro": micro}
+    place = {"seed": seed, "island": island, "num_islands": num_islands, "step": step, "first": first}
     return sample_batch(corpus, **place, batch=batch, context=context, shard=shard)
 
 
@@ -189,12 +188,21 @@ def test_sampling_is_pure(tmp_path: Path, shard: Shard) -> None:
 
 def test_batches_differ_in_every_coordinate() -> None:
     corpus = load_corpus("stdlib")
-    places = list(itertools.product(range(3), repeat=5))
+    places = list(itertools.product(range(3), repeat=4))
     batches = {
-        batch_of(corpus, seed=seed, island=island, num_islands=3, rank=rank, step=step, micro=micro)[0].numpy().tobytes()
-        for seed, island, rank, step, micro in places
+        batch_of(corpus, seed=seed, island=island, num_islands=3, step=step, first=8 * part)[0].numpy().tobytes()
+        for seed, island, step, part in places
     }
-    assert len(batches) == len(places) == 243
+    assert len(batches) == len(places) == 81
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7])
+def test_an_islands_batch_is_the_same_however_it_is_shared(size: int) -> None:
+    corpus = load_corpus("stdlib")
+    whole = batch_of(corpus, step=5, batch=4 * size)
+    parts = [batch_of(corpus, step=5, first=k * size, batch=size) for k in range(4)]
+    for got, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_windows_start_everywhere_evenly(tmp_path: Path) -> None:

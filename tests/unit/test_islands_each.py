@@ -34,6 +34,15 @@ def test_a_table_an_island_says_what_is_its_own_and_the_rest_is_of_all() -> None
     assert parse_job(tomllib.loads(dump_job(job))) == job
 
 
+def test_an_island_sees_a_job_of_islands_like_itself() -> None:
+    raw = {"islands": {"each": [{"ranks": 2, "engine": "fsdp"}, {}]}}
+    job = parse_job(raw)
+    assert job.uneven
+    assert [(job.seen_by(k).islands.ranks, job.seen_by(k).islands.engine) for k in range(2)] == [(2, "fsdp"), (1, "ddp")]
+    assert job.seen_by(1).islands.count == 2
+    assert not parse_job({"islands": {"count": 2, "ranks": 2, "each": [{}, {"ranks": 2}]}}).uneven
+
+
 @pytest.mark.parametrize(
     ("raw", "overrides", "words"),
     [
@@ -51,6 +60,7 @@ def test_a_table_an_island_says_what_is_its_own_and_the_rest_is_of_all() -> None
             [],
             "train.accumulate = 1 micro-batches leave some of islands.each.1.ranks = 2 stages",
         ),
+        ({"shards": 2, "each": [{}, {"ranks": 3, "engine": "fsdp"}]}, ["train.batch=3"], "islands.shards = 2 does not divide islands.e"),
         ({"each": [{}, {"engine": "pipeline"}]}, [], 'islands.each.1.engine = "pipeline" with islands.each.1.ranks = 1 is one'),
     ],
 )

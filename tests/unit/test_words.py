@@ -72,7 +72,7 @@ def test_a_number_without_a_word_is_passed_over_after_a_while_and_its_owner_take
 
 
 def test_words_that_all_have_heard_are_dropped(server: TCPStore) -> None:
-    members = [StoreMembership(client(server), node=n, num_nodes=2, rank=0, epoch=3) for n in range(2)]
+    members = [StoreMembership(client(server), node=n, num_nodes=2, lanes=(0,), epoch=3) for n in range(2)]
     for k in range(5):
         members[0].words.say(str(k))
     members[0].beat(5)
@@ -90,7 +90,7 @@ def test_words_that_all_have_heard_are_dropped(server: TCPStore) -> None:
 
 
 def test_who_was_lost_is_told_of_one_epoch(server: TCPStore) -> None:
-    now, before = (StoreMembership(client(server), node=0, num_nodes=3, rank=0, epoch=epoch) for epoch in (1, 0))
+    now, before = (StoreMembership(client(server), node=0, num_nodes=3, lanes=(0,), epoch=epoch) for epoch in (1, 0))
     assert now.lost() == ()
     tell_lost(server, 1, [0, 2])
     assert (now.lost(), before.lost()) == ((0, 2), ())

@@ -1,0 +1,65 @@
+"""What does a rank train under each of an island's engines, and what makes its gradients?
+
+    ddp        the whole model; gradients are added up (``inside.py``)
+    fsdp       a part of every parameter (FSDP2); ``islands.shards`` ranks have all of them, and copies of those are HSDP
+    pipeline   a stage of its layers (``inside_stages.py``)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.config import Job
+from dtrain.connect import Connection
+from dtrain.inside import Batches, Inside, Whole
+from dtrain.island.parts import Parts
+from dtrain.island.replicas import Island, Replicas
+from dtrain.island.stages import Stages
+from dtrain.models.gpt import GPT, Block
+from dtrain.models.gpt_stage import GPTStage
+
+_RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
+
+Heldout = tuple[Tensor, Tensor]
+
+
+def ranks_of(engine: str, *, uneven: bool) -> Callable[[torch.device], Island]:
+    """What the ranks of an island are to each other, where there are several. ``uneven``: other islands have another engine or
+    number of ranks, so that a stage has no counterpart there."""
+    return Parts if uneven and engine == "pipeline" else _RANKS[engine]
+
+
+def trained(job: Job, whole: GPT, ranks: Island, device: torch.device) -> nn.Module:
+    """Of the whole model what this rank trains, on its device; ``whole`` may become it."""
+    if ranks.num_ranks == 1:
+        return whole.to(device)
+    if job.islands.engine == "pipeline":
+        return GPTStage(whole, ranks.rank, ranks.num_ranks).to(device)
+    if job.islands.engine == "fsdp":
+        from dtrain.island.sharded import shard  # torch's FSDP takes a second to import, which no other run is to wait for
+
+        shards = job.islands.shards or ranks.num_ranks
+        return shard(
+            whole, device, Block, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
+        )
+    return whole.to(device)
+
+
+def inside_of(
+    job: Job, model: nn.Module, whole: Mapping[str, Tensor], batches: Batches, heldout: Heldout, connection: Connection,
+    computing: AbstractContextManager[object],
+) -> Inside:  # fmt: skip
+    """``model``: what ``trained`` gave; ``whole``: names, shapes and dtypes of the whole model's state."""
+    if isinstance(model, GPTStage):
+        from dtrain.inside_stages import Staged  # torch's pipelines take a second to import, too
+
+        return Staged(job, model, whole, batches, heldout, connection)
+    if not connection.ranks.whole:
+        from dtrain.inside_shards import Sharded
+
+        return Sharded(job, model, batches, heldout, connection)
+    assert isinstance(model, GPT)
+    return Whole(job, model, batches, heldout, connection, computing)

@@ -1,0 +1,40 @@
+"""Which parameters does a rank train, and of what model? In the model's order, whatever part of it the rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from dtrain.bucket import Flat, embeddings_of, flat_parts, flatten
+from dtrain.island.parts import Parts
+from dtrain.island.replicas import Island, Replicas
+from dtrain.shards import is_part
+
+
+def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None, ranks: Island) -> Flat:
+    """The parameters that islands share, and ``ranks`` know of them then. Raises ValueError where they cannot."""
+    named = list(model.named_parameters())
+    parts = [name for name, p in named if is_part(p)]
+    if ranks.whole:
+        if parts:
+            raise ValueError(
+                f"parameter {parts[0]} is sharded, and this island's ranks were taken for such that hold it whole; join after "
+                "fully_shard"
+            )
+        flat = flatten(named, include, exclude, embeddings=embeddings_of(model))
+    else:
+        frozen = [name for name, p in named if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"parameter {frozen[0]} is frozen, and frozen ones of a sharded model cannot be made equal on all islands yet; "
+                "leave it out of fully_shard's modules, or use an island of DDP ranks"
+            )
+        flat = flat_parts(named, include, exclude, embeddings=embeddings_of(model))
+    return ranks.hold(flat)
+
+
+def inside_of(model: nn.Module) -> Callable[[torch.device], Island]:
+    """What the ranks of an island are to each other, by a model that is ready to train: sharded ones hold parts."""
+    return Parts if any(is_part(p) for p in model.parameters()) else Replicas

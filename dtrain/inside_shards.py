@@ -1,0 +1,68 @@
+"""What runs inside an island whose ranks each hold a part of every parameter? FSDP2: each computes its share of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.config import Job
+from dtrain.connect import Connection
+from dtrain.evaluate import batches_of, nats
+from dtrain.inside import Batches, mean_loss
+from dtrain.island.sharded import adds_up, gathered_no_more
+from dtrain.models.gpt import num_parameters
+from dtrain.shards import whole
+from dtrain.spans import span
+
+
+class Sharded:
+    """An ``Inside``; blocks are gathered by all ranks together, so each of them computes as often as the others."""
+
+    def __init__(
+        self, job: Job, model: nn.Module, batches: Batches, heldout: tuple[Tensor, Tensor], connection: Connection
+    ) -> None:
+        self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
+        self._ranks, self._device = connection.ranks, heldout[0].device
+
+    @property
+    def parameters(self) -> int:
+        return num_parameters(self._model)
+
+    def gradient(self, step: int) -> float:
+        train, ranks, model = self._job.train, self._ranks, self._model
+        size = train.batch // (ranks.num_ranks * train.accumulate)
+        total = 0.0
+        for micro in range(train.accumulate):
+            inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
+            adds_up(model, micro == train.accumulate - 1)
+            with span("forward_backward"):
+                loss = mean_loss(model(inputs), targets, train.accumulate)
+                loss.backward()
+                total += float(loss.detach())
+        return total / ranks.num_ranks
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Batch k is computed by rank k mod ranks; where some have none left, they compute one that does not count."""
+        parts = list(batches_of(self._heldout))
+        total_nats = 0.0
+        self._model.eval()
+        for first in range(0, len(parts), self._ranks.num_ranks):
+            at = first + self._ranks.rank
+            inputs, targets = parts[min(at, len(parts) - 1)]
+            found = nats(self._model(inputs), targets)
+            total_nats += found if at < len(parts) else 0.0
+        self._model.train()
+        gathered_no_more(self._model)
+        return self._ranks.total([total_nats])[0] / self._heldout[1].numel()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """A tensor at a time is gathered."""
+        found = dict[str, Tensor]()
+        for name, x in self._model.state_dict().items():
+            value = whole(x.detach())
+            if self._ranks.rank == 0:
+                found[name] = value.cpu()
+        return found

@@ -1,0 +1,214 @@
+"""How do the ranks of an island that each hold a part of every parameter work as one? As FSDP2 leaves them, sharded or in copies.
+
+Buckets are cut from the whole model, as on an island of one rank, and each is carried over the link by one of the ranks, its
+owner: so wires do not depend on how an island is sharded, codec blocks and low-rank matrices lie whole, and islands of any shape
+understand each other. While a bucket is at hand its owner has its elements, which the ranks that hold them gave it over the
+island's own, fast links; afterwards they get the new ones back, and the owner keeps no copy. A rank never has more of the model
+than that: its own buckets, 1 / ranks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import zip_longest
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain.bucket import Bucket, Flat, order_of
+from dtrain.island.ranges import Held, Piece, first_holders, pieces
+from dtrain.island.replicas import broadcast, highest, joined, sums
+from dtrain.shards import first_element, local
+
+_T = TypeVar("_T")
+
+
+class _Route(NamedTuple):
+    """Of one bucket."""
+
+    gives: Sequence[Sequence[Piece]]
+    """What each rank gives the owner."""
+    gets: Sequence[Sequence[Piece]]
+    """What each rank gets back: all that it holds."""
+
+
+class Parts:
+    """An island of several ranks over its default process group."""
+
+    whole = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = self.replica = dist.get_rank()
+        self.num_ranks = self.num_replicas = dist.get_world_size()
+        self.prefix = f"shard{self.rank}."
+        self._device = device
+        self._parameters: Sequence[nn.Parameter] = ()
+        self._held: list[list[Held]] = []
+        self._routes: dict[int, _Route] = {}
+
+    def hold(self, flat: Flat) -> Flat:
+        """Tell each other who holds what. Of parameters that are other ranks' alone, as those of other stages are, this rank has
+        the shapes, on the device "meta"."""
+        flat = self._of_island(flat)
+        self._parameters = flat.parameters
+        starts, at = dict[int, int](), 0
+        for members in flat.order:
+            for i in members:
+                starts[i] = at
+                at += flat.parameters[i].numel()
+        firsts = [starts[i] + (0 if p.is_meta else first_element(p)) for i, p in enumerate(flat.parameters)]
+        own = [
+            Held(first, first + (0 if p.is_meta else local(p).numel())) for first, p in zip(firsts, flat.parameters, strict=True)
+        ]
+        self._held = self._tell(own)
+        return flat
+
+    def _of_island(self, flat: Flat) -> Flat:
+        """All ranks' parameters, in the order of the ranks, each once."""
+        own = dict(zip(flat.names, flat.parameters, strict=True))
+        said = [(name, p.shape, p.dtype, name in flat.embeddings) for name, p in own.items()]
+        found = {name: (shape, dtype, looked_up) for told in self._tell(said) for name, shape, dtype, looked_up in told}
+        if len(found) == len(own):
+            return flat
+        parameters = tuple(
+            own[name] if name in own else nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+            for name, (shape, dtype, _) in found.items()
+        )
+        embeddings = frozenset(name for name, (_, _, looked_up) in found.items() if looked_up)
+        return replace(flat, names=tuple(found), parameters=parameters, order=order_of(parameters), embeddings=embeddings)
+
+    def _tell(self, own: list[_T]) -> list[list[_T]]:
+        """What each rank has."""
+        told: list[list[_T]] = [[] for _ in range(self.num_ranks)]
+        dist.all_gather_object(told, own)
+        return told
+
+    def worst(self, code: int) -> int:
+        return highest(code, self._device)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        return sums(values, self._device)
+
+    @contextmanager
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
+        values = [local(p.detach()) for p in self._parameters]
+        try:
+            for wave in self._waves(buckets):
+                self._gather(wave, lambda b: b.x, values)
+            yield
+            if changes:
+                for wave in self._waves(buckets):
+                    self._scatter(wave, lambda b: b.x, values)
+        finally:
+            for b in buckets:
+                _let_go(b.x)
+
+    def read_gradients(self, buckets: Sequence[Bucket]) -> None:
+        """Fill the owners' ``g``; a missing gradient counts as zero."""
+        gradients = [_gradient(p) for p in self._parameters]
+        for wave in self._waves(buckets):
+            self._gather(wave, _g, gradients)
+
+    def share_gradients(self, buckets: Sequence[Bucket]) -> None:
+        """Put the owners' ``g`` into every ``grad``."""
+        for p in self._parameters:
+            if p.grad is None and not p.is_meta:
+                p.grad = torch.zeros_like(p)
+        gradients = [_gradient(p) for p in self._parameters]
+        for wave in self._waves(buckets):
+            self._scatter(wave, _g, gradients)
+        for b in buckets:
+            _let_go(_g(b))
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Of tensors that every rank holds whole."""
+        broadcast([(x, 0) for x in tensors])
+
+    def joined(self, values: Tensor) -> Tensor:
+        """Of parts that several ranks hold the first's count."""
+        first = self._held.index(self._held[self.rank]) == self.rank
+        return joined(values if first else values[:0], self._device)
+
+    def _waves(self, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
+        """One bucket of each owner at a time, so that what is on its way inside the island is no second copy of the model."""
+        of_owner = [[b for b in buckets if b.owner == owner] for owner in range(self.num_ranks)]
+        for wave in zip_longest(*of_owner):
+            yield [b for b in wave if b is not None]
+
+    def _route(self, b: Bucket) -> _Route:
+        if b.index not in self._routes:
+            self._routes[b.index] = _Route(first_holders(b.layout, self._held), [pieces(b.layout, held) for held in self._held])
+        return self._routes[b.index]
+
+    def _gather(self, wave: Sequence[Bucket], of: Callable[[Bucket], Tensor], values: Sequence[Tensor]) -> None:
+        """Of at most one bucket an owner: the elements that this rank gives to each, and those that it is given for its own."""
+        out, sizes = list[Tensor](), [0] * self.num_ranks
+        for b in wave:
+            mine = self._route(b).gives[self.rank]
+            out += [values[piece.held].reshape(-1)[piece.inside].to(of(b).dtype) for piece in mine]
+            sizes[b.owner] = sum(piece.here.stop - piece.here.start for piece in mine)
+        # In the order of owners, which that of a wave is.
+        own = next((b for b in wave if b.owner == self.rank), None)
+        coming = [[] if own is None else self._route(own).gives[n] for n in range(self.num_ranks)]
+        got = self._exchange(out, sizes, coming, of(wave[0]).dtype)
+        if own is not None:
+            _make_room(of(own), own.layout.numel)
+            _place(of(own), coming, got)
+
+    def _scatter(self, wave: Sequence[Bucket], of: Callable[[Bucket], Tensor], values: Sequence[Tensor]) -> None:
+        own = next((b for b in wave if b.owner == self.rank), None)
+        going = [[] if own is None else self._route(own).gets[n] for n in range(self.num_ranks)]
+        out = [] if own is None else [of(own)[piece.here] for parts in going for piece in parts]
+        coming: list[Sequence[Piece]] = [[] for _ in range(self.num_ranks)]
+        for b in wave:
+            coming[b.owner] = self._route(b).gets[self.rank]
+        got = self._exchange(out, [_numel(parts) for parts in going], coming, of(wave[0]).dtype)
+        at = 0
+        for parts in coming:
+            for piece in parts:
+                numel = piece.here.stop - piece.here.start
+                values[piece.held].view(-1)[piece.inside].copy_(got[at : at + numel])
+                at += numel
+
+    def _exchange(
+        self, out: Sequence[Tensor], sizes: Sequence[int], coming: Sequence[Sequence[Piece]], dtype: torch.dtype
+    ) -> Tensor:
+        sent = torch.cat(list(out)) if out else torch.empty(0, dtype=dtype, device=self._device)
+        counts = [_numel(parts) for parts in coming]
+        got = torch.empty(sum(counts), dtype=dtype, device=self._device)
+        dist.all_to_all_single(got, sent, counts, list(sizes))
+        return got
+
+
+def _numel(parts: Sequence[Piece]) -> int:
+    return sum(piece.here.stop - piece.here.start for piece in parts)
+
+
+def _place(x: Tensor, coming: Sequence[Sequence[Piece]], got: Tensor) -> None:
+    at = 0
+    for parts in coming:
+        for piece in parts:
+            numel = piece.here.stop - piece.here.start
+            x[piece.here] = got[at : at + numel]
+            at += numel
+
+
+def _g(b: Bucket) -> Tensor:
+    assert b.g is not None
+    return b.g
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    return local(p.grad) if p.grad is not None else torch.zeros_like(local(p.detach()))
+
+
+def _make_room(x: Tensor, numel: int) -> None:
+    x.data = torch.empty(numel, dtype=x.dtype, device=x.device)
+
+
+def _let_go(x: Tensor) -> None:
+    """The tensor stays, so that who has it finds it filled again; its memory does not."""
+    x.data = torch.empty(0, dtype=x.dtype, device=x.device)

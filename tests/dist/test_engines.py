@@ -1,0 +1,147 @@
+"""Is an island of any engine the same island as one of one rank, and do unlike islands work together?"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import checkpoint
+from dtrain.build import build_recipe
+from dtrain.config import Job
+from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.plan.sent import sent
+from tests.dist import staged
+from tests.dist.harness import Result, run_islands, show, values
+from tests.unit.by_hand import train, write_texts
+
+pytestmark = pytest.mark.timeout(600)
+STEPS, RESUMED_AT = 20, 12
+_ROUNDS = ("sync.every=5", "sync.delay=3", "sync.bucket_bytes=16384", "train.checkpoint_every=12", "train.eval_every=10")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "diloco": ('sync.recipe="delayed_diloco"', 'sync.codec="identity"', "sync.error_feedback=false", *_ROUNDS),
+    "dilocox": ('sync.recipe="dilocox"', 'sync.codec="identity"', "sync.rank=4", *_ROUNDS),
+    "decent_adam": ('sync.recipe="decent_adam"', 'sync.codec="identity"', "sync.bucket_bytes=16384"),
+}
+"""At step 12 a round of diloco flies: it began after step 10."""
+SHARED = 1e-5
+"""By which parameters may differ after 20 steps in fp32: ranks add gradients and norms of parts in an order of their own."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("engines") / "texts")
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same jobs with two islands of one rank."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {name: train(staged.engine_job(str(source), "ddp", 1, *changes), folder / name) for name, changes in RECIPES.items()}
+    torch.set_num_threads(num_threads)
+    return runs
+
+
+def launched(
+    source: Path, run: Path, engines: list[tuple[str, int]], names: list[str], *changes: str, resumed: str | None = None
+) -> list[Result]:
+    scenarios = {
+        name: functools.partial(
+            staged.with_engines, source=str(source), name=name, engines=engines, changes=[*RECIPES[name], *changes],
+            resume_step=RESUMED_AT if name == resumed else 0,
+        )
+        for name in names
+    }  # fmt: skip
+    ranks = [count for _, count in engines]
+    results = run_islands(
+        scenarios, len(engines), ranks[0] if len(set(engines)) == 1 else ranks, run=run, timeout_s=500
+    )
+    assert [r.status for r in results] == [0] * sum(ranks), show(results)
+    return results
+
+
+def furthest(a: Path, b: Path) -> float:
+    one, other = (checkpoint.load_weights(of / "model.safetensors") for of in (a, b))
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "changes"),
+    [
+        ("fsdp", 2, ()),
+        pytest.param("fsdp", 4, ("islands.shards=2", "islands.recompute=true"), marks=pytest.mark.slow),  # HSDP
+        pytest.param("ddp", 2, (), marks=pytest.mark.slow),
+        pytest.param("pipeline", 2, (), marks=pytest.mark.slow),
+    ],
+    ids=["fsdp", "hsdp", "ddp", "pipeline"],
+)
+def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
+    source: Path, tmp_path: Path, alone: dict[str, Path], engine: str, ranks: int, changes: tuple[str, ...]
+) -> None:
+    """Rounds in flight among them, and low rank on shards as on the whole."""
+    results = launched(source, tmp_path, [(engine, ranks)] * 2, list(RECIPES), *changes, resumed="diloco")
+    for name in RECIPES:
+        assert furthest(tmp_path / name, alone[name]) < SHARED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 2 * ranks
+
+
+def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
+    """Two ranks with a part of every parameter each, one with all of it, and two stages."""
+    names = ["diloco", "dilocox"]
+    uneven = [("fsdp", 2), ("ddp", 1), ("pipeline", 2)]
+    results = launched(source, tmp_path / "uneven", uneven, names, "islands.count=3", resumed="diloco")
+    for name in names:
+        even = train(staged.engine_job(str(source), "ddp", 1, *RECIPES[name], "islands.count=3"), tmp_path / "even" / name)
+        assert furthest(tmp_path / "uneven" / name, even) < SHARED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 5
+
+
+def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
+    loops = {
+        "rounds": functools.partial(staged.own_loop, recipe="diloco", every=4, codec="identity"),
+        "gradients": functools.partial(staged.own_loop, recipe="allreduce", every=1, codec="identity"),
+    }
+    each = [run_islands(loops, 2, ranks, run=tmp_path / str(ranks), timeout_s=200) for ranks in (1, 2)]
+    for name in loops:
+        (first, *_), (other, *_) = (values(results, name) for results in each)
+        for a, b in zip(first, other, strict=True):
+            assert a == pytest.approx(b, abs=SHARED), name
+
+
+@pytest.mark.slow
+def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
+    """203 MB of parameters over 4 ranks. Beside a quarter of what the rounds keep and send, a rank has its buckets while they are
+    at hand, a quarter of the parameters."""
+    engines = [("fsdp", 4)] * 2
+    big = ("model.width=1024", "model.heads=8", "train.steps=6", "train.eval_every=0")
+    wanted = {
+        "alone": ('sync.recipe="local"', *big),
+        "diloco": ('sync.recipe="diloco"', "sync.every=2", *big),
+    }
+    scenarios = {
+        name: functools.partial(staged.most_bytes, source=str(source), name=name, engines=engines, changes=list(changes))
+        for name, changes in wanted.items()
+    }
+    results = run_islands(scenarios, 2, 4, run=tmp_path, timeout_s=550)
+    assert [r.status for r in results] == [0] * 8, show(results)
+    job = staged.engine_job(str(source), "fsdp", 4, *wanted["diloco"])
+    shapes = {name: p.shape for name, p in _model(job).named_parameters()}
+    assert sum(math.prod(shape) for shape in shapes.values()) * 4 > 200e6
+    counts = sent(build_recipe(job), shapes, 2, num_ranks=4)
+    rounds = (counts.state_bytes + counts.wire_bytes) // 4
+    for alone, diloco in zip(values(results, "alone"), values(results, "diloco"), strict=True):
+        assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
+        assert diloco["state"] <= 1.01 * counts.state_bytes / 4 + 1e6
+        assert diloco["most"] <= 1.15 * (alone["most"] + rounds), (alone, diloco, rounds)
+
+
+def _model(job: Job) -> GPT:
+    m = job.model
+    with torch.device("meta"):
+        return GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
