@@ -139,10 +139,11 @@ def _model_of(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = _read_json(saved[optimizer + _NAMES])
         for group in _read_json(saved[f"{optimizer}.groups"]):
             for index in group["params"]:
-                at, name = f"{optimizer}.state.{index}.", names[index]
+                at = f"{optimizer}.state.{index}."
                 if f"{at}x" in saved:  # what never had a gradient is its own average
                     state = {key: saved[at + key] for key in ("z", "x")}
-                    weights[name] = average_of(weights[name], state, group["betas"][0])
+                    average = average_of(weights[names[index][0]], state, group["betas"][0])
+                    weights |= dict.fromkeys(names[index], average)
     return weights
 
 
@@ -210,9 +211,11 @@ def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer], prefix: str 
 
 
 def averaged_names(optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Beside ``optimizers_tensors``: the names of the parameters, in the order of their numbers there, whose averages are the
-    model. Nothing of other optimizers."""
-    names = {p: name for name, p in model.named_parameters()}
+    """Beside ``optimizers_tensors``: the names of the parameters (several of one that is tied), in the order of their numbers
+    there, whose averages are the model. Nothing of other optimizers."""
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     return {
         prefix + _name(k) + _NAMES: _as_json([names[p] for group in optimizer.param_groups for p in group["params"]])
         for k, optimizer in enumerate(optimizers)

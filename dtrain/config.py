@@ -6,6 +6,7 @@ Pure: no torch, no clock, no environment."""
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 import tomllib
@@ -28,6 +29,7 @@ _TYPED = "on the command line"
 _USE = {
     "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "bool_type": "true or false", "list_type": "a list", "finite_number": "a finite number", "literal_error": "{expected}",
+    "dict_type": "a table",
     "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}", "less_than": "less than {lt}",
     "less_than_equal": "{le} or less", "too_short": "a list of {min_length} or more",
 }  # fmt: skip
@@ -75,6 +77,11 @@ class Job(Section):
             raise ValueError(
                 'islands.engine = "pipeline" with islands.ranks = 1 is one stage, which is no pipeline; use islands.ranks=2 or '
                 "more, or islands.engine=ddp"
+            )
+        if self.model.theirs:
+            raise ValueError(
+                f'model.{self.model.theirs} with islands.engine = "pipeline", whose stages are cut from gpt only; use '
+                "islands.engine=ddp"
             )
         if self.sync.include is not None or self.sync.exclude is not None:
             axis = "include" if self.sync.include is not None else "exclude"
@@ -209,10 +216,16 @@ def toml_value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{_toml_key(str(key))} = {toml_value(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _split_override(text: str) -> tuple[str, str, object]:

@@ -4,7 +4,7 @@ Every key is documented here, where it is defined. Pure: no torch, no clock, no 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,7 +45,13 @@ class Islands(Section):
 
 
 class ModelSection(Section):
-    name: Literal["gpt"] = Field("gpt", description="the model")
+    name: Literal["gpt"] = Field("gpt", description="the model, where neither factory nor hf names another")
+    factory: str = Field(
+        "", description='a function of your own that makes the model: "FILE.py:FUNCTION" or "package.module:FUNCTION"'
+    )
+    arguments: dict[str, Any] = Field(
+        {}, examples=[{"width": 64}], description="keywords that factory is called with, behind the size of the vocabulary"
+    )
     layers: int = Field(3, ge=1, description="blocks of attention and MLP")
     width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
     heads: int = Field(4, ge=1, description="attention heads; width / heads features each")
@@ -59,6 +65,38 @@ class ModelSection(Section):
                 f"use a multiple of {2 * self.heads}"
             )
         return self
+
+    @property
+    def theirs(self) -> str:
+        """The key that names a model which is not the project's own; empty: gpt."""
+        return "factory" if self.factory else ""
+
+    @field_validator("arguments")
+    @classmethod
+    def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_times("model.arguments", value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_model(self) -> ModelSection:
+        if self.arguments and not self.factory:
+            said = f"model.arguments = {self.arguments!r} has no effect without model.factory"
+            raise ValueError(f"{said}; set that, or leave it out")
+        for key in ("layers", "width", "heads"):
+            value = getattr(self, key)
+            if self.theirs and value != type(self).model_fields[key].default:
+                instead = "say it in model.arguments" if self.factory else "leave it out"
+                raise ValueError(f"model.{key} = {value} has no effect with model.{self.theirs}; {instead}")
+        return self
+
+
+def _refuse_times(key: str, value: object) -> None:
+    """TOML has dates, which no model is made of."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_times(f"{key}.{name}", item)
+    elif not isinstance(value, str | int | float):
+        raise ValueError(f"{key} = {value} is a {type(value).__name__}; use text, numbers, true or false, lists or tables")
 
 
 class Data(Section):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -36,13 +37,16 @@ from dtrain.island.stages import Stages
 from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
+from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
+from dtrain.own_model import check_logits
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
 from dtrain.saves import Saves
 from dtrain.spans import span
+from dtrain.starting_point import model_weights, starting_point
 from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
@@ -171,11 +175,13 @@ def _begin(
     wall_begun = time.monotonic()
     ranks, whole = connection.ranks, build_model(job, corpus, connection.node)
     shapes = {name: x.to("meta") for name, x in whole.state_dict().items()}
-    part = GPTStage(whole, ranks.rank, ranks.num_ranks) if job.islands.engine == "pipeline" else None
+    part = GPTStage(cast(GPT, whole), ranks.rank, ranks.num_ranks) if job.islands.engine == "pipeline" else None
     model = (part or whole).to(device)
+    if job.model.theirs:
+        check_logits(model, f"model.{job.model.theirs}", vocab=corpus.vocab, context=job.model.context)
     recipe = build_recipe(job)
     optimizers = build_optimizers(job, recipe, model)
-    saved, start = _starting_point(run, connection, resume_step, whole, model)
+    saved, start = starting_point(run, connection, resume_step, whole, model)
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if start and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
@@ -183,7 +189,7 @@ def _begin(
     sync = Sync(model, optimizers, recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
     if saved:
         # After the sync: it makes the islands' weights equal at the start, and those of a checkpoint are each island's own.
-        model.load_state_dict(_model_weights(saved))
+        model.load_state_dict(model_weights(saved))
         checkpoint.load_optimizers(optimizers, saved, ranks.prefix)
         own = f"{ranks.prefix}sync."
         sync.load_state_dict({k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)})
@@ -205,37 +211,6 @@ def _begin(
         sam=SAM(optimizers, rho=rho, joined=ranks.joined) if rho else None, sync=sync, heldout=heldout, clock=clock,
         first_step=first_step,
     )  # fmt: skip
-
-
-def _starting_point(
-    run: Path, connection: Connection, resume_step: int, whole: nn.Module, model: nn.Module
-) -> tuple[dict[str, Tensor], int]:
-    """A checkpoint's tensors of this rank's model, and its step; or merged weights of another number of islands, which are put
-    into the whole model; or nothing and 0."""
-    island, prefix, held = connection.node, connection.ranks.prefix, {f"model.{name}" for name in model.state_dict()}
-
-    def wanted(key: str) -> bool:
-        others = key not in held if key.startswith("model.") else key.startswith("stage") and not key.startswith(prefix)
-        return not (prefix and others)  # who has the whole model looks at all, and at what the model has not
-
-    folder = checkpoint.island_folder(run, resume_step, island)
-    merged = run / "init.safetensors"
-    if resume_step and folder.exists():
-        saved = checkpoint.load_island(run, resume_step, island, wanted)
-        checkpoint.check_same_model(_model_weights(saved), model, folder)
-        return saved, resume_step
-    if merged.exists():
-        weights = checkpoint.load_weights(merged)
-        checkpoint.check_same_model(weights, whole, merged)
-        whole.load_state_dict(weights)
-        return {}, checkpoint.weights_step(merged)
-    if resume_step:
-        raise ValueError(f"no checkpoint of island {island} at step {resume_step} in {run / 'checkpoints'}")
-    return {}, 0
-
-
-def _model_weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
 
 
 def _loop(island: _Island, observe: Observe) -> None:

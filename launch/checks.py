@@ -26,6 +26,7 @@ STEPS_ALONE = (
 )
 """Of a run whose steps are measured: without what stands in some and is no part of them; and an island that is started again
 would be measured from another step."""
+_SOME_WORDS = 256
 _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
     ("islands", "speeds", "dtrain.join(speeds=...)"),
@@ -112,7 +113,10 @@ def roundless(job: Job) -> tuple[str, ...]:
 
 
 def with_absolute_paths(job: Job) -> Job:
-    """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
+    """The job as a run keeps it: its text, graph, model and own recipe are found again from any working directory."""
+    if is_own(job.model.factory):
+        model = job.model.model_copy(update={"factory": own.absolute(job.model.factory)})
+        job = job.model_copy(update={"model": model})
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
@@ -164,7 +168,10 @@ def check_answers(job: Job, how: How) -> None:
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":
-        _check_parameters(job)
+        if job.model.theirs:
+            _check_own_model(job)
+        else:
+            _check_parameters(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
@@ -177,12 +184,19 @@ def _check_parameters(job: Job) -> None:
     by_rank = recipe.rank if recipe.reduce == "low_rank" else None
     if by_rank is None and recipe.include is None and recipe.exclude is None:
         return
-    from dtrain.build import shapes_of  # torch
+    from dtrain.build import model_of_shapes  # torch
 
-    shapes = shapes_of(job)
+    shapes = {name: p.shape for name, p in model_of_shapes(job, _SOME_WORDS).named_parameters()}
     shared = chosen.shared(list(shapes), recipe.include, recipe.exclude)
     if by_rank is not None:
         check_rank({name: shape for name, shape in shapes.items() if name in shared}, by_rank)
+
+
+def _check_own_model(job: Job) -> None:
+    """Raises ValueError where there is nothing to make the model with; what it makes is looked at by each rank, on its device."""
+    from dtrain.own_model import factory_of  # torch
+
+    factory_of(job.model)
 
 
 def check_text(job: Job) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dtrain.data.corpus import Corpus, Shard, num_heldout_starts, num_starts, own_files
 
+_NOISE = 2**63
+"""Beyond the blocks that a batch's words count."""
+
 
 def sample_batch(
     corpus: Corpus,
@@ -47,6 +50,13 @@ def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[T
     """
     starts = np.arange(count, dtype=np.int64) * (num_heldout_starts(corpus, context) - 1) // max(1, count - 1)
     return _inputs_and_targets(corpus.heldout, starts[:, None] + np.arange(context + 1))
+
+
+def noise_seed(*, seed: int, island: int, rank: int, step: int, micro: int) -> int:
+    """Of what a model of somebody's own draws while it trains (dropout): another for each micro-batch, and the same after a
+    resume."""
+    philox = np.random.Philox(key=[seed, island], counter=[_NOISE, micro, step, rank])
+    return int(philox.random_raw(1)[0]) % 2**63
 
 
 def _random_words(seed: int, island: int, rank: int, step: int, micro: int, count: int) -> NDArray[np.uint64]:

@@ -25,6 +25,8 @@ threads = 1
 max_restarts = 0
 [model]
 name = "gpt"
+factory = ""
+arguments = {}
 layers = 2
 width = 32
 heads = 2
