@@ -14,7 +14,7 @@ from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import AccumAdamW, ScheduleFreeAdamW, adamw, decay_groups, muon_adamw
 from dtrain.optim.muon import MuonFP32
-from dtrain.own_model import build_own
+from dtrain.own_model import build_own, own_shapes
 from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_speeds, with_start
 
 _SEEDS = 2**31
@@ -43,7 +43,7 @@ def model_of_shapes(job: Job, vocab: int) -> nn.Module:
     """The job's model on torch's meta device. Raises ValueError for one of somebody's own that cannot be made there."""
     try:
         with torch.device("meta"):
-            return build_own(job.model, vocab, job.job.seed) if job.model.theirs else _gpt(job, vocab, job.job.seed)
+            return own_shapes(job.model, vocab) if job.model.theirs else _gpt(job, vocab, job.job.seed)
     except (NotImplementedError, RuntimeError) as e:
         raise ValueError(
             f"model.{job.model.theirs} cannot be made on torch's meta device, where tensors have shapes and no values: "

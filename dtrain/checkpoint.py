@@ -157,13 +157,14 @@ def merged_note(path: Path) -> str:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, step: int, more: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all; ``more`` joins the step in its metadata."""
+    """A safetensors file, whole or not at all; ``more`` joins the step in its metadata, and the format that transformers asks
+    for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
     # Parameters are views of one flat storage, which safetensors does not take: hence the clones.
     clones = {k: v.detach().cpu().clone() for k, v in weights.items()}
     try:
-        save_file(clones, temporary, metadata={"step": str(step), **(more or {})})
+        save_file(clones, temporary, metadata={"format": "pt", "step": str(step), **(more or {})})
     except SafetensorError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written; is the disk full? ({e})") from e

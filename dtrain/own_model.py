@@ -1,4 +1,5 @@
-"""How does a model of somebody's own get in? As a function that makes it: ``model.factory = "mine.py:build"``.
+"""How does a model of somebody's own get in? As a function that makes it, ``model.factory = "mine.py:build"``, or as one of
+transformers (``hf_model.py``).
 
     def build(vocab: int, **arguments) -> torch.nn.Module
 
@@ -11,22 +12,36 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dtrain.hf_model import build_hf, of_config, vocabulary
 from dtrain.own import load_named
 from dtrain.own_name import is_own
 from dtrain.sections import ModelSection
 
+T = TypeVar("T")
 _ONE_DRAWS = threading.Lock()
 """The islands of ``dtrain sim`` are threads, and torch's generator belongs to the process."""
 
 
 def build_own(section: ModelSection, vocab: int, seed: int) -> nn.Module:
-    """The model of ``model.factory``, in training mode; raises ValueError where there is no such function, or no model."""
+    """The model of ``model.factory`` or ``model.hf``, in training mode; raises ValueError where there is none."""
+    if section.hf:
+        return _seeded(lambda: build_hf(section.hf), seed)
+    return _of_factory(section, vocab, seed)
+
+
+def own_shapes(section: ModelSection, vocab: int) -> nn.Module:
+    """``build_own`` under another default device, which takes the weights of no checkpoint."""
+    return of_config(section.hf) if section.hf else _of_factory(section, vocab, 0)
+
+
+def _of_factory(section: ModelSection, vocab: int, seed: int) -> nn.Module:
     make = factory_of(section)
-    made = seeded(lambda: make(vocab, **section.arguments), seed)
+    made = _seeded(lambda: make(vocab, **section.arguments), seed)
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"model.factory = {section.factory!r} returned {_said(made)}; return a torch.nn.Module that maps tokens (batch, "
@@ -35,7 +50,7 @@ def build_own(section: ModelSection, vocab: int, seed: int) -> nn.Module:
     return made.train()
 
 
-def seeded(make: Callable[[], object], seed: int) -> object:
+def _seeded(make: Callable[[], T], seed: int) -> T:
     """What is made, of weights that torch's generator draws from ``seed``; the generator is afterwards as it was."""
     with _ONE_DRAWS, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -43,9 +58,11 @@ def seeded(make: Callable[[], object], seed: int) -> object:
 
 
 @torch.no_grad()
-def check_logits(model: nn.Module, key: str, *, vocab: int, context: int) -> None:
-    """Raises ValueError where a sequence of ``context`` tokens does not come out as (1, context, vocab) logits; leaves the model
-    in training mode."""
+def check_logits(model: nn.Module, section: ModelSection, vocab: int) -> None:
+    """Raises ValueError where a sequence of ``model.context`` tokens does not come out as (1, context, vocab) logits; leaves the
+    model in training mode. One of transformers may know more tokens than the data have."""
+    key, context = f"model.{section.theirs}", section.context
+    vocab = vocabulary(model) if section.hf else vocab
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{key} has no parameters that require a gradient; there is nothing to train")
     device = next(model.parameters()).device

@@ -52,6 +52,11 @@ class ModelSection(Section):
     arguments: dict[str, Any] = Field(
         {}, examples=[{"width": 64}], description="keywords that factory is called with, behind the size of the vocabulary"
     )
+    hf: str = Field(
+        "",
+        description="a causal language model of transformers: a folder or config.json of config alone (random weights by "
+        "job.seed), a folder with weights, or a name on the Hugging Face hub",
+    )
     layers: int = Field(3, ge=1, description="blocks of attention and MLP")
     width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
     heads: int = Field(4, ge=1, description="attention heads; width / heads features each")
@@ -69,7 +74,7 @@ class ModelSection(Section):
     @property
     def theirs(self) -> str:
         """The key that names a model which is not the project's own; empty: gpt."""
-        return "factory" if self.factory else ""
+        return "factory" if self.factory else "hf" if self.hf else ""
 
     @field_validator("arguments")
     @classmethod
@@ -82,6 +87,8 @@ class ModelSection(Section):
         if self.arguments and not self.factory:
             said = f"model.arguments = {self.arguments!r} has no effect without model.factory"
             raise ValueError(f"{said}; set that, or leave it out")
+        if self.factory and self.hf:
+            raise ValueError(f"model.hf = {self.hf!r} is another model than model.factory = {self.factory!r}; leave one out")
         for key in ("layers", "width", "heads"):
             value = getattr(self, key)
             if self.theirs and value != type(self).model_fields[key].default:

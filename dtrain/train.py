@@ -29,6 +29,7 @@ from dtrain.data.corpus import Corpus, load_corpus
 from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
+from dtrain.hf_model import save_config
 from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.device import own_device
 from dtrain.island.replicas import Island as Ranks
@@ -178,7 +179,7 @@ def _begin(
     part = GPTStage(cast(GPT, whole), ranks.rank, ranks.num_ranks) if job.islands.engine == "pipeline" else None
     model = (part or whole).to(device)
     if job.model.theirs:
-        check_logits(model, f"model.{job.model.theirs}", vocab=corpus.vocab, context=job.model.context)
+        check_logits(model, job.model, corpus.vocab)
     recipe = build_recipe(job)
     optimizers = build_optimizers(job, recipe, model)
     saved, start = starting_point(run, connection, resume_step, whole, model)
@@ -345,6 +346,8 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         return
     if node == 0:
         checkpoint.save_weights(island.run / "model.safetensors", merged_weights, step=steps)
+        if job.model.hf:
+            save_config(island.model, island.run)
     part = Part(
         island=node,
         islands=island.connection.num_nodes,

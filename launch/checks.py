@@ -117,6 +117,8 @@ def with_absolute_paths(job: Job) -> Job:
     if is_own(job.model.factory):
         model = job.model.model_copy(update={"factory": own.absolute(job.model.factory)})
         job = job.model_copy(update={"model": model})
+    if os.path.exists(job.model.hf):  # else a name on the hub
+        job = job.model_copy(update={"model": job.model.model_copy(update={"hf": os.path.abspath(job.model.hf)})})
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
@@ -168,9 +170,9 @@ def check_answers(job: Job, how: How) -> None:
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":
-        if job.model.theirs:
-            _check_own_model(job)
-        else:
+        if job.model.factory:
+            _check_factory(job)
+        elif not job.model.hf:
             _check_parameters(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
@@ -192,7 +194,7 @@ def _check_parameters(job: Job) -> None:
         check_rank({name: shape for name, shape in shapes.items() if name in shared}, by_rank)
 
 
-def _check_own_model(job: Job) -> None:
+def _check_factory(job: Job) -> None:
     """Raises ValueError where there is nothing to make the model with; what it makes is looked at by each rank, on its device."""
     from dtrain.own_model import factory_of  # torch
 
@@ -204,6 +206,10 @@ def check_text(job: Job) -> None:
 
     corpus = load_corpus(job.data.source)
     check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
+    if job.model.hf:
+        from dtrain.hf_model import check_config  # torch
+
+        check_config(job.model.hf, corpus, job.model.context)
 
 
 def _refuse_barriers(job: Job) -> None:

@@ -36,6 +36,9 @@ class Corpus:
     """File k is train[file_starts[k] : file_starts[k + 1]]; num_files + 1 entries."""
     heldout: NDArray[Any]
     vocab: int
+    """Of the model: num_words, or a multiple of 64 above it."""
+    num_words: int
+    """Every token is below it."""
     bytes_per_token: float
     """1.0 for a token file, where the bytes behind a token are unknown: bits a byte are bits a token then."""
     hash: str
@@ -162,7 +165,7 @@ def _split(pieces: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
 def _bytes_corpus(source: str, train: Sequence[bytes], heldout: Sequence[bytes], starts: NDArray[np.int64]) -> Corpus:
     tokens = np.frombuffer(b"".join(train), dtype=np.uint8)
     held = np.frombuffer(b"".join(heldout), dtype=np.uint8)
-    return Corpus(source, tokens, starts, held, vocab=256, bytes_per_token=1.0, hash=_hash(tokens, starts, held))
+    return Corpus(source, tokens, starts, held, vocab=256, num_words=256, bytes_per_token=1.0, hash=_hash(tokens, starts, held))
 
 
 def _from_token_file(path: Path) -> Corpus:
@@ -177,8 +180,9 @@ def _from_token_file(path: Path) -> Corpus:
     num_heldout = max(1, len(tokens) // HOLD_OUT_EVERY)
     train, heldout = tokens[:-num_heldout], tokens[-num_heldout:]
     starts = np.array([0, len(train)], dtype=np.int64)
-    vocab = -(-(int(tokens.max()) + 1) // 64) * 64  # a multiple of 64 keeps the output head's rows aligned
-    return Corpus(str(path), train, starts, heldout, vocab, bytes_per_token=1.0, hash=_hash(train, starts, heldout))
+    num_words = int(tokens.max()) + 1
+    vocab = -(-num_words // 64) * 64  # a multiple of 64 keeps the output head's rows aligned
+    return Corpus(str(path), train, starts, heldout, vocab, num_words, bytes_per_token=1.0, hash=_hash(train, starts, heldout))
 
 
 def _hash(train: NDArray[Any], starts: NDArray[np.int64], heldout: NDArray[Any]) -> str:

@@ -26,6 +26,7 @@ max_restarts = 0
 [model]
 name = "gpt"
 factory = ""
+hf = ""
 arguments = {}
 layers = 2
 width = 32
