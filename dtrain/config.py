@@ -60,6 +60,15 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _streams_are_dealt(self) -> Job:
+        if self.data.streaming and self.islands.shard != "iid":
+            raise ValueError(
+                f'islands.shard = "{self.islands.shard}" has no effect with data.streaming, which deals rows to islands; leave '
+                "it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Job:
         shared = self.islands.engine == "ddp"  # all of it passes through each stage of a pipeline
         parts = (self.islands.ranks if shared else 1) * self.train.accumulate

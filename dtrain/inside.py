@@ -17,6 +17,7 @@ from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
 from dtrain.data.sampler import noise_seed, sample_batch
+from dtrain.data.stream import Dealt
 from dtrain.evaluate import evaluate
 from dtrain.models.gpt import num_parameters
 from dtrain.spans import span
@@ -50,11 +51,17 @@ class Batches:
     def __init__(self, job: Job, corpus: Corpus, connection: Connection, device: torch.device) -> None:
         self._job, self._corpus, self._device = job, corpus, device
         self._node, self._num_nodes = connection.node, connection.num_nodes
+        self._dealt = None if corpus.stream is None else Dealt(corpus.stream, self._node, self._num_nodes)
 
     def micro(self, step: int, micro: int, *, rank: int, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (size, context) each."""
         job = self._job
         with span("data"):
+            if self._dealt is not None:
+                first = step * job.train.batch
+                at = first + (rank * job.train.accumulate + micro) * size
+                inputs, targets = self._dealt.batch(at, size, job.model.context, step_first=first)
+                return inputs.to(self._device), targets.to(self._device)
             inputs, targets = sample_batch(
                 self._corpus,
                 seed=job.job.seed,

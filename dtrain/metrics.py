@@ -195,7 +195,8 @@ class Part:
     eval_loss: float | None
     eval_loss_island: float | None
     eval_tokens: int
-    bytes_per_token: float
+    bytes_per_token: float | None
+    """None where nobody says what a token stands for: a file of tokens without its tokenizer."""
     consensus_distance: float | None
     corpus_hash: str
     recipe: str

@@ -104,9 +104,9 @@ def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
     return steps * 8 * parameters * (islands - 1) / islands
 
 
-def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
-    """Of a loss that may not have been a finite number."""
-    return None if loss is None else units.bits_per_byte(loss, bytes_per_token)
+def bits_per_byte(loss: float | None, bytes_per_token: float | None) -> float | None:
+    """Of a loss that may not have been a finite number, of tokens that may stand for nobody knows how many bytes."""
+    return None if loss is None or bytes_per_token is None else units.bits_per_byte(loss, bytes_per_token)
 
 
 def load_run(path: Path) -> RunRecord:
@@ -174,8 +174,8 @@ def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]
         ("steps", lambda s: f"{s['steps']:,}"),
         ("tokens", lambda s: f"{s['tokens']:,}"),
         ("loss, nats a token", lambda s: _number(s["eval_loss"], 4)),
-        ("bits per byte", lambda s: _number(s["eval_bits_per_byte"], 4)),
-        ("above the best", lambda s: _above(s["eval_bits_per_byte"], best)),
+        ("bits per byte", lambda s: "-" if _of_unknown_bytes(s) else _number(s["eval_bits_per_byte"], 4)),
+        ("above the best", lambda s: "-" if _of_unknown_bytes(s) else _above(s["eval_bits_per_byte"], best)),
         ("each island alone", _alone),
         ("bytes an island sent", lambda s: units.show_bytes(s["wire_bytes_sent"])),
         ("all-reduce would send", lambda s: units.show_bytes(s["allreduce_wire_bytes"])),
@@ -213,6 +213,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _merged(summary: Summary) -> str:
     if summary["eval_loss"] is None:
         return "not a finite number: training diverged"
+    if _of_unknown_bytes(summary):
+        return f"{summary['eval_loss']:.4f} nats a token; bits per byte need the file's data.tokenizer"
     return f"{summary['eval_loss']:.4f} nats a token = {summary['eval_bits_per_byte']:.4f} bits per byte"
 
 
@@ -222,7 +224,14 @@ def _best_on_the_way(lines: Sequence[dict[str, Any]]) -> str:
     return f"{min(losses)[0]:.4f} after step {min(losses)[1]:,}" if losses else "-"
 
 
+def _of_unknown_bytes(summary: Summary) -> bool:
+    """Whether nobody said what the tokens stand for."""
+    return summary["eval_bits_per_byte"] is None and summary["eval_loss"] is not None
+
+
 def _alone(summary: Summary) -> str:
+    if _of_unknown_bytes(summary):
+        return "-"
     losses = summary["eval_bits_per_byte_islands"]
     finite = [loss for loss in losses if loss is not None]
     if len(losses) <= 3 or len(finite) < len(losses):

@@ -111,8 +111,21 @@ class Data(Section):
         "stdlib",
         min_length=1,
         description='"stdlib" (the Python library\'s own source), or a text file, a folder of text, or a token file '
-        "(.bin, uint16, or uint32 when named *.u32.bin)",
+        '(.bin, uint16, or uint32 when named *.u32.bin), or "hf:NAME_OR_PATH:SPLIT:COLUMN", a data set of Hugging Face (train '
+        "and text, where these are left out)",
     )
+    tokenizer: str = Field(
+        "bytes", min_length=1, description='"bytes", or a tokenizer.json of Hugging Face or its folder; of a .bin: what made it'
+    )
+    streaming: bool = Field(
+        False, description="an hf: source is read while training goes on, row after row, and not before; a resume reads it again"
+    )
+
+    @model_validator(mode="after")
+    def _streams_rows(self) -> Data:
+        if self.streaming and not self.source.startswith("hf:"):
+            raise ValueError(f'data.streaming = true needs a data.source of "hf:", and has "{self.source}"; leave it out')
+        return self
 
 
 class Train(Section):

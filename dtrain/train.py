@@ -25,7 +25,7 @@ from dtrain.build import build_model, build_optimizers, build_recipe, moved_byte
 from dtrain.clock import Clock
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
-from dtrain.data.corpus import Corpus, load_corpus
+from dtrain.data.corpus import Corpus, corpus_of
 from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
@@ -67,7 +67,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     device = own_device(place)
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    corpus = load_corpus(job.data.source)
+    corpus = corpus_of(job.data)
     status = StatusFile(
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )

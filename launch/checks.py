@@ -9,6 +9,7 @@ from typing import Literal
 
 from dtrain import chosen, own, quorum, schedule, topology
 from dtrain.config import Job, load_job
+from dtrain.data import hf_rows
 from dtrain.launch import meeting
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
@@ -119,8 +120,13 @@ def with_absolute_paths(job: Job) -> Job:
         job = job.model_copy(update={"model": model})
     if os.path.exists(job.model.hf):  # else a name on the hub
         job = job.model_copy(update={"model": job.model.model_copy(update={"hf": os.path.abspath(job.model.hf)})})
-    if job.data.source != "stdlib":
-        job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+    source, tokenizer = job.data.source, job.data.tokenizer
+    if source.startswith(hf_rows.PREFIX):
+        source = hf_rows.absolute(source)
+    elif source != "stdlib":
+        source = os.path.abspath(source)
+    tokenizer = tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"source": source, "tokenizer": tokenizer})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
     return _with_levels(job, levels)
 
@@ -202,9 +208,9 @@ def _check_factory(job: Job) -> None:
 
 
 def check_text(job: Job) -> None:
-    from dtrain.data.corpus import check_fits, load_corpus
+    from dtrain.data.corpus import check_fits, corpus_of
 
-    corpus = load_corpus(job.data.source)
+    corpus = corpus_of(job.data)
     check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
     if job.model.hf:
         from dtrain.hf_model import check_config  # torch

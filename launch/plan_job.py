@@ -20,7 +20,7 @@ from dtrain import metrics, units
 from dtrain.build import model_of_shapes
 from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
-from dtrain.data.corpus import load_corpus
+from dtrain.data.corpus import corpus_of
 from dtrain.launch.checks import STEPS_ALONE
 from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
@@ -133,7 +133,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
 
 
 def _model(job: Job) -> tuple[nn.Module, int]:
-    vocab = load_corpus(job.data.source).vocab
+    vocab = corpus_of(job.data).vocab
     return model_of_shapes(job, vocab), vocab
 
 

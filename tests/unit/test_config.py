@@ -34,6 +34,8 @@ heads = 2
 context = 64
 [data]
 source = 'a \\ path with "quotes"'
+tokenizer = "bytes"
+streaming = false
 [train]
 steps = 10
 batch = 8
