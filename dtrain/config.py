@@ -1,6 +1,6 @@
 """How is a job file read, changed on a command line, and written?
 
-A job is a TOML file of eight sections (``sections.py``, ``sections_sync.py``); an unknown key or a wrong type is one clear line.
+A job is a TOML file of nine sections (``sections*.py``); an unknown key or a wrong type is one clear line.
 Pure: no torch, no clock, no environment."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from dtrain import units
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
+from dtrain.sections_log import Log
 from dtrain.sections_sync import Level, Sync
 from dtrain.units import LINK_KEYS
 
@@ -44,6 +45,7 @@ class Job(Section):
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     sync: Sync = Sync()  # pyright: ignore[reportCallIssue]
     link: LinkSection = LinkSection()  # pyright: ignore[reportCallIssue]
+    log: Log = Log()  # pyright: ignore[reportCallIssue]
     sim: Sim = Sim()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")

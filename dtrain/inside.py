@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
-from dtrain.data.sampler import noise_seed, sample_batch
+from dtrain.data.sampler import inputs_and_targets, noise_seed, sample_batch
 from dtrain.data.stream import Dealt
 from dtrain.evaluate import evaluate
 from dtrain.models.gpt import num_parameters
@@ -60,7 +60,7 @@ class Batches:
             if self._dealt is not None:
                 first = step * job.train.batch
                 at = first + (rank * job.train.accumulate + micro) * size
-                inputs, targets = self._dealt.batch(at, size, job.model.context, step_first=first)
+                inputs, targets = inputs_and_targets(self._dealt.windows(at, size, job.model.context, step_first=first))
                 return inputs.to(self._device), targets.to(self._device)
             inputs, targets = sample_batch(
                 self._corpus,

@@ -35,6 +35,7 @@ from dtrain.island.device import own_device
 from dtrain.island.replicas import Island as Ranks
 from dtrain.island.replicas import Replicas
 from dtrain.island.stages import Stages
+from dtrain.loggers import loggers_of
 from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
@@ -214,9 +215,14 @@ def _begin(
     )  # fmt: skip
 
 
+def _metrics(island: _Island) -> MetricsWriter:
+    node = island.connection.node
+    return MetricsWriter(island.run / "metrics.jsonl", node, loggers_of(island.job, island.run, node, island.sync.step))
+
+
 def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
-    metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
+    metrics = _metrics(island) if island.speaks else None
     floor = 1.0 if job.train.optimizer == "schedule_free" else 0.1  # of the learning rate, which then stays after its warm-up
     saves = Saves([level.core for level in sync.levels], every=job.train.checkpoint_every, last=job.train.steps)
     said_at, began = 0.0, clock.train_s()

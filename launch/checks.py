@@ -11,6 +11,7 @@ from dtrain import chosen, own, quorum, schedule, topology
 from dtrain.config import Job, load_job
 from dtrain.data import hf_rows
 from dtrain.launch import meeting
+from dtrain.loggers import check_loggers
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
@@ -35,6 +36,8 @@ _SAYS_ITSELF = (
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
     ("train", "optimizer", "dtrain.optim.muon_adamw"),
+    ("log", "tensorboard", "a logger of its own"),
+    ("log", "wandb", "a logger of its own"),
 )
 """What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
@@ -176,6 +179,7 @@ def check_answers(job: Job, how: How) -> None:
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":
+        check_loggers(job)
         if job.model.factory:
             _check_factory(job)
         elif not job.model.hf:
@@ -254,6 +258,8 @@ def _check_sim(job: Job) -> None:
     sim = f'sim.problem = "{job.sim.problem}"'
     for section, key in (("islands", "start"), ("train", "merge"), ("train", "eval_merged")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
+    for key in ("tensorboard", "wandb"):
+        _refuse_changed(job, "log", key, f"with {sim}, which writes no metrics")
     for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
     adam = recipe.moments_every or recipe.moments

@@ -19,6 +19,7 @@ from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_
 _OURS = (
     *("checkpoints", "init.safetensors", "logs", "checkpoints.islands*"),
     *("metrics.jsonl", "summary.json", "virtual.json", "loss.png", "model.safetensors", "config.json", "islands", "trace.json"),
+    *("tensorboard", "wandb"),
     *(".removing-*", ".writing-*", ".job.toml.*", ".metrics.jsonl.*", ".summary.json.*", ".virtual.json.*", ".loss.png.*"),
 )
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "section", "sections", "sections_sync", "config", "codec_name"),
+    "sections_log",
     *("own_name", "units"),
     *("contraction", "errors", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
 )

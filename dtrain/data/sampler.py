@@ -40,7 +40,7 @@ def sample_batch(
         ends = np.cumsum(lengths)
         file = np.searchsorted(ends, positions, side="right")  # which of the island's files each position falls into
         positions += (corpus.file_starts[own] - (ends - lengths))[file]
-    return _inputs_and_targets(corpus.train, positions)
+    return inputs_and_targets(corpus.train[positions])
 
 
 def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[T
     No token is predicted twice where count * context + 1 tokens are held out; where there are fewer, sequences overlap evenly.
     """
     starts = np.arange(count, dtype=np.int64) * (num_heldout_starts(corpus, context) - 1) // max(1, count - 1)
-    return _inputs_and_targets(corpus.heldout, starts[:, None] + np.arange(context + 1))
+    return inputs_and_targets(corpus.heldout[starts[:, None] + np.arange(context + 1)])
 
 
 def noise_seed(*, seed: int, island: int, rank: int, step: int, micro: int) -> int:
@@ -69,6 +69,7 @@ def _random_words(seed: int, island: int, rank: int, step: int, micro: int, coun
     return philox.random_raw(count)
 
 
-def _inputs_and_targets(tokens: NDArray[Any], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    windows = torch.from_numpy(tokens[positions].astype(np.int64))  # (batch, context + 1)
+def inputs_and_targets(sequences: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """(batch, context) int64 each, of sequences (batch, context + 1)."""
+    windows = torch.from_numpy(sequences.astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -16,9 +16,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dtrain.data.tokens import Tokenizer
 
@@ -60,12 +58,11 @@ class Dealt:
         self._stream, self._island, self._num_islands = stream, island, num_islands
         self._begin()
 
-    def batch(self, first: int, count: int, context: int, *, step_first: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of ``count`` sequences from number ``first``, (count, context) int64 each. What lies before sequence
-        ``step_first`` is forgotten, and read again from the start where it is asked for."""
-        tokens = self._tokens(first * context, (first + count) * context + 1, step_first * context).astype(np.int64)
-        windows = torch.from_numpy(tokens[np.arange(count)[:, None] * context + np.arange(context + 1)])
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    def windows(self, first: int, count: int, context: int, *, step_first: int) -> NDArray[Any]:
+        """``count`` sequences from number ``first``, (count, context + 1). What lies before sequence ``step_first`` is forgotten,
+        and read again from the start where it is asked for."""
+        tokens = self._tokens(first * context, (first + count) * context + 1, step_first * context)
+        return tokens[np.arange(count)[:, None] * context + np.arange(context + 1)]
 
     def _begin(self) -> None:
         self._rows = self._own_rows()

@@ -68,6 +68,9 @@ timeout_s = 12
 port = 0
 interface = "lo"
 advertise = "localhost"
+[log]
+tensorboard = true
+wandb = "dtrain"
 [sim]
 problem = "quadratic"
 numel = 50
