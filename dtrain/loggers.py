@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,8 @@ class WeightsAndBiases:
     """A run of the project, the same one when the island is started again; a job's islands are a group."""
 
     def __init__(self, job: Job, run: Path, island: int) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # an extra
-
         name = f"{job.job.name}-island{island}"
-        self._run: Any = wandb.init(
+        self._run: Any = import_module("wandb").init(
             project=job.log.wandb, name=name, group=job.job.name, dir=str(run), config=job.model_dump(exclude_none=True),
             id=hashlib.sha256(f"{run.absolute()} {island}".encode()).hexdigest()[:16], resume="allow", reinit="create_new",
         )  # fmt: skip
