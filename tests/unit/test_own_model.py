@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dtrain import checkpoint
-from dtrain.build import build_model
+from dtrain.build import build_model, model_of_shapes
 from dtrain.config import Job, dump_job, load_job, parse_job
 from dtrain.data.corpus import load_corpus
 from dtrain.data.sampler import heldout_sequences, noise_seed
 from dtrain.launch.cli import run_command
+from dtrain.launch.plan_job import _own_work
 from dtrain.optim import ScheduleFreeAdamW, decay_groups
 from tests.unit.by_hand import by_hand, job_of, same, train, weights_of
 from tests.unit.small_run import refused
@@ -264,20 +265,20 @@ def test_arguments_come_back_from_toml() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_plan_counts_its_parameters_layers_and_width(texts: Path, capsys: pytest.CaptureFixture[str], tied: bool) -> None:
-    arguments = f"model.arguments={{width=24,tied={str(tied).lower()}}}"
-    Path("job.toml").write_text(dump_job(own_job(texts, "Words", arguments)))
-    asked = ["plan", "job.toml", "sync.recipe=diloco", "--link", "10mbit", "--rtt", "1ms", "--gpu", "h100", "--json", "plan.json"]
+def test_a_plan_counts_its_parameters_layers_and_width(texts: Path, tied: bool) -> None:
+    job = own_job(texts, "Words", f"model.arguments={{width=24,tied={str(tied).lower()}}}")
+    work = _own_work(job, model_of_shapes(job, 256), 256)
+    matrices = 3 * (24 * 24 + 24) + 256 * 24  # no token is multiplied with the table that it is looked up in
+    assert (work.layers, work.width) == (3, 24)
+    assert (work.multiplied, work.parameters) == (matrices, matrices + (0 if tied else 256 * 24))
+
+
+def test_a_plan_says_what_it_takes_the_model_for(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("job.toml").write_text(dump_job(own_job(texts, "Words")))
+    asked = ["plan", "job.toml", "sync.recipe=diloco", "--link", "10mbit", "--rtt", "1ms", "--gpu", "h100"]
     assert run_command(asked) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    assert "model.factory is taken for 3 layers (its longest nn.ModuleList) of width 24 (its embeddings')" in out
-    matrices = 3 * (24 * 24 + 24) + 256 * 24  # no token is multiplied with the table that it is looked up in
-    from dtrain.build import model_of_shapes
-    from dtrain.launch.plan_job import _own_work
-
-    job = own_job(texts, "Words", arguments)
-    work = _own_work(job, model_of_shapes(job, 256), 256)
-    assert (work.multiplied, work.parameters) == (matrices, matrices + (0 if tied else 256 * 24))
+    assert "model.factory is taken for 3 layers (its longest nn.ModuleList) of width 8 (its embeddings')" in out
 
 
 def test_a_plan_needs_a_factory_that_reads_no_values(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
