@@ -14,6 +14,7 @@ from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import AccumAdamW, ScheduleFreeAdamW, adamw, decay_groups, muon_adamw
 from dtrain.optim.muon import MuonFP32
+from dtrain.own_model import build_own, own_shapes
 from dtrain.recipes import Recipe, moments_of, of_section, optimizer_of, with_speeds, with_start
 
 _SEEDS = 2**31
@@ -29,20 +30,32 @@ def build_recipe(job: Job) -> Recipe:
     return with_speeds(with_start(recipe, job.islands.start), job.islands.speeds, job.islands.count)
 
 
-def build_model(job: Job, corpus: Corpus, island: int = 0) -> GPT:
-    """The job's model with its seeded initial weights, the same on every island unless each has its own."""
+def build_model(job: Job, corpus: Corpus, island: int = 0) -> nn.Module:
+    """The job's model with its seeded initial weights, the same on every island unless each has its own. Raises ValueError where
+    it is somebody's own, and none."""
+    seed = job.job.seed if job.islands.start == "same" else _SEEDS + (1024 * job.job.seed + island) % _SEEDS
+    if job.model.theirs:
+        return build_own(job.model, corpus.vocab, seed)
+    return _gpt(job, corpus.vocab, seed)
+
+
+def model_of_shapes(job: Job, vocab: int) -> nn.Module:
+    """The job's model on torch's meta device. Raises ValueError for one of somebody's own that cannot be made there."""
+    try:
+        with torch.device("meta"):
+            return own_shapes(job.model, vocab) if job.model.theirs else _gpt(job, vocab, job.job.seed)
+    except (NotImplementedError, RuntimeError) as e:
+        raise ValueError(
+            f"model.{job.model.theirs} cannot be made on torch's meta device, where tensors have shapes and no values: "
+            f"{str(e).splitlines()[0]}; let it read no tensor's values while it is made"
+        ) from e
+
+
+def _gpt(job: Job, vocab: int, seed: int) -> GPT:
     m = job.model
-    model = GPT(GPTConfig(vocab=corpus.vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
-    model.init_weights(job.job.seed if job.islands.start == "same" else _SEEDS + (1024 * job.job.seed + island) % _SEEDS)
+    model = GPT(GPTConfig(vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    model.init_weights(seed)
     return model
-
-
-def shapes_of(job: Job) -> dict[str, torch.Size]:
-    """The job's model's parameters; how many words it knows is a guess."""
-    m = job.model
-    with torch.device("meta"):
-        model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
-    return {name: p.shape for name, p in model.named_parameters()}
 
 
 def build_optimizers(job: Job, recipe: Recipe, model: nn.Module) -> list[Optimizer]:

@@ -193,10 +193,11 @@ def _model_of(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = _read_json(saved[optimizer + _NAMES])
         for group in _read_json(saved[f"{optimizer}.groups"]):
             for index in group["params"]:
-                at, name = f"{optimizer}.state.{index}.", names[index]
+                at = f"{optimizer}.state.{index}."
                 if f"{at}x" in saved:  # what never had a gradient is its own average
                     state = {key: saved[at + key] for key in ("z", "x")}
-                    weights[name] = average_of(weights[name], state, group["betas"][0])
+                    average = average_of(weights[names[index][0]], state, group["betas"][0])
+                    weights |= dict.fromkeys(names[index], average)
     return weights
 
 
@@ -210,13 +211,14 @@ def merged_note(path: Path) -> str:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, step: int, more: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all; ``more`` joins the step in its metadata."""
+    """A safetensors file, whole or not at all; ``more`` joins the step in its metadata, and the format that transformers asks
+    for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
     # Parameters are views of one flat storage, which safetensors does not take: hence the clones.
     clones = {k: v.detach().cpu().clone() for k, v in weights.items()}
     try:
-        save_file(clones, temporary, metadata={"step": str(step), **(more or {})})
+        save_file(clones, temporary, metadata={"format": "pt", "step": str(step), **(more or {})})
     except SafetensorError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
@@ -267,9 +269,11 @@ def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer], prefix: str 
 
 
 def averaged_names(optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Beside ``optimizers_tensors``: the names of the parameters, in the order of their numbers there, whose averages are the
-    model. Nothing of other optimizers."""
-    names = {p: name for name, p in model.named_parameters()}
+    """Beside ``optimizers_tensors``: the names of the parameters (several of one that is tied), in the order of their numbers
+    there, whose averages are the model. Nothing of other optimizers."""
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     return {
         prefix + _name(k) + _NAMES: _as_json([names[p] for group in optimizer.param_groups for p in group["params"]])
         for k, optimizer in enumerate(optimizers)

@@ -1,11 +1,12 @@
 """How is a job file read, changed on a command line, and written?
 
-A job is a TOML file of eight sections (``sections.py``, ``sections_sync.py``); an unknown key or a wrong type is one clear line.
+A job is a TOML file of nine sections (``sections*.py``); an unknown key or a wrong type is one clear line.
 Pure: no torch, no clock, no environment."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 import tomllib
@@ -20,6 +21,7 @@ from dtrain import units
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
 from dtrain.sections_each import Each, IslandPlan
+from dtrain.sections_log import Log
 from dtrain.sections_sync import Level, Sync
 from dtrain.units import LINK_KEYS
 
@@ -29,6 +31,7 @@ _TYPED = "on the command line"
 _USE = {
     "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "bool_type": "true or false", "list_type": "a list", "finite_number": "a finite number", "literal_error": "{expected}",
+    "dict_type": "a table",
     "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}", "less_than": "less than {lt}",
     "less_than_equal": "{le} or less", "too_short": "a list of {min_length} or more",
 }  # fmt: skip
@@ -45,6 +48,7 @@ class Job(Section):
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     sync: Sync = Sync()  # pyright: ignore[reportCallIssue]
     link: LinkSection = LinkSection()  # pyright: ignore[reportCallIssue]
+    log: Log = Log()  # pyright: ignore[reportCallIssue]
     sim: Sim = Sim()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
@@ -58,6 +62,15 @@ class Job(Section):
         beyond = max((high for _, high in units.links(sim.links)), default=0)
         if beyond >= count:
             raise ValueError(f"sim.links = {sim.links!r} names island {beyond}; the last of {count} is island {count - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_dealt(self) -> Job:
+        if self.data.streaming and self.islands.shard != "iid":
+            raise ValueError(
+                f'islands.shard = "{self.islands.shard}" has no effect with data.streaming, which deals rows to islands; leave '
+                "it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -104,6 +117,11 @@ class Job(Section):
             raise ValueError(
                 f'{engine_key} = "pipeline" with {ranks_key} = 1 is one stage, which is no pipeline; use {ranks_key}=2 or '
                 f"more, or {engine_key}=ddp"
+            )
+        if self.model.theirs:
+            raise ValueError(
+                f'model.{self.model.theirs} with islands.engine = "pipeline", whose stages are cut from gpt only; use '
+                "islands.engine=ddp"
             )
         if self.sync.include is not None or self.sync.exclude is not None:
             axis = "include" if self.sync.include is not None else "exclude"
@@ -282,10 +300,16 @@ def toml_value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{_toml_key(str(key))} = {toml_value(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _split_override(text: str) -> tuple[str, str, object]:

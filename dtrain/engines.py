@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.stages import Stages
-from dtrain.models.gpt import GPT, Block
+from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
 
 _RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
@@ -32,18 +33,18 @@ def ranks_of(engine: str, *, uneven: bool) -> Callable[[torch.device], Island]:
     return Parts if uneven and engine == "pipeline" else _RANKS[engine]
 
 
-def trained(job: Job, whole: GPT, ranks: Island, device: torch.device) -> nn.Module:
+def trained(job: Job, whole: nn.Module, ranks: Island, device: torch.device) -> nn.Module:
     """Of the whole model what this rank trains, on its device; ``whole`` may become it."""
     if ranks.num_ranks == 1:
         return whole.to(device)
     if job.islands.engine == "pipeline":
-        return GPTStage(whole, ranks.rank, ranks.num_ranks).to(device)
+        return GPTStage(cast(GPT, whole), ranks.rank, ranks.num_ranks).to(device)
     if job.islands.engine == "fsdp":
         from dtrain.island.sharded import shard  # torch's FSDP takes a second to import, which no other run is to wait for
 
         shards = job.islands.shards or ranks.num_ranks
         return shard(
-            whole, device, Block, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
+            whole, device, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
         )
     return whole.to(device)
 
@@ -61,5 +62,4 @@ def inside_of(
         from dtrain.inside_shards import Sharded
 
         return Sharded(job, model, batches, heldout, connection)
-    assert isinstance(model, GPT)
     return Whole(job, model, batches, heldout, connection, computing)

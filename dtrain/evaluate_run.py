@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from dtrain import checkpoint
 from dtrain.build import build_model
 from dtrain.config import load_job, runs_a_script
-from dtrain.data.corpus import load_corpus
+from dtrain.data.corpus import corpus_of
 from dtrain.data.sampler import heldout_sequences
 from dtrain.evaluate import evaluate
+from dtrain.report import bits_per_byte
 from dtrain.uncertainty import Predicted, covariance_diagonal, predict
-from dtrain.units import bits_per_byte
 
 ENSEMBLE = "ensemble"
 
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     files: dict[str, Path]
     """The merged one first, then each island's."""
     heldout: tuple[Tensor, Tensor]
-    bytes_per_token: float
+    bytes_per_token: float | None
 
     def load(self, name: str) -> nn.Module:
         weights = checkpoint.load_weights(self.files[name])
@@ -38,8 +38,8 @@ class Run(NamedTuple):
         return self.model
 
 
-def evaluate_run(run: Path) -> list[tuple[str, float, float]]:
-    """(model, held-out loss in nats a token, bits a byte), the merged model first."""
+def evaluate_run(run: Path) -> list[tuple[str, float, float | None]]:
+    """(model, held-out loss in nats a token, bits a byte or None where a token's bytes are unknown), the merged model first."""
     found = _open(run)
     losses = {name: evaluate(found.load(name), found.heldout) for name in found.files}
     return [(name, loss, bits_per_byte(loss, found.bytes_per_token)) for name, loss in losses.items()]
@@ -72,6 +72,6 @@ def _open(run: Path) -> Run:
         raise ValueError(
             f"{run} has no model.safetensors: it is still running, or was stopped; finish it with --resume"
         )
-    corpus = load_corpus(job.data.source)
+    corpus = corpus_of(job.data)
     named = {"merged" if file.stem == "model" else file.stem: file for file in files}
     return Run(build_model(job, corpus), named, heldout_sequences(corpus, job.model.context), corpus.bytes_per_token)

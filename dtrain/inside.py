@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
-from dtrain.data.sampler import sample_batch
+from dtrain.data.sampler import inputs_and_targets, noise_seed, sample_batch
+from dtrain.data.stream import Dealt
 from dtrain.evaluate import evaluate
-from dtrain.models.gpt import GPT, num_parameters
+from dtrain.models.gpt import num_parameters
 from dtrain.spans import span
 
 
@@ -50,11 +51,17 @@ class Batches:
     def __init__(self, job: Job, corpus: Corpus, connection: Connection, device: torch.device) -> None:
         self._job, self._corpus, self._device = job, corpus, device
         self._node, self._num_nodes = connection.node, connection.num_nodes
+        self._dealt = None if corpus.stream is None else Dealt(corpus.stream, self._node, self._num_nodes)
 
     def part(self, step: int, number: int, *, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (size, context) each, of the step's parts of this size the one of this number."""
         job = self._job
         with span("data"):
+            if self._dealt is not None:
+                first = step * job.train.batch
+                at = first + number * size
+                inputs, targets = inputs_and_targets(self._dealt.windows(at, size, job.model.context, step_first=first))
+                return inputs.to(self._device), targets.to(self._device)
             inputs, targets = sample_batch(
                 self._corpus,
                 seed=job.job.seed,
@@ -68,18 +75,22 @@ class Batches:
             )
             return inputs.to(self._device), targets.to(self._device)
 
+    def noise_seed(self, step: int, micro: int, *, rank: int) -> int:
+        return noise_seed(seed=self._job.job.seed, island=self._node, rank=rank, step=step, micro=micro)
+
 
 class Whole:
     """Every rank has the model and computes its share of the batch; DDP adds the gradients up where there are several."""
 
     def __init__(
-        self, job: Job, model: GPT, batches: Batches, heldout: tuple[Tensor, Tensor], connection: Connection,
+        self, job: Job, model: nn.Module, batches: Batches, heldout: tuple[Tensor, Tensor], connection: Connection,
         computing: AbstractContextManager[object],
     ) -> None:  # fmt: skip
         self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
         self._ranks, self._computing = connection.ranks, computing
         self._trained: nn.Module = DistributedDataParallel(model) if self._ranks.num_ranks > 1 else model
         self._device = heldout[0].device
+        self._draws = bool(job.model.theirs)  # gpt has no dropout
 
     @property
     def parameters(self) -> int:
@@ -94,6 +105,8 @@ class Whole:
             if isinstance(self._trained, DistributedDataParallel):
                 self._trained.require_backward_grad_sync = micro == train.accumulate - 1
             with self._computing, span("forward_backward"):
+                if self._draws:
+                    torch.manual_seed(self._batches.noise_seed(step, micro, rank=ranks.rank))
                 with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
                     loss = mean_loss(self._trained(inputs), targets, train.accumulate)
                 loss.backward()

@@ -25,6 +25,7 @@ class Sharded:
     ) -> None:
         self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
         self._ranks, self._device = connection.ranks, heldout[0].device
+        self._draws = bool(job.model.theirs)  # gpt has no dropout
 
     @property
     def parameters(self) -> int:
@@ -38,6 +39,8 @@ class Sharded:
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             adds_up(model, micro == train.accumulate - 1)
             with span("forward_backward"):
+                if self._draws:
+                    torch.manual_seed(self._batches.noise_seed(step, micro, rank=ranks.rank))
                 loss = mean_loss(model(inputs), targets, train.accumulate)
                 loss.backward()
                 total += float(loss.detach())

@@ -9,20 +9,30 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 State = Literal["starting", "compiling", "training", "waiting", "evaluating", "merging", "done"]
 ErrorKind = Literal["user", "resumable", "bug"]
 
 
+class Logger(Protocol):
+    """Hears of each line's numbers, those that are there; ``loggers.py`` has such."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """``step`` counts from 1."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends an island's lines to the file that all islands share; each line is one write, so lines stay whole."""
 
-    def __init__(self, path: Path, island: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, island: int, also: Sequence[Logger] = ()) -> None:
+        self._path, self._also = path, also
         self._island = island
         self._descriptor = _open_append(path)
 
@@ -72,9 +82,13 @@ class MetricsWriter:
         content = {name: value for name, value in content.items() if value is not None}
         self._follow()
         _append(self._descriptor, _to_json(content).encode() + b"\n", self._path)
+        for logger in self._also:
+            logger.log(step, {name: value for name, value in content.items() if name not in ("step", "island")})
 
     def close(self) -> None:
         os.close(self._descriptor)
+        for logger in self._also:
+            logger.close()
 
     def _follow(self) -> None:
         """cut_back renames a new file into place while survivors of a lost island hold the old one open."""
@@ -195,7 +209,8 @@ class Part:
     eval_loss: float | None
     eval_loss_island: float | None
     eval_tokens: int
-    bytes_per_token: float
+    bytes_per_token: float | None
+    """None where nobody says what a token stands for: a file of tokens without its tokenizer."""
     consensus_distance: float | None
     corpus_hash: str
     recipe: str

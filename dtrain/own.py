@@ -46,17 +46,17 @@ def load(name: str) -> Recipe:
     return replace(found, name=f"{path}:{row}", **beside)
 
 
-def load_named(name: str, axis: str) -> tuple[Path, str, object]:
-    """The file of ``sync.AXIS = "FILE.py:NAME"``, the name, and what it is there, None where nothing is."""
+def load_named(name: str, axis: str, section: str = "sync") -> tuple[Path, str, object]:
+    """The file of ``SECTION.AXIS = "FILE.py:NAME"``, the name, and what it is there, None where nothing is."""
     file, _, row = name.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
         word = "ROW" if axis == "recipe" else "NAME"
-        raise ValueError(f"sync.{axis} = {name!r}: there is no file {path}; write FILE.py:{word}")
-    return path, row, getattr(_module(path, axis), row, None)
+        raise ValueError(f"{section}.{axis} = {name!r}: there is no file {path}; write FILE.py:{word}")
+    return path, row, getattr(_module(path, f"{section}.{axis}"), row, None)
 
 
-def _module(path: Path, axis: str) -> object:
+def _module(path: Path, key: str) -> object:
     """The file's module, run once a process. What goes wrong in it is said as it was, as for any import."""
     name = f"dtrain_own_{path.stem}_{abs(hash(str(path))):x}"
     with _one_at_a_time:
@@ -74,7 +74,7 @@ def _module(path: Path, axis: str) -> object:
                     # The bytes that the digest is of: a loader would read the file again, or run what is cached of an older one.
                     exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
                 except SyntaxError as e:
-                    raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of sync.{axis}") from e
+                    raise ValueError(f"{e.filename or path}, line {e.lineno}: {e.msg}; mend the file of {key}") from e
                 undo.pop_all()
         return sys.modules[name]
 

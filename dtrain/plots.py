@@ -266,7 +266,7 @@ def _worth_seeing(curve: Curve) -> Iterator[Array]:
 
 
 def _bits_axis(panel: Axes, summary: dict[str, Any]) -> None:
-    if summary["eval_loss"]:
+    if summary["eval_loss"] and summary["eval_bits_per_byte"]:
         factor = summary["eval_bits_per_byte"] / summary["eval_loss"]
         axis = panel.secondary_yaxis("right", functions=(lambda loss: loss * factor, lambda bits: bits / factor))
         axis.set_ylabel("bits per byte", color=_INK, fontsize=10)

@@ -28,7 +28,7 @@ _MOST_ONE_BY_ONE = 8
 """Islands whose counts stand in one row."""
 
 # On these a part must agree with island 0's: one that does not was left by another run.
-_COMMON = ("recipe", "islands", "ranks", "parameters", "steps", "first_step", "corpus_hash", "bytes_per_token")
+_COMMON = ("recipe", "islands", "parameters", "steps", "first_step", "corpus_hash", "bytes_per_token")
 
 
 def write_summary(run: Path, num_islands: int) -> Summary:
@@ -62,7 +62,7 @@ def summarize(parts: Sequence[Part]) -> Summary:
     return {
         "recipe": first.recipe,
         "islands": first.islands,
-        "ranks": first.ranks,
+        "ranks": first.ranks if len({part.ranks for part in parts}) == 1 else [part.ranks for part in parts],
         "parameters": first.parameters,
         "steps": first.steps,
         "first_step": first.first_step,
@@ -104,9 +104,9 @@ def allreduce_wire_bytes(steps: int, parameters: int, islands: int) -> float:
     return steps * 8 * parameters * (islands - 1) / islands
 
 
-def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
-    """Of a loss that may not have been a finite number."""
-    return None if loss is None else units.bits_per_byte(loss, bytes_per_token)
+def bits_per_byte(loss: float | None, bytes_per_token: float | None) -> float | None:
+    """Of a loss that may not have been a finite number, of tokens that may stand for nobody knows how many bytes."""
+    return None if loss is None or bytes_per_token is None else units.bits_per_byte(loss, bytes_per_token)
 
 
 def load_run(path: Path) -> RunRecord:
@@ -160,6 +160,10 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str]]:
     ]
 
 
+def _islands_and_ranks(islands: int, ranks: int | list[int]) -> str:
+    return f"{islands} x {ranks}" if isinstance(ranks, int) else "+".join(map(str, ranks))
+
+
 def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """A column a run; ValueError where two runs did not read the same text."""
     refuse_different_corpora(runs)
@@ -169,13 +173,13 @@ def compare_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]
     best = min((loss for loss in losses if loss is not None), default=None)
     cells: list[tuple[str, Callable[[Summary], str]]] = [
         ("recipe", lambda s: s["recipe"]),
-        ("islands x ranks", lambda s: f"{s['islands']} x {s['ranks']}"),
+        ("islands x ranks", lambda s: _islands_and_ranks(s["islands"], s["ranks"])),
         ("parameters", lambda s: f"{s['parameters']:,}"),
         ("steps", lambda s: f"{s['steps']:,}"),
         ("tokens", lambda s: f"{s['tokens']:,}"),
         ("loss, nats a token", lambda s: _number(s["eval_loss"], 4)),
-        ("bits per byte", lambda s: _number(s["eval_bits_per_byte"], 4)),
-        ("above the best", lambda s: _above(s["eval_bits_per_byte"], best)),
+        ("bits per byte", lambda s: "-" if _of_unknown_bytes(s) else _number(s["eval_bits_per_byte"], 4)),
+        ("above the best", lambda s: "-" if _of_unknown_bytes(s) else _above(s["eval_bits_per_byte"], best)),
         ("each island alone", _alone),
         ("bytes an island sent", lambda s: units.show_bytes(s["wire_bytes_sent"])),
         ("all-reduce would send", lambda s: units.show_bytes(s["allreduce_wire_bytes"])),
@@ -213,6 +217,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _merged(summary: Summary) -> str:
     if summary["eval_loss"] is None:
         return "not a finite number: training diverged"
+    if _of_unknown_bytes(summary):
+        return f"{summary['eval_loss']:.4f} nats a token; bits per byte need the file's data.tokenizer"
     return f"{summary['eval_loss']:.4f} nats a token = {summary['eval_bits_per_byte']:.4f} bits per byte"
 
 
@@ -222,7 +228,14 @@ def _best_on_the_way(lines: Sequence[dict[str, Any]]) -> str:
     return f"{min(losses)[0]:.4f} after step {min(losses)[1]:,}" if losses else "-"
 
 
+def _of_unknown_bytes(summary: Summary) -> bool:
+    """Whether nobody said what the tokens stand for."""
+    return summary["eval_bits_per_byte"] is None and summary["eval_loss"] is not None
+
+
 def _alone(summary: Summary) -> str:
+    if _of_unknown_bytes(summary):
+        return "-"
     losses = summary["eval_bits_per_byte_islands"]
     finite = [loss for loss in losses if loss is not None]
     if len(losses) <= 3 or len(finite) < len(losses):

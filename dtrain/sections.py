@@ -75,7 +75,18 @@ class Islands(Section):
 
 
 class ModelSection(Section):
-    name: Literal["gpt"] = Field("gpt", description="the model")
+    name: Literal["gpt"] = Field("gpt", description="the model, where neither factory nor hf names another")
+    factory: str = Field(
+        "", description='a function of your own that makes the model: "FILE.py:FUNCTION" or "package.module:FUNCTION"'
+    )
+    arguments: dict[str, Any] = Field(
+        {}, examples=[{"width": 64}], description="keywords that factory is called with, behind the size of the vocabulary"
+    )
+    hf: str = Field(
+        "",
+        description="a causal language model of transformers: a folder or config.json of config alone (random weights by "
+        "job.seed), a folder with weights, or a name on the Hugging Face hub",
+    )
     layers: int = Field(3, ge=1, description="blocks of attention and MLP")
     width: int = Field(64, ge=8, description="features of the residual stream; a multiple of 2 * heads")
     heads: int = Field(4, ge=1, description="attention heads; width / heads features each")
@@ -90,14 +101,61 @@ class ModelSection(Section):
             )
         return self
 
+    @property
+    def theirs(self) -> str:
+        """The key that names a model which is not the project's own; empty: gpt."""
+        return "factory" if self.factory else "hf" if self.hf else ""
+
+    @field_validator("arguments")
+    @classmethod
+    def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_times("model.arguments", value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_model(self) -> ModelSection:
+        if self.arguments and not self.factory:
+            said = f"model.arguments = {self.arguments!r} has no effect without model.factory"
+            raise ValueError(f"{said}; set that, or leave it out")
+        if self.factory and self.hf:
+            raise ValueError(f"model.hf = {self.hf!r} is another model than model.factory = {self.factory!r}; leave one out")
+        for key in ("layers", "width", "heads"):
+            value = getattr(self, key)
+            if self.theirs and value != type(self).model_fields[key].default:
+                instead = "say it in model.arguments" if self.factory else "leave it out"
+                raise ValueError(f"model.{key} = {value} has no effect with model.{self.theirs}; {instead}")
+        return self
+
+
+def _refuse_times(key: str, value: object) -> None:
+    """TOML has dates, which no model is made of."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_times(f"{key}.{name}", item)
+    elif not isinstance(value, str | int | float):
+        raise ValueError(f"{key} = {value} is a {type(value).__name__}; use text, numbers, true or false, lists or tables")
+
 
 class Data(Section):
     source: str = Field(
         "stdlib",
         min_length=1,
         description='"stdlib" (the Python library\'s own source), or a text file, a folder of text, or a token file '
-        "(.bin, uint16, or uint32 when named *.u32.bin)",
+        '(.bin, uint16, or uint32 when named *.u32.bin), or "hf:NAME_OR_PATH:SPLIT:COLUMN", a data set of Hugging Face (train '
+        "and text, where these are left out)",
     )
+    tokenizer: str = Field(
+        "bytes", min_length=1, description='"bytes", or a tokenizer.json of Hugging Face or its folder; of a .bin: what made it'
+    )
+    streaming: bool = Field(
+        False, description="an hf: source is read while training goes on, row after row, and not before; a resume reads it again"
+    )
+
+    @model_validator(mode="after")
+    def _streams_rows(self) -> Data:
+        if self.streaming and not self.source.startswith("hf:"):
+            raise ValueError(f'data.streaming = true needs a data.source of "hf:", and has "{self.source}"; leave it out')
+        return self
 
 
 class Train(Section):

@@ -16,7 +16,7 @@ import torch
 from dtrain import checkpoint
 from dtrain.config import Job
 from dtrain.connect import Connection, connect_local
-from dtrain.data.corpus import load_corpus
+from dtrain.data.corpus import corpus_of
 from dtrain.metrics import StatusFile
 from dtrain.train import cpu_threads, train_island
 
@@ -36,7 +36,7 @@ def simulate(job: Job, run: Path, *, resume_step: int) -> None:
     """Train all islands of a job in this process; raises the first island's error."""
     assert job.islands.ranks == 1, "the launcher refuses it, before it writes anything"
     torch.set_num_threads(cpu_threads(job))
-    corpus = load_corpus(job.data.source)
+    corpus = corpus_of(job.data)
     # As many islands compute at once as there are cores: 8 islands that take each other's core and cache after each operation
     # need 1.2 times the time (a GPT of 180 thousand parameters, 2 cores).
     computing = threading.Semaphore(max(1, cores() // cpu_threads(job)))

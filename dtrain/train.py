@@ -24,16 +24,19 @@ from dtrain.build import build_model, build_optimizers, build_recipe, moved_byte
 from dtrain.clock import Clock
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
-from dtrain.data.corpus import Corpus, load_corpus
+from dtrain.data.corpus import Corpus, corpus_of
 from dtrain.data.sampler import heldout_sequences
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite, Regroup
+from dtrain.hf_model import save_config
 from dtrain.inside import Batches, Inside
 from dtrain.island.device import own_device
+from dtrain.loggers import loggers_of
 from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
 from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
+from dtrain.own_model import check_logits
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
@@ -58,7 +61,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     job = job.seen_by(place.island)
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    corpus = load_corpus(job.data.source)
+    corpus = corpus_of(job.data)
     status = StatusFile(
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
     )
@@ -167,7 +170,11 @@ def _begin(
     ranks, whole = connection.ranks, build_model(job, corpus, connection.node)
     shapes = {name: x.to("meta") for name, x in whole.state_dict().items()}
     begin = start.start(run, connection.node, resume_step, whole)
+    if job.model.theirs and not ranks.whole:  # a forward pass without a backward one would leave parts gathered
+        check_logits(whole, job.model, corpus.vocab)
     model = engines.trained(job, whole, ranks, device)
+    if job.model.theirs and ranks.whole:
+        check_logits(model, job.model, corpus.vocab)
     recipe = build_recipe(job)
     optimizers = build_optimizers(job, recipe, model)
     saved = start.read(run, connection, begin.step, model) if begin.of_checkpoint else {}
@@ -192,9 +199,14 @@ def _begin(
     )  # fmt: skip
 
 
+def _metrics(island: _Island) -> MetricsWriter:
+    node = island.connection.node
+    return MetricsWriter(island.run / "metrics.jsonl", node, loggers_of(island.job, island.run, node, island.sync.step))
+
+
 def _loop(island: _Island, observe: Observe) -> None:
     job, sync, clock = island.job, island.sync, island.clock
-    metrics = MetricsWriter(island.run / "metrics.jsonl", island.connection.node) if island.speaks else None
+    metrics = _metrics(island) if island.speaks else None
     floor = 1.0 if job.train.optimizer == "schedule_free" else 0.1  # of the learning rate, which then stays after its warm-up
     saves = Saves([level.core for level in sync.levels], every=job.train.checkpoint_every, last=job.train.steps)
     said_at, began = 0.0, clock.train_s()
@@ -324,6 +336,8 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
         return
     if node == 0:
         checkpoint.save_weights(island.run / "model.safetensors", merged_weights, step=steps)
+        if job.model.hf:
+            save_config(island.model, island.run)
     part = Part(
         island=node,
         islands=island.connection.num_nodes,

@@ -19,7 +19,8 @@ from statistics import mean
 from dtrain import comparison
 from dtrain.comparison import BASELINE, Entry, Row
 from dtrain.config import Job, dump_job
-from dtrain.data.corpus import load_corpus
+from dtrain.data.corpus import corpus_of
+from dtrain.data.tokens import BYTES
 from dtrain.launch.checks import check_answers, check_text, read_job, resolved
 from dtrain.launch.hardware import cpu_name
 from dtrain.launch.processes import PARENT_VARIABLE
@@ -91,6 +92,11 @@ def wanted(
 def _check(job: Job) -> None:
     if job.sim.problem != "gpt":
         raise ValueError(f'sim.problem = "{job.sim.problem}" has no text to compare recipes on; leave it out, or use "gpt"')
+    if job.data.source.endswith(".bin") and job.data.tokenizer == BYTES:
+        raise ValueError(
+            f'data.source = "{job.data.source}" is tokens that stand for nobody knows how many bytes, and recipes are compared '
+            "by bits a byte; say what made it, data.tokenizer=tokenizer.json"
+        )
     check_answers(job, "sim")
 
 
@@ -111,7 +117,7 @@ def _with_files(said: str, job: Job) -> str:
     if job.sync.graph is not None and is_file(job.sync.graph):
         content["graph"] = _sha256(Path(job.sync.graph))
     if job.data.source != "stdlib":
-        content["text"] = load_corpus(job.data.source).hash
+        content["text"] = corpus_of(job.data).hash
     return hashlib.sha256(json.dumps([said, content]).encode()).hexdigest()[:12] if content else said
 
 

@@ -11,8 +11,10 @@ from typing import Literal
 
 from dtrain import chosen, own, quorum, schedule, topology
 from dtrain.config import Job, load_job, parse_job
+from dtrain.data import hf_rows
 from dtrain.launch import meeting
 from dtrain.launch.elsewhere import check_hosts
+from dtrain.loggers import check_loggers
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
@@ -29,6 +31,7 @@ STEPS_ALONE = (
 )
 """Of a run whose steps are measured: without what stands in some and is no part of them; and an island that is started again
 would be measured from another step."""
+_SOME_WORDS = 256
 _SAYS_ITSELF = (
     ("islands", "start", 'dtrain.join(start="own")'),
     ("islands", "speeds", "dtrain.join(speeds=...)"),
@@ -36,6 +39,8 @@ _SAYS_ITSELF = (
     ("train", "merge", "sync.merge_corrected()"),
     ("train", "sam_rho", "dtrain.optim.SAM"),
     ("train", "optimizer", "dtrain.optim.muon_adamw"),
+    ("log", "tensorboard", "a logger of its own"),
+    ("log", "wandb", "a logger of its own"),
 )
 """What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
@@ -118,9 +123,19 @@ def roundless(job: Job) -> tuple[str, ...]:
 
 
 def with_absolute_paths(job: Job) -> Job:
-    """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
-    if job.data.source != "stdlib":
-        job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+    """The job as a run keeps it: its text, graph, model and own recipe are found again from any working directory."""
+    if is_own(job.model.factory):
+        model = job.model.model_copy(update={"factory": own.absolute(job.model.factory)})
+        job = job.model_copy(update={"model": model})
+    if os.path.exists(job.model.hf):  # else a name on the hub
+        job = job.model_copy(update={"model": job.model.model_copy(update={"hf": os.path.abspath(job.model.hf)})})
+    source, tokenizer = job.data.source, job.data.tokenizer
+    if source.startswith(hf_rows.PREFIX):
+        source = hf_rows.absolute(source)
+    elif source != "stdlib":
+        source = os.path.abspath(source)
+    tokenizer = tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"source": source, "tokenizer": tokenizer})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
     return _with_levels(job, levels)
 
@@ -176,7 +191,11 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
             check_hosts(job)
         _check_link(job, part)
     if how != "script" and job.sim.problem == "gpt":
-        _check_parameters(job)
+        check_loggers(job)
+        if job.model.factory:
+            _check_factory(job)
+        elif not job.model.hf:
+            _check_parameters(job)
     if how == "script":
         for section, key, instead in _SAYS_ITSELF:
             _refuse_changed(job, section, key, f"on a script, which says it itself by {instead}")
@@ -193,19 +212,30 @@ def _check_parameters(job: Job) -> None:
     by_rank = recipe.rank if recipe.reduce == "low_rank" else None
     if by_rank is None and recipe.include is None and recipe.exclude is None:
         return
-    from dtrain.build import shapes_of  # torch
+    from dtrain.build import model_of_shapes  # torch
 
-    shapes = shapes_of(job)
+    shapes = {name: p.shape for name, p in model_of_shapes(job, _SOME_WORDS).named_parameters()}
     shared = chosen.shared(list(shapes), recipe.include, recipe.exclude)
     if by_rank is not None:
         check_rank({name: shape for name, shape in shapes.items() if name in shared}, by_rank)
 
 
-def check_text(job: Job) -> None:
-    from dtrain.data.corpus import check_fits, load_corpus
+def _check_factory(job: Job) -> None:
+    """Raises ValueError where there is nothing to make the model with; what it makes is looked at by each rank, on its device."""
+    from dtrain.own_model import factory_of  # torch
 
-    corpus = load_corpus(job.data.source)
+    factory_of(job.model)
+
+
+def check_text(job: Job) -> None:
+    from dtrain.data.corpus import check_fits, corpus_of
+
+    corpus = corpus_of(job.data)
     check_fits(corpus, context=job.model.context, num_islands=job.islands.count, shard=job.islands.shard)
+    if job.model.hf:
+        from dtrain.hf_model import check_config  # torch
+
+        check_config(job.model.hf, corpus, job.model.context)
 
 
 def _refuse_barriers(job: Job) -> None:
@@ -244,6 +274,8 @@ def _check_sim(job: Job) -> None:
     sim = f'sim.problem = "{job.sim.problem}"'
     for section, key in (("islands", "start"), ("train", "merge"), ("train", "eval_merged")):
         _refuse_changed(job, section, key, f"with {sim}, which starts its islands itself and merges none")
+    for key in ("tensorboard", "wandb"):
+        _refuse_changed(job, "log", key, f"with {sim}, which writes no metrics")
     for key in ("optimizer", "moments_every", "sam_rho"):
         _refuse_changed(job, "train", key, f"with {sim}, which steps by plain SGD")
     adam = recipe.moments_every or recipe.moments

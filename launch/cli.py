@@ -193,7 +193,7 @@ def evaluate(
         Console().print(table(header, shown))
         print(f"consensus distance {distance:.4g}, {share:.2%} of the parameters' norm")
         return
-    rows = [[name, f"{loss:.4f}", f"{bits:.4f}"] for name, loss, bits in evaluate_run(run_folder)]
+    rows = [[name, f"{loss:.4f}", "-" if bits is None else f"{bits:.4f}"] for name, loss, bits in evaluate_run(run_folder)]
     Console().print(table(["model", "loss, nats a token", "bits a byte"], rows))
 
 

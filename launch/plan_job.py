@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from dtrain import metrics, units
+from dtrain.build import model_of_shapes
 from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
-from dtrain.data.corpus import load_corpus
+from dtrain.data.corpus import corpus_of
 from dtrain.launch.checks import STEPS_ALONE
 from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
 from dtrain.launch.run_folder import Choice, open_run
-from dtrain.models.gpt import GPT, GPTConfig
+from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import hidden_matrices
 from dtrain.plan import accelerators, unequal
@@ -83,8 +86,15 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stages = _stages(job, model)
-    work = max((_work(job, of) for of in stages or [shapes]), key=lambda w: w.flop)
-    work = replace(work, parameters=max(_numel(of) for of in stages or [shapes]))
+    if job.model.theirs:
+        work = _own_work(job, model, vocab)
+        notes.append(
+            f"model.{job.model.theirs} is taken for {work.layers} layers (its longest nn.ModuleList) of width {work.width} (its "
+            "embeddings')"
+        )
+    else:
+        work = max((_work(job, of) for of in stages or [shapes]), key=lambda w: w.flop)
+        work = replace(work, parameters=max(_numel(of) for of in stages or [shapes]))
     intra_bytes_per_s = _intra(job, said)
     step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
     if stages:
@@ -124,17 +134,16 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
     return setting, notes
 
 
-def _model(job: Job) -> tuple[GPT, int]:
-    m, vocab = job.model, load_corpus(job.data.source).vocab
-    with torch.device("meta"):
-        return GPT(GPTConfig(vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context)), vocab
+def _model(job: Job) -> tuple[nn.Module, int]:
+    vocab = corpus_of(job.data).vocab
+    return model_of_shapes(job, vocab), vocab
 
 
-def _stages(job: Job, model: GPT) -> list[Shapes]:
+def _stages(job: Job, model: nn.Module) -> list[Shapes]:
     """What each rank has of the model, where they are stages of a pipeline."""
     if job.islands.engine != "pipeline":
         return []
-    parts = [GPTStage(model, stage, job.islands.ranks) for stage in range(job.islands.ranks)]
+    parts = [GPTStage(cast(GPT, model), stage, job.islands.ranks) for stage in range(job.islands.ranks)]
     return [{name: tuple(p.shape) for name, p in part.named_parameters()} for part in parts]
 
 
@@ -147,7 +156,21 @@ def _work(job: Job, shapes: Shapes) -> Work:
     return Work(tokens, total, total - looked_up, layers, m.width, m.context)
 
 
-def _hidden(model: GPT, stage: Shapes) -> int:
+def _own_work(job: Job, model: nn.Module, vocab: int) -> Work:
+    """Of somebody's own model: its layers are the longest nn.ModuleList, its width that of its embeddings, which no token is
+    multiplied with unless they are the head too, and then once."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if any(p is table for table in tables)]
+    tied = len(names) > len(tables)
+    looked_up = sum(table.numel() for table in tables if not (tied and table.shape[0] == vocab))
+    layers = max((len(m) for m in model.modules() if isinstance(m, nn.ModuleList)), default=0)
+    width = max((table.shape[1] for table in tables), default=0)
+    tokens = job.train.batch * job.model.context // job.islands.ranks
+    return Work(tokens, total, total - looked_up, layers, width, job.model.context)
+
+
+def _hidden(model: nn.Module, stage: Shapes) -> int:
     """Parameters of a stage that Muon would step."""
     matrices = {id(p) for p in hidden_matrices(model)}
     return sum(p.numel() for name, p in model.named_parameters() if name in stage and id(p) in matrices)

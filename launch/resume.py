@@ -43,11 +43,11 @@ def resumed_job(run: Path, overrides: Sequence[str]) -> Job:
         before, after = _answers(old, section, one_by_one), _answers(new, section, one_by_one)
         for key in before | after:
             now, was = after.get(key), before.get(key)
-            if now != was and section != "link" and (section, key) not in may_change:
+            if now != was and section not in ("link", "log") and (section, key) not in may_change:
                 allowed = ", ".join(f"{s}.{k}" for s, k in sorted(may_change))
                 raise ValueError(
                     f"{section}.{key} = {now!r} differs from the run's {was!r}; a resumed run may change "
-                    f"{allowed} and link.*; start another run with --fresh-name"
+                    f"{allowed}, log.* and link.*; start another run with --fresh-name"
                 )
     return new
 

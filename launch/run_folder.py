@@ -18,7 +18,8 @@ from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_
 # on from: were the launcher killed in between, the old run would begin anew, and not go on without its past.
 _OURS = (
     *("checkpoints", "init.safetensors", "logs", "checkpoints.islands*"),
-    *("metrics.jsonl", "summary.json", "virtual.json", "loss.png", "model.safetensors", "islands", "trace.json"),
+    *("metrics.jsonl", "summary.json", "virtual.json", "loss.png", "model.safetensors", "config.json", "islands", "trace.json"),
+    *("tensorboard", "wandb"),
     *(".removing-*", ".writing-*", ".job.toml.*", ".metrics.jsonl.*", ".summary.json.*", ".virtual.json.*", ".loss.png.*"),
 )
 

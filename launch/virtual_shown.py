@@ -28,10 +28,10 @@ def run_virtual(job: Job, run: Path) -> list[list[str]]:
 def account(job: Job, run: Path) -> list[list[str]]:
     """What the rounds of a GPT that was trained would have taken, and sent, on the virtual clock."""
     from dtrain.build import build_model
-    from dtrain.data.corpus import load_corpus
+    from dtrain.data.corpus import corpus_of
     from dtrain.virtual_run import account_of_model, rows, write
 
     first_step = metrics.read_part(run / "logs" / "island0").first_step
-    virtual = account_of_model(job, build_model(job, load_corpus(job.data.source)), first_step=first_step)
+    virtual = account_of_model(job, build_model(job, corpus_of(job.data)), first_step=first_step)
     write(run, virtual)
     return [list(row) for row in rows(virtual)]

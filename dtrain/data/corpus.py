@@ -1,7 +1,8 @@
-"""What is trained on, and what is held out? Text as bytes, or a file of tokens, with a hash that names the data and its split.
+"""What is trained on, and what is held out? Text as tokens, or a file of them, with a hash that names the data and its split.
 
 Every 50th piece of a corpus is held out, or the last one where there are fewer than 50. A piece is a file of a folder, or one of
-50 or more equal blocks of a single text file, so that what is held out resembles the rest. A token file holds out its last 2 %.
+50 or more equal blocks of a single text file, so that what is held out resembles the rest, or a row of a data set. A token file
+holds out its last 2 %. Of a stream (``stream.py``) only the held-out text is read, and the hash is of that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.data import hf_rows
+from dtrain.data.stream import HOLD_OUT_EVERY, Stream, held_out
+from dtrain.data.tokens import BYTES, Tokenizer, load_tokenizer
+from dtrain.sections import Data
+
 Shard = Literal["iid", "by_file"]
 
-HOLD_OUT_EVERY = 50
 BLOCK_BYTES = 64 * 1024  # of a single text file: hundreds of sequences, so that few of them lose their beginning to a cut
 STDLIB_SKIPPED = frozenset(
     {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
@@ -36,10 +41,15 @@ class Corpus:
     """File k is train[file_starts[k] : file_starts[k + 1]]; num_files + 1 entries."""
     heldout: NDArray[Any]
     vocab: int
-    bytes_per_token: float
-    """1.0 for a token file, where the bytes behind a token are unknown: bits a byte are bits a token then."""
+    """Of the model: num_words, or a multiple of 64 above it."""
+    num_words: int
+    """Every token is below it."""
+    bytes_per_token: float | None
+    """Of the held-out text; None of a token file without its tokenizer, as nobody says what its tokens stand for."""
     hash: str
     """sha256 over the contents and the split, in hex."""
+    stream: Stream | None = None
+    """Where training tokens come from instead of ``train``."""
 
     @property
     def num_files(self) -> int:
@@ -47,10 +57,21 @@ class Corpus:
         return len(self.file_starts) - 1
 
 
-def load_corpus(source: str) -> Corpus:
-    """``"stdlib"`` (the running Python's own library), or the path of a text file, a folder of text files, or a token file."""
+def corpus_of(data: Data) -> Corpus:
+    """What a job's [data] says."""
+    return load_corpus(data.source, data.tokenizer, streaming=data.streaming)
+
+
+def load_corpus(source: str, tokenizer: str = BYTES, *, streaming: bool = False) -> Corpus:
+    """``"stdlib"`` (the running Python's own library), or the path of a text file, a folder of text files, or a token file, or a
+    data set of Hugging Face (``hf_rows.py``). Every process that trains makes its tokens itself."""
+    words = load_tokenizer(tokenizer)
+    if source.startswith(hf_rows.PREFIX):
+        return _from_stream(source, words) if streaming else _from_rows(source, words)
     try:
-        return _from_files(source, _stdlib_files()) if source == "stdlib" else _from_path(Path(source))
+        if source == "stdlib":
+            return _from_files(source, _stdlib_files(), words)
+        return _from_path(Path(source), words, tokenizer)
     except OSError as e:
         at = "" if e.filename is None or str(e.filename) == source else f" at {e.filename}"
         raise ValueError(
@@ -58,9 +79,27 @@ def load_corpus(source: str) -> Corpus:
         ) from None
 
 
+def _from_rows(source: str, tokenizer: Tokenizer) -> Corpus:
+    rows = list(hf_rows.texts(source, streaming=False))
+    if len(rows) < 2:
+        raise ValueError(f'data.source = "{source}" has {len(rows)} rows with text; use 2 or more, as one is held out')
+    train, heldout = _split(rows)
+    return _text_corpus(source, train, heldout, tokenizer)
+
+
+def _from_stream(source: str, tokenizer: Tokenizer) -> Corpus:
+    stream = Stream(source, lambda: hf_rows.texts(source, streaming=True), tokenizer)
+    held = held_out(stream)
+    tokens, starts = tokenizer.encode(held), np.zeros(1, dtype=np.int64)
+    heldout = np.concatenate(tokens)
+    digest = hashlib.sha256(f"{_hash(heldout[:0], starts, heldout)} {tokenizer.digest}".encode()).hexdigest()
+    vocab, per_token = _padded(tokenizer.num_words), _bytes_per_token(held, tokens)
+    return Corpus(source, heldout[:0], starts, heldout, vocab, tokenizer.num_words, per_token, digest, stream)
+
+
 def check_fits(corpus: Corpus, *, context: int, num_islands: int, shard: Shard) -> None:
     """Raises ValueError, with one line, where an island could not draw a batch or the held-out text is too short."""
-    for island in range(num_islands if shard == "by_file" else 1):
+    for island in range(0 if corpus.stream is not None else num_islands if shard == "by_file" else 1):
         num_starts(corpus, own_files(corpus, island, num_islands, shard), island=island, context=context)
     num_heldout_starts(corpus, context)
 
@@ -98,14 +137,16 @@ def num_heldout_starts(corpus: Corpus, context: int) -> int:
     return len(corpus.heldout) - context
 
 
-def _from_path(path: Path) -> Corpus:
+def _from_path(path: Path, tokenizer: Tokenizer, tokenizer_name: str) -> Corpus:
     if path.is_dir():
-        return _from_files(str(path), _text_files(path))
+        return _from_files(str(path), _text_files(path), tokenizer)
     if not path.is_file():
         raise ValueError(f'data.source = "{path}" does not exist; use "stdlib", a text file, a folder, or a .bin token file')
     if path.stat().st_size == 0:
         raise ValueError(f'data.source = "{path}" is an empty file; use one that holds text or tokens')
-    return _from_token_file(path) if path.suffix == ".bin" else _from_text_file(path)
+    if path.suffix == ".bin":
+        return _from_token_file(path, None if tokenizer_name == BYTES else tokenizer)
+    return _from_text_file(path, tokenizer)
 
 
 def _stdlib_files() -> list[Path]:
@@ -132,25 +173,33 @@ def _walk(root: Path, skipped: frozenset[str]) -> list[Path]:
     return sorted(kept, key=lambda f: f.relative_to(root).as_posix())
 
 
-def _from_files(source: str, files: Sequence[Path]) -> Corpus:
+def _from_files(source: str, files: Sequence[Path], tokenizer: Tokenizer) -> Corpus:
     if len(files) < 2:
         raise ValueError(
             f'data.source = "{source}" is a folder with {len(files)} non-empty files; '
             "use 2 or more, as one is held out, or name a single file"
         )
-    contents = [f.read_bytes() for f in files]
-    train, heldout = _split(contents)
-    starts = np.cumsum([0, *(len(content) for content in train)], dtype=np.int64)
-    return _bytes_corpus(source, train, heldout, starts)
+    train, heldout = _split([f.read_bytes() for f in files])
+    return _text_corpus(source, train, heldout, tokenizer)
 
 
-def _from_text_file(path: Path) -> Corpus:
+def _from_text_file(path: Path, tokenizer: Tokenizer) -> Corpus:
     content = path.read_bytes()
     num_blocks = HOLD_OUT_EVERY * max(1, len(content) // (HOLD_OUT_EVERY * BLOCK_BYTES))
     bounds = [len(content) * i // num_blocks for i in range(num_blocks + 1)]
+    if tokenizer.digest != BYTES:  # of which a character is not to be cut in two
+        bounds = [_character(content, bound) for bound in bounds]
     train, heldout = _split([content[a:b] for a, b in pairwise(bounds)])
-    starts = np.array([0, sum(map(len, train))], dtype=np.int64)  # still one file, whatever was cut out of it
-    return _bytes_corpus(str(path), train, heldout, starts)
+    whole = _text_corpus(str(path), train, heldout, tokenizer)
+    starts = whole.file_starts[[0, -1]]  # still one file, whatever was cut out of it
+    return replace(whole, file_starts=starts, hash=_hash(whole.train, starts, whole.heldout))
+
+
+def _character(content: bytes, at: int) -> int:
+    """Where the next character of UTF-8 begins."""
+    while at < len(content) and content[at] & 0xC0 == 0x80:
+        at += 1
+    return at
 
 
 def _split(pieces: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
@@ -159,13 +208,24 @@ def _split(pieces: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
     return train, [pieces[k] for k in sorted(held)]
 
 
-def _bytes_corpus(source: str, train: Sequence[bytes], heldout: Sequence[bytes], starts: NDArray[np.int64]) -> Corpus:
-    tokens = np.frombuffer(b"".join(train), dtype=np.uint8)
-    held = np.frombuffer(b"".join(heldout), dtype=np.uint8)
-    return Corpus(source, tokens, starts, held, vocab=256, bytes_per_token=1.0, hash=_hash(tokens, starts, held))
+def _text_corpus(source: str, train: Sequence[bytes], heldout: Sequence[bytes], tokenizer: Tokenizer) -> Corpus:
+    """Each text a file."""
+    each, held = tokenizer.encode(train), tokenizer.encode(heldout)
+    starts = np.cumsum([0, *map(len, each)], dtype=np.int64)
+    tokens, last = np.concatenate(each), np.concatenate(held)
+    vocab, per_token = _padded(tokenizer.num_words), _bytes_per_token(heldout, held)
+    return Corpus(source, tokens, starts, last, vocab, tokenizer.num_words, per_token, _hash(tokens, starts, last))
 
 
-def _from_token_file(path: Path) -> Corpus:
+def _bytes_per_token(texts: Sequence[bytes], tokens: Sequence[NDArray[Any]]) -> float:
+    return sum(map(len, texts)) / max(1, sum(map(len, tokens)))
+
+
+def _padded(num_words: int) -> int:
+    return -(-num_words // 64) * 64  # a multiple of 64 keeps the output head's rows aligned
+
+
+def _from_token_file(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     dtype = np.dtype("<u4" if path.name.endswith(".u32.bin") else "<u2")
     size_bytes = path.stat().st_size
     if size_bytes % dtype.itemsize:
@@ -177,8 +237,15 @@ def _from_token_file(path: Path) -> Corpus:
     num_heldout = max(1, len(tokens) // HOLD_OUT_EVERY)
     train, heldout = tokens[:-num_heldout], tokens[-num_heldout:]
     starts = np.array([0, len(train)], dtype=np.int64)
-    vocab = -(-(int(tokens.max()) + 1) // 64) * 64  # a multiple of 64 keeps the output head's rows aligned
-    return Corpus(str(path), train, starts, heldout, vocab, bytes_per_token=1.0, hash=_hash(train, starts, heldout))
+    num_words, per_token = int(tokens.max()) + 1, None
+    if tokenizer is not None:
+        if num_words > tokenizer.num_words:
+            raise ValueError(
+                f'data.source = "{path}" has token {num_words - 1}, and data.tokenizer knows {tokenizer.num_words}; name the one '
+                "that made the file"
+            )
+        num_words, per_token = tokenizer.num_words, tokenizer.num_bytes(heldout) / len(heldout)
+    return Corpus(str(path), train, starts, heldout, _padded(num_words), num_words, per_token, _hash(train, starts, heldout))
 
 
 def _hash(train: NDArray[Any], starts: NDArray[np.int64], heldout: NDArray[Any]) -> str:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dtrain.data.corpus import Corpus, Shard, num_heldout_starts, num_starts, own_files
 
+_NOISE = 2**63
+"""Beyond the blocks that a batch's words count."""
+
 
 def sample_batch(
     corpus: Corpus,
@@ -38,7 +41,7 @@ def sample_batch(
         ends = np.cumsum(lengths)
         file = np.searchsorted(ends, positions, side="right")  # which of the island's files each position falls into
         positions += (corpus.file_starts[own] - (ends - lengths))[file]
-    return _inputs_and_targets(corpus.train, positions)
+    return inputs_and_targets(corpus.train[positions])
 
 
 def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,14 @@ def heldout_sequences(corpus: Corpus, context: int, count: int = 512) -> tuple[T
     No token is predicted twice where count * context + 1 tokens are held out; where there are fewer, sequences overlap evenly.
     """
     starts = np.arange(count, dtype=np.int64) * (num_heldout_starts(corpus, context) - 1) // max(1, count - 1)
-    return _inputs_and_targets(corpus.heldout, starts[:, None] + np.arange(context + 1))
+    return inputs_and_targets(corpus.heldout[starts[:, None] + np.arange(context + 1)])
+
+
+def noise_seed(*, seed: int, island: int, rank: int, step: int, micro: int) -> int:
+    """Of what a model of somebody's own draws while it trains (dropout): another for each micro-batch, and the same after a
+    resume."""
+    philox = np.random.Philox(key=[seed, island], counter=[_NOISE, micro, step, rank])
+    return int(philox.random_raw(1)[0]) % 2**63
 
 
 def _random_words(seed: int, island: int, step: int, first: int, count: int) -> NDArray[np.uint64]:
@@ -61,6 +71,7 @@ def _random_words(seed: int, island: int, step: int, first: int, count: int) -> 
     return philox.random_raw(skipped + count)[skipped:]
 
 
-def _inputs_and_targets(tokens: NDArray[Any], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    windows = torch.from_numpy(tokens[positions].astype(np.int64))  # (batch, context + 1)
+def inputs_and_targets(sequences: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """(batch, context) int64 each, of sequences (batch, context + 1)."""
+    windows = torch.from_numpy(sequences.astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def shard(
-    model: nn.Module, device: torch.device, block: type[nn.Module], *, shards: int, bf16: bool, recompute: bool
+    model: nn.Module, device: torch.device, *, shards: int, bf16: bool, recompute: bool
 ) -> nn.Module:
-    """``model`` itself, sharded in place over the island's process group, each ``block`` apart. ``bf16``: blocks are
+    """``model`` itself, sharded in place over the island's process group, each of its blocks apart. ``bf16``: blocks are
     computed in it, gradients are averaged in fp32; ``recompute``: of each block only its input is kept for the backward pass."""
     ranks = dist.get_world_size()
     names, sizes = (("shard",), (shards,)) if shards == ranks else (("replicate", "shard"), (ranks // shards, shards))
@@ -25,11 +25,19 @@ def shard(
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     model.to(device)
     if recompute:
-        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
-    blocks = [module for module in model.modules() if isinstance(module, block)]
-    for module in [*blocks, model]:
+        blocks = {id(block) for block in _blocks(model)}
+        apply_activation_checkpointing(model, check_fn=lambda module: id(module) in blocks)
+    for module in [*_blocks(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=half)
     return model
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """What stands in its lists of modules, the outermost of which are a model's layers, whoever wrote it."""
+    found = list[nn.Module]()
+    for child in module.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+    return found
 
 
 def adds_up(model: nn.Module, now: bool) -> None:

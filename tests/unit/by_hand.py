@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain import metrics
@@ -93,6 +93,7 @@ def by_hand(job: Job, corpus: Corpus, island: int, *, evaluated: bool = False) -
     parameters = list(model.parameters())
     optimizers: list[torch.optim.Optimizer] = [adamw(model, lr=job.train.lr, weight_decay=job.train.weight_decay)]
     if job.train.optimizer == "muon":
+        assert isinstance(model, GPT)
         optimizers = muon(model, job)
     heldout = heldout_sequences(corpus, job.model.context)
     losses, norms, evals = [], [], []
@@ -128,7 +129,7 @@ def muon(model: GPT, job: Job) -> list[torch.optim.Optimizer]:
     ]
 
 
-def mean_gradient(job: Job, model: GPT, corpus: Corpus, island: int, step: int) -> tuple[float, list[Tensor]]:
+def mean_gradient(job: Job, model: nn.Module, corpus: Corpus, island: int, step: int) -> tuple[float, list[Tensor]]:
     """Of a step's micro-batches, with their mean loss."""
     parts = [micro_loss(job, model, corpus, island, step, micro) for micro in range(job.train.accumulate)]
     each = [torch.autograd.grad(part, list(model.parameters())) for part in parts]
@@ -136,7 +137,7 @@ def mean_gradient(job: Job, model: GPT, corpus: Corpus, island: int, step: int) 
     return sum(float(part.detach()) for part in parts) / len(parts), means
 
 
-def micro_loss(job: Job, model: GPT, corpus: Corpus, island: int, step: int, micro: int) -> Tensor:
+def micro_loss(job: Job, model: nn.Module, corpus: Corpus, island: int, step: int, micro: int) -> Tensor:
     inputs, targets = micro_batch(job, corpus, island, step, micro)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.train.precision == "bf16"):
         logits = model(inputs)

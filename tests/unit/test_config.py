@@ -38,12 +38,17 @@ launcher = "slurm"
 [[islands.each]]
 [model]
 name = "gpt"
+factory = ""
+hf = ""
+arguments = {}
 layers = 2
 width = 32
 heads = 2
 context = 64
 [data]
 source = 'a \\ path with "quotes"'
+tokenizer = "bytes"
+streaming = false
 [train]
 steps = 10
 batch = 8
@@ -76,6 +81,9 @@ timeout_s = 12
 port = 0
 interface = "lo"
 advertise = "localhost"
+[log]
+tensorboard = true
+wandb = "dtrain"
 [sim]
 problem = "quadratic"
 numel = 50

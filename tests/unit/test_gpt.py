@@ -133,6 +133,7 @@ def test_parameters_and_flops_closed_form(config: GPTConfig) -> None:
 def test_the_quickstart_is_small_and_long_enough_for_its_recipe() -> None:
     job = load_job(QUICKSTART)
     model = build_model(job, load_corpus(job.data.source))
+    assert isinstance(model, GPT)
     assert (model.config.layers, model.config.width) == (job.model.layers, job.model.width)
     assert num_parameters(model) <= 500_000
     assert job.train.steps >= 1_500

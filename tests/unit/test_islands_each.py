@@ -60,7 +60,11 @@ def test_an_island_sees_a_job_of_islands_like_itself() -> None:
             [],
             "train.accumulate = 1 micro-batches leave some of islands.each.1.ranks = 2 stages",
         ),
-        ({"shards": 2, "each": [{}, {"ranks": 3, "engine": "fsdp"}]}, ["train.batch=3"], "islands.shards = 2 does not divide islands.e"),
+        (
+            {"shards": 2, "each": [{}, {"ranks": 3, "engine": "fsdp"}]},
+            ["train.batch=3"],
+            "islands.shards = 2 does not divide islands.each.1.ranks = 3",
+        ),
         ({"each": [{}, {"engine": "pipeline"}]}, [], 'islands.each.1.engine = "pipeline" with islands.each.1.ranks = 1 is one'),
     ],
 )

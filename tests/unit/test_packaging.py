@@ -64,7 +64,7 @@ def test_what_the_library_needs_is_named_and_no_version_shuts_the_future_out(
 ) -> None:
     assert {"torch", "numpy", "triton", "numba", "pydantic", "typer", "rich", "networkx", "matplotlib"} <= set(needs)
     assert {specifier.operator for need in needs.values() for specifier in need.specifier} == {">="}
-    assert {"test", "deepspeed", "hf", "sdp", "dev"} == set(project["optional-dependencies"])
+    assert {"test", "deepspeed", "hf", "log", "sdp", "dev"} == set(project["optional-dependencies"])
     pythons = SpecifierSet(project["requires-python"])
     assert [pythons.contains(version) for version in ("3.10.14", "3.11.0", "3.14.0")] == [False, True, True]
     assert project["license"] == "Apache-2.0"

@@ -134,6 +134,7 @@ def test_a_run_is_its_seed_whatever_its_name(texts: Path, tmp_path: Path) -> Non
 def test_the_model_is_the_jobs_and_starts_from_its_seed(texts: Path) -> None:
     changes = ("model.layers=2", "model.width=24", "model.heads=3", "model.context=12")
     model = build_model(job_of(texts, "job.seed=5", *changes), load_corpus(str(texts)))
+    assert isinstance(model, GPT)
     assert model.config == GPTConfig(vocab=256, layers=2, width=24, heads=3, context=12)
     expected = GPT(model.config)
     assert not same(expected.state_dict(), model.state_dict())
