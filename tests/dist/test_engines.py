@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain import checkpoint
+from dtrain import checkpoint, metrics
 from dtrain.build import build_recipe
 from dtrain.config import Job
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan.sent import sent
-from tests.dist import staged
+from tests.dist import job, staged
 from tests.dist.harness import Result, run_islands, show, values
 from tests.unit.by_hand import train, write_texts
 
@@ -102,6 +102,31 @@ def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
     assert [v["same"] for v in values(results, "diloco")] == [True] * 5
 
 
+@pytest.mark.slow
+def test_block_codecs_cut_a_sharded_model_where_they_cut_a_whole_one(source: Path, tmp_path: Path) -> None:
+    """Two ranks add two gradients, which is the same sum by either engine: without a norm to clip by, wires are the same bits."""
+    recipe = ('sync.recipe="delayed_diloco"', 'sync.codec="int4:64:stochastic"', *_ROUNDS, "train.clip=0")
+    for engine in ("fsdp", "ddp"):
+        scenario = functools.partial(
+            staged.with_engines, source=str(source), name="codes", engines=[(engine, 2)] * 2, changes=list(recipe)
+        )
+        results = run_islands({"codes": scenario}, 2, 2, run=tmp_path / engine, timeout_s=300)
+        assert [r.status for r in results] == [0] * 4, show(results)
+    assert furthest(tmp_path / "fsdp" / "codes", tmp_path / "ddp" / "codes") == 0
+
+
+@pytest.mark.slow
+def test_a_job_file_says_which_islands_are_unlike(tmp_path: Path) -> None:
+    """Also that as many bytes cross the link: buckets are the whole model's."""
+    same = (*job.SMALL, "islands.count=3", "model.layers=4", "train.accumulate=2", "train.steps=20", "sync.recipe=diloco")
+    unlike = 'islands.each=[{ranks=2,engine="fsdp"},{},{ranks=2,engine="pipeline"}]'
+    runs = [job.run(tmp_path, name, *same, "sync.every=5", *more) for name, more in (("even", ()), ("uneven", (unlike,)))]
+    assert furthest(*runs) < SHARED
+    even, uneven = (metrics.read_json(run / "summary.json") for run in runs)
+    assert uneven["ranks"] == [2, 1, 2]
+    assert uneven["wire_bytes_sent"] == pytest.approx(even["wire_bytes_sent"], rel=0.02)
+
+
 def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
     loops = {
         "rounds": functools.partial(staged.own_loop, recipe="diloco", every=4, codec="identity"),
@@ -122,7 +147,7 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
     big = ("model.width=1024", "model.heads=8", "train.steps=6", "train.eval_every=0")
     wanted = {
         "alone": ('sync.recipe="local"', *big),
-        "diloco": ('sync.recipe="diloco"', "sync.every=2", *big),
+        "diloco": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1", *big),
     }
     scenarios = {
         name: functools.partial(staged.most_bytes, source=str(source), name=name, engines=engines, changes=list(changes))
@@ -130,10 +155,10 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
     }
     results = run_islands(scenarios, 2, 4, run=tmp_path, timeout_s=550)
     assert [r.status for r in results] == [0] * 8, show(results)
-    job = staged.engine_job(str(source), "fsdp", 4, *wanted["diloco"])
-    shapes = {name: p.shape for name, p in _model(job).named_parameters()}
+    sharded = staged.engine_job(str(source), "fsdp", 4, *wanted["diloco"])
+    shapes = {name: p.shape for name, p in _model(sharded).named_parameters()}
     assert sum(math.prod(shape) for shape in shapes.values()) * 4 > 200e6
-    counts = sent(build_recipe(job), shapes, 2, num_ranks=4)
+    counts = sent(build_recipe(sharded), shapes, 2, num_ranks=4)
     rounds = (counts.state_bytes + counts.wire_bytes) // 4
     for alone, diloco in zip(values(results, "alone"), values(results, "diloco"), strict=True):
         assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
@@ -141,7 +166,7 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
         assert diloco["most"] <= 1.15 * (alone["most"] + rounds), (alone, diloco, rounds)
 
 
-def _model(job: Job) -> GPT:
-    m = job.model
+def _model(of: Job) -> GPT:
+    m = of.model
     with torch.device("meta"):
         return GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
