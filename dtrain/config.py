@@ -89,6 +89,38 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _zero_fits(self) -> Job:
+        islands = self.islands
+        if islands.engine != "deepspeed":
+            if islands.deepspeed is not None:
+                raise ValueError(
+                    f'islands.deepspeed is of islands.engine = "deepspeed", and it is {islands.engine!r}; leave it out, or use '
+                    "islands.engine=deepspeed"
+                )
+            return self
+        if islands.deepspeed is None:
+            raise ValueError(
+                'islands.engine = "deepspeed" without islands.deepspeed: its JSON file says the stage of ZeRO; name it, as '
+                "islands.deepspeed=zero2.json"
+            )
+        if islands.ranks < 2:
+            raise ValueError(
+                'islands.engine = "deepspeed" with islands.ranks = 1 has nobody to share with; use islands.ranks=2 or more, or '
+                "islands.engine=ddp"
+            )
+        if self.train.precision != "fp32":
+            raise ValueError(
+                f'train.precision = "{self.train.precision}" is autocast, and islands.engine = "deepspeed" has bf16 by its file: '
+                '{"bf16": {"enabled": true}}; leave it out'
+            )
+        if self.train.merge == "variance_corrected":
+            raise ValueError(
+                'train.merge = "variance_corrected" needs each tensor whole on a rank, and islands.engine = "deepspeed" shards '
+                "them; use train.merge=mean, or islands.engine=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Job:
         ranks, layers, micro_batches = self.islands.ranks, self.model.layers, self.train.accumulate
         if self.islands.engine != "pipeline":

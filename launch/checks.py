@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import chosen, own, quorum, schedule, topology
+from dtrain import chosen, own, quorum, schedule, topology, zero_config
 from dtrain.config import Job, load_job
 from dtrain.launch import meeting
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
+from dtrain.recipes import AXES, Recipe, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
 from dtrain.sections_sync import Answers
 
 How = Literal["run", "script", "sim"]
@@ -115,6 +116,9 @@ def with_absolute_paths(job: Job) -> Job:
     """The job as a run keeps it: its text, its graph and its own recipe are found again from any working directory."""
     if job.data.source != "stdlib":
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": os.path.abspath(job.data.source)})})
+    if job.islands.deepspeed is not None:
+        file = os.path.abspath(job.islands.deepspeed)
+        job = job.model_copy(update={"islands": job.islands.model_copy(update={"deepspeed": file})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
     return _with_levels(job, levels)
 
@@ -161,6 +165,8 @@ def check_answers(job: Job, how: How) -> None:
                 f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "pipeline" '
                 "may have none of them; use islands.engine=ddp"
             )
+        if job.islands.engine == "deepspeed" and how == "run":
+            _check_deepspeed(job, recipe)
         refuse_sim(job)
         _check_link(job)
     if how != "script" and job.sim.problem == "gpt":
@@ -274,6 +280,12 @@ def refuse_sim(job: Job, read: Collection[str] = ()) -> None:
 def refuse_speeds(job: Job) -> None:
     """Raises ValueError where islands are of unequal speed: the planner compares recipes of which few have idle steps."""
     _refuse_changed(job, "islands", "speeds", "with dtrain plan, whose slow islands are those of sim.stragglers")
+
+
+def _check_deepspeed(job: Job, recipe: Recipe) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError('islands.engine = "deepspeed" needs DeepSpeed, which is not installed: pip install dtrain[deepspeed]')
+    zero_config.check(job, recipe)
 
 
 def _check_link(job: Job) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,26 @@ def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
     for name in RECIPES:
         assert furthest(tmp_path / name, alone[name]) < SHARED, name
     assert [v["same"] for v in values(results, "diloco")] == [True] * 2 * ranks
+
+
+def zero_file(folder: Path, stage: int, **more: Any) -> str:
+    """The override that names it."""
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | more), encoding="utf-8")
+    return f'islands.deepspeed="{path}"'
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_island_of_deepspeed_ranks_trains_resumes_and_merges_as_one_of_one_rank(
+    source: Path, tmp_path: Path, alone: dict[str, Path], stage: int
+) -> None:
+    pytest.importorskip("deepspeed")
+    results = launched(
+        source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), zero_file(tmp_path, stage), resumed="diloco"
+    )
+    for name in RECIPES:
+        assert furthest(tmp_path / name, alone[name]) < SHARED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 4
 
 
 def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
