@@ -13,6 +13,7 @@ import torch
 from dtrain import checkpoint
 from tests.dist import staged
 from tests.dist.harness import Result, run_islands, show, values
+from tests.unit import by_hand
 from tests.unit.by_hand import train, write_texts
 
 pytestmark = pytest.mark.timeout(600)
@@ -26,6 +27,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 """At step 12 a round of diloco flies: it began after step 10."""
 SHARED = 1e-5
 """By which parameters may differ after 20 steps in fp32: ranks add gradients and norms of parts in an order of their own."""
+ZERO = 2e-5
+"""DeepSpeed averages gradients in another order, too. All but one of 20480 are within 3e-6: that one's gradient all but cancels,
+and Adam divides by its size."""
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +104,11 @@ def test_an_island_of_deepspeed_ranks_trains_resumes_and_merges_as_one_of_one_ra
     source: Path, tmp_path: Path, alone: dict[str, Path], stage: int
 ) -> None:
     pytest.importorskip("deepspeed")
-    results = launched(
-        source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), zero_file(tmp_path, stage), resumed="diloco"
-    )
+    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), zero_file(tmp_path, stage), resumed="diloco")
     for name in RECIPES:
-        assert furthest(tmp_path / name, alone[name]) < SHARED, name
+        assert furthest(tmp_path / name, alone[name]) < ZERO, name
+        # What is computed with follows the master weights to the mean.
+        assert by_hand.part_of(tmp_path / name, 0).eval_loss == pytest.approx(by_hand.part_of(alone[name], 0).eval_loss, abs=ZERO)
     assert [v["same"] for v in values(results, "diloco")] == [True] * 4
 
 
