@@ -33,7 +33,7 @@ class Zero(nn.Module):
         self._device, self._stale = device, False
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU that there is, also for a model on the CPU
         deepspeed = importlib.import_module("deepspeed")
-        # Which of its kernels can be compiled here: none is worth the minutes that an all-reduce for the CPU would take, beside gloo's.
+        # What it may compile for its collectives: nothing. An all-reduce for the CPU takes minutes, and gloo has one.
         importlib.import_module("deepspeed.ops").__dict__["__compatible_ops__"] = {}
         stepped = {"model_parameters": model.parameters()} if optimizer is None else {"optimizer": optimizer}
         self.engine: Any = deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **stepped)[0]
