@@ -70,7 +70,7 @@ class Job(Section):
     def _shards_fit(self) -> Job:
         islands = self.islands
         sharded = islands.engine == "fsdp"
-        for key, said in (("shards", islands.shards is not None), ("activation_checkpointing", islands.activation_checkpointing)):
+        for key, said in (("shards", islands.shards is not None), ("recompute", islands.recompute)):
             if said and not sharded:
                 raise ValueError(
                     f'islands.{key} is of islands.engine = "fsdp", and it is {islands.engine!r}; leave it out, or use '

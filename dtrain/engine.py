@@ -70,10 +70,8 @@ class Sync:
         device = self._flat.device
         for level in recipe.levels:
             prepare_kernels(level, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
-        num_lanes = connection.num_lanes if self._ranks.num_replicas == self._ranks.num_ranks else 1
-        cuts = cut_levels(plans, self._flat, optimizers, self._ranks.num_replicas, num_lanes)
+        cuts = cut_levels(plans, self._flat, optimizers, connection)
         self.buckets = cuts[0]
-        connection.lanes.update({b.index: b.lane for buckets in cuts for b in buckets})
         self._gradients = gradients_of(self.buckets, self._flat, self._ranks) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device, group_of(recipe, connection.node))
         self._wait = Wait(connection, self._traffic)
@@ -189,7 +187,7 @@ class Sync:
         self.drain()
         self._exact.rest(self._rounds)
         distance = self._average()
-        self._merged()
+        self._rounds.merged()
         return distance
 
     def merge_corrected(self) -> float:
@@ -200,7 +198,7 @@ class Sync:
         self._exact.rest(self._rounds)
         before, distance = moments(self._flat.parameters), self._average()
         self._exact.correct(self.step, before)
-        self._merged()
+        self._rounds.merged()
         return distance
 
     def consensus_distance(self) -> float:
@@ -287,9 +285,7 @@ class Sync:
         if self._wait.peer_left:
             return
         begun = level.core.begun(self.step) if self._ranks.num_ranks > 1 else set[int]()
-        # Where whole, what a round that lands at once has moved its landing hands on.
-        moves = level.core.plan.moves and (level.core.delay_steps > 0 or not self._ranks.whole)
-        with self._ranks.at_hand([b for b in level.buckets if b.fragment in begun], changes=moves):
+        with self._ranks.at_hand([b for b in level.buckets if b.fragment in begun], changes=level.core.plan.moves):
             self._launch(level.core.start_rounds() if self._agreement is None else self._agreement.after_step())
 
     def _launch(self, flights: Sequence[Flight]) -> None:
@@ -346,10 +342,6 @@ class Sync:
                     if b.owner == self._ranks.replica and b.g is not None:
                         b.g.sign_()
             self._gradients.write()
-
-    def _merged(self) -> None:
-        with self._ranks.at_hand([b for level in self.levels for b in level.buckets], changes=False):
-            self._rounds.merged()
 
     def _average(self) -> float:
         averaged = self._exact.average(self.step)

@@ -22,7 +22,7 @@ from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.stages import Stages
 from dtrain.island.zero import Zero
-from dtrain.models.gpt import GPT
+from dtrain.models.gpt import GPT, Block
 from dtrain.models.gpt_stage import GPTStage
 from dtrain.optim import adamw
 from dtrain.recipes import Recipe
@@ -52,7 +52,7 @@ def trained(job: Job, whole: GPT, ranks: Island, device: torch.device) -> nn.Mod
 
         shards = job.islands.shards or ranks.num_ranks
         return shard(
-            whole, device, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.activation_checkpointing
+            whole, device, Block, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
         )
     if job.islands.engine == "deepspeed":
         config, train = zero_config.of_job(job), job.train

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.evaluate import batches_of, nats
 from dtrain.inside import Batches, mean_loss
-from dtrain.island.sharded import gathered_no_more
+from dtrain.island.sharded import adds_up, gathered_no_more
 from dtrain.models.gpt import num_parameters
 from dtrain.shards import whole
 from dtrain.spans import span
@@ -33,12 +32,11 @@ class Sharded:
 
     def gradient(self, step: int) -> float:
         train, ranks, model = self._job.train, self._ranks, self._model
-        assert isinstance(model, FSDPModule)
         size = train.batch // (ranks.num_ranks * train.accumulate)
         total = 0.0
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
-            model.set_requires_gradient_sync(micro == train.accumulate - 1)
+            adds_up(model, micro == train.accumulate - 1)
             with span("forward_backward"):
                 loss = mean_loss(model(inputs), targets, train.accumulate)
                 loss.backward()

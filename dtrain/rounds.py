@@ -44,6 +44,7 @@ class Rounds:
         self, recipe: Recipe, plans: Sequence[Plan], cuts: Sequence[Sequence[Bucket]], connection: Connection
     ) -> None:
         node, replica = connection.node, connection.ranks.replica
+        self._ranks = connection.ranks
         of_level: list[tuple[Peers, range | None]] = [(Peers(node, connection.num_nodes, plans[-1].pace.shares), None)]
         if recipe.near is not None:
             group = group_of(recipe, node)
@@ -110,7 +111,8 @@ class Rounds:
     def merged(self) -> None:
         """All parameters are the islands' exact mean now."""
         for level in self.levels:
-            level.core.merged()
+            with self._ranks.at_hand(level.buckets, changes=False):
+                level.core.merged()
 
     def state_dict(self) -> dict[str, Tensor]:
         if len(self.levels) == 1:
@@ -142,10 +144,13 @@ def group_of(recipe: Recipe, node: int) -> range:
 
 
 def cut_levels(
-    plans: Sequence[Plan], flat: Flat, optimizers: Sequence[Optimizer], num_ranks: int, num_lanes: int
+    plans: Sequence[Plan], flat: Flat, optimizers: Sequence[Optimizer], connection: Connection
 ) -> list[list[Bucket]]:
-    """The buckets of each level, all of different numbers, by which their wires are named; raises ValueError for too many."""
+    """The buckets of each level, all of different numbers, by which their wires are named, and their lanes for the transport;
+    raises ValueError for too many."""
     cuts: list[list[Bucket]] = []
+    ranks = connection.ranks
+    num_ranks, num_lanes = ranks.num_replicas, connection.num_lanes if ranks.num_replicas == ranks.num_ranks else 1
     for plan in plans:
         buckets = cut(plan.recipe, flat, num_ranks=num_ranks, num_lanes=num_lanes, with_grad=plan.rewrites_gradients)
         if plan.recipe.moments is not None:
@@ -157,4 +162,5 @@ def cut_levels(
                 f"{MAX_BUCKETS}: raise it"
             )
         cuts.append([replace(b, index=before + b.index) for b in buckets] if before else buckets)
+    connection.lanes.update({b.index: b.lane for buckets in cuts for b in buckets})
     return cuts

@@ -39,8 +39,8 @@ class Islands(Section):
     shards: int | None = Field(
         None, ge=1, description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all"
     )
-    activation_checkpointing: bool = Field(
-        False, description="of engine fsdp: keep only each block's input for the backward pass, and compute the block again"
+    recompute: bool = Field(
+        False, description="of engine fsdp: activation checkpointing: keep of each block its input alone, and compute it again"
     )
     shard: Literal["iid", "by_file"] = Field(
         "iid", description="iid: every island samples all files; by_file: file k belongs to island k mod count"

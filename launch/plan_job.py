@@ -114,6 +114,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
+        shards=(job.islands.shards or job.islands.ranks) if job.islands.engine == "fsdp" else 1,
+        recomputes=job.islands.recompute,
         link=link,
         island=lambda codec: replace(
             island(codec), step_s=step_s, jitter_s=jitter_s, num_ranks=job.islands.ranks, intra_bytes_per_s=intra_bytes_per_s

@@ -32,8 +32,8 @@ LAYERS = (
     ),
     ("membership", "words", "island"),
     (
-        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "hooks"),
-        *("loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
+        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "held"),
+        *("hooks", "loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
     ),
     (),
     ("launch",),
@@ -47,11 +47,11 @@ ALGORITHMS_SEE = (
 )
 KERNEL_USERS = ("kernels", "wire", "codec", "reduce", "combine", "outer", "link", "optim", "fused", "engine", "launch.checks")
 
-# checkpoint needs it for torch's distributed checkpoints, train to start torchrun's group; the launcher owns the store that the
-# islands meet at (meeting) and calls torchrun (agent).
+# checkpoint needs it for torch's distributed checkpoints, shards for DTensors, train to start torchrun's group; the launcher owns
+# the store that the islands meet at (meeting) and calls torchrun (agent).
 DISTRIBUTED_USERS = (
     *("transport.c10d", "transport.gloo", "transport.ordered", "connect", "island", "membership", "words", "engine"),
-    *("checkpoint", "train"),
+    *("checkpoint", "shards", "train"),
     *("launch.meeting", "launch.agent", "launch.local"),
 )
 STREAM_USERS = ("transport", "engine", "traffic")

@@ -13,23 +13,29 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from dtrain.models.gpt import Block
 
-
-def shard(model: nn.Module, device: torch.device, *, shards: int, bf16: bool, recompute: bool) -> nn.Module:
-    """``model`` itself, sharded in place over the island's process group. ``bf16``: blocks are computed in it, gradients are
-    averaged in fp32; ``recompute``: of each block only its input is kept for the backward pass."""
+def shard(
+    model: nn.Module, device: torch.device, block: type[nn.Module], *, shards: int, bf16: bool, recompute: bool
+) -> nn.Module:
+    """``model`` itself, sharded in place over the island's process group, each ``block`` apart. ``bf16``: blocks are
+    computed in it, gradients are averaged in fp32; ``recompute``: of each block only its input is kept for the backward pass."""
     ranks = dist.get_world_size()
     names, sizes = (("shard",), (shards,)) if shards == ranks else (("replicate", "shard"), (ranks // shards, shards))
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     model.to(device)
     if recompute:
-        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
+    blocks = [module for module in model.modules() if isinstance(module, block)]
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=half)
     return model
+
+
+def adds_up(model: nn.Module, now: bool) -> None:
+    """Whether the backward passes that follow average their gradients over the ranks, as the last of a step's does."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(now)
 
 
 def gathered_no_more(model: nn.Module) -> None:

@@ -59,6 +59,10 @@ class Setting:
     """Memory of one; None where it is not known."""
     stages: Sequence[Shapes] = ()
     """The parts of ``shapes`` that each rank has, where they are stages of a pipeline; ``work`` is then that of the busiest."""
+    shards: int = 1
+    """Ranks that share the model's weights, gradients and moments (FSDP)."""
+    recomputes: bool = False
+    """Whether a layer is computed again for its backward pass."""
 
     @property
     def parameters(self) -> int:
@@ -110,7 +114,7 @@ class Planner:
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
             num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
             averages=inner == "schedule_free",
-            on_host=recipe.outer_state == "host",
+            on_host=recipe.outer_state == "host", shards=s.shards, recomputes=s.recomputes,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+import dtrain
 from dtrain import checkpoint, metrics
+from dtrain.bucket import Bucket
 from dtrain.config import Job
 from dtrain.connect import connect, settings_of
+from dtrain.core import Core
 from dtrain.data.corpus import load_corpus
 from dtrain.engines import ranks_of
+from dtrain.island.parts import Parts
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
+from dtrain.profiled import Observe, unobserved
+from dtrain.shards import local, whole
 from dtrain.train import train_island
 from tests.unit.by_hand import job_of
 
@@ -47,7 +58,8 @@ def with_engines(
     torch.set_num_threads(1)
     engine, ranks = engines[place_from_env().island]
     run = Path(os.environ["DTRAIN_RUN"], name)
-    return _once_and_again(engine_job(source, engine, ranks, *changes), run, resume_step)
+    said = [change for change in changes if engine == "deepspeed" or not change.startswith("islands.deepspeed=")]
+    return _once_and_again(engine_job(source, engine, ranks, *said), run, resume_step)
 
 
 def trained(*, source: str, name: str, changes: list[str], resume_step: int = 0) -> dict[str, Any]:
@@ -69,7 +81,80 @@ def _once_and_again(job: Job, run: Path, resume_step: int) -> dict[str, Any]:
     )}  # fmt: skip
 
 
-def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
+def most_bytes(*, source: str, name: str, changes: list[str], engines: list[tuple[str, int]]) -> dict[str, int]:
+    """Train, and count the bytes of all tensors of this rank before each step, when gradients are still there, and whenever
+    buckets are at hand: the most of it, and the bytes that the rounds' state had."""
+    torch.set_num_threads(1)
+    engine, ranks = engines[place_from_env().island]
+    counted: list[int] = []
+    at_hand = Parts.at_hand
+
+    @contextmanager
+    def counting(self: Parts, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
+        with at_hand(self, buckets, changes=changes):
+            yield
+            if dist.is_initialized():
+                counted.append(tensor_bytes())
+
+    states: list[int] = []
+    Parts.at_hand = counting
+    core_init = Core.__init__
+
+    def init(self: Core, *args: Any, **kwargs: Any) -> None:
+        core_init(self, *args, **kwargs)
+        states.append(sum(x.numel() * x.element_size() for lane in self.lanes for x in lane.state.values()))
+
+    Core.__init__ = init
+    job = engine_job(source, engine, ranks, *changes)
+
+    def observe(step: int) -> None:
+        counted.append(tensor_bytes())
+        if step == job.train.steps - 1:
+            raise _Enough
+
+    with suppress(_Enough):
+        _train(job, Path(os.environ["DTRAIN_RUN"], name), 0, int(os.environ["DTRAIN_EPOCH"]), observe)
+    return {"most": max(counted), "state": sum(states)}
+
+
+class _Enough(Exception):
+    """What is asked for has been seen; all ranks stop at one step."""
+
+
+def own_loop(*, recipe: str, every: int, codec: str) -> list[list[float]]:
+    """Somebody's own loop over a model that ``fully_shard`` has sharded, or over a plain one where there is one rank. What the
+    model is after the merge."""
+    torch.set_num_threads(1)
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 3))
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) / 3)
+    if ranks > 1:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with dtrain.join(model, optimizer, recipe=recipe, every=every, codec=codec, bucket_bytes=256, clip=0.5) as sync:
+        for step in range(12):
+            x = torch.randn(8, 7, generator=torch.Generator().manual_seed(100 * sync.island + step)).chunk(ranks)[rank]
+            optimizer.zero_grad()
+            (model(x) - x[:, :3].sin()).square().mean().backward()
+            optimizer.step()
+        sync.merge()
+    return [whole(p.detach()).flatten().tolist() for p in model.parameters()]
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that Python sees, each piece of memory once."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for x in gc.get_objects():
+        if isinstance(x, torch.Tensor) and not x.is_meta:
+            held = local(x.detach()).untyped_storage()
+            found[held.data_ptr()] = held.nbytes()
+    return sum(found.values())
+
+
+def _train(job: Job, run: Path, resume_step: int, epoch: int, observe: Observe = unobserved) -> None:
     place = place_from_env()
     logs = run / "logs" / f"island{place.island}"
     if place.rank == 0:
@@ -80,7 +165,7 @@ def _train(job: Job, run: Path, resume_step: int, epoch: int) -> None:
     inside = ranks_of(job.islands.engine, uneven=place.num_lanes > 0)
     connection = connect(place, settings_of(job.link), device=cpu, epoch=epoch, inside=inside)
     status = StatusFile(logs / "status.json", job.train.steps, job.link.timeout_s)
-    train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step)
+    train_island(job, connection, load_corpus(job.data.source), run, status, device=cpu, resume_step=resume_step, observe=observe)
     if place.num_ranks > 1:
         dist.barrier()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import dtrain
 from dtrain import low_rank
+from dtrain.bucket import Flat
 from dtrain.connect import Connection, connect_local
 from dtrain.core import Adapted
 from dtrain.engine import Sync
@@ -236,7 +238,7 @@ def test_what_stays_is_not_said() -> None:
 class Stages:
     """Two stages of an island, a thread each. An ``Island``."""
 
-    replica, num_replicas, num_ranks = 0, 1, 2
+    replica, num_replicas, num_ranks, whole = 0, 1, 2, True
 
     def __init__(self, rank: int, both: threading.Barrier, told: dict[int, Any]) -> None:
         self.rank, self.prefix, self._both, self._told = rank, f"stage{rank}.", both, told
@@ -257,10 +259,13 @@ class Stages:
     def joined(self, values: Tensor) -> Tensor:
         return torch.cat(self._all(values))
 
-    def before(self, count: int) -> int:
-        return sum(self._all(count)[: self.rank])
+    def hold(self, flat: Flat) -> Flat:
+        return replace(flat, first=sum(self._all(flat.numel)[: self.rank]))
 
-    def refresh(self, buckets: object, *, gradients: bool) -> None: ...
+    def at_hand(self, buckets: object, *, changes: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def share_gradients(self, buckets: object) -> None: ...
 
     def share(self, tensors: object) -> None: ...
 

@@ -18,7 +18,9 @@ dir = "elsewhere"
 start = "same"
 count = 3
 ranks = 2
-engine = "ddp"
+engine = "fsdp"
+shards = 1
+recompute = true
 shard = "by_file"
 speeds = [1, 0.5, 0.25]
 threads = 1
@@ -137,7 +139,9 @@ def test_values_on_the_command_line_are_toml_or_plain_words() -> None:
         ("train.batch=3", "train.batch = 3 does not divide by islands.ranks x train.accumulate = 2; use a multiple of 2"),
         ("model.width=30", "model.width = 30 does not divide into 4 heads of an even size; use a multiple of 8"),
         ("islands.count=0", "islands.count = 0 is not allowed"),
-        ("islands.engine=fsdp", "islands.engine = 'fsdp' is not allowed"),
+        ("islands.engine=megatron", "islands.engine = 'megatron' is not allowed"),
+        ("islands.shards=2", 'islands.shards is of islands.engine = "fsdp"'),
+        ("islands.recompute=true", 'islands.recompute is of islands.engine = "fsdp"'),
         ("job.name=a/b", "job.name = 'a/b' is not allowed"),
         ("sync.delay=-1", "delay = -1 is negative"),
         ("sync.topology=rign", "topology = 'rign' is not known"),

@@ -23,14 +23,15 @@ from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.optim import SAM, AccumAdamW, muon_adamw
 from dtrain.plan.accelerators import Work
 from dtrain.plan.candidates import candidates
+from dtrain.plan.company import everyone
 from dtrain.plan.memory import Memory, memory
 from dtrain.plan.model import Island
 from dtrain.plan.plans import Planner, as_json
-from dtrain.plan.sent import sent
+from dtrain.plan.sent import Sent, sent
 from dtrain.plan.verdict import verdict
 from dtrain.recipes import RECIPES, Recipe, resolve, with_steps
 from tests.islands import run_islands
-from tests.unit.test_plan import NUMEL, setting
+from tests.unit.test_plan import NUMEL, WORK, setting
 
 ISLANDS, STEPS = 4, 8
 TRAINED = [name for name, row in RECIPES.items() if RULES[row.algorithm].simulated is None]
@@ -158,3 +159,32 @@ def test_a_job_with_its_state_on_the_host_is_planned_with_that_of_all_outer_loop
     looked_at = candidates(resolve("diloco", {"outer_state": "host"}, 4), 4)
     assert {r.outer_state for r in looked_at if r.algorithm in ("diloco", "noloco", "desloc")} == {"host"}
     assert {r.outer_state for r in looked_at if r.algorithm == "dpsgd"} == {"device"}
+
+
+def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> None:
+    """FSDP over 4 ranks. Blocks that are gathered count among the activations, buckets that are at hand among the wires."""
+    counts = Sent((), 0.0, state_bytes=4096, wire_bytes=1024, company=everyone(2, 1), room_bytes=0, gradient_bytes=512)
+    whole, shared = (
+        memory(
+            counts, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
+            shards=shards,
+        )
+        for shards in (1, 4)
+    )  # fmt: skip
+    assert shared.model == WORK.parameters * 16 // 4 == whole.model // 4
+    assert (shared.kept, whole.kept) == (1024 + 128, 1024 + 512)
+    assert shared.wires == whole.wires + WORK.parameters
+    assert shared.activations - whole.activations == 4 * (48 * WORK.width**2 + 4 * 256 * WORK.width)
+
+
+def test_of_a_layer_that_is_computed_again_only_the_input_is_kept() -> None:
+    counts = Sent((), 0.0, state_bytes=0, wire_bytes=0, company=everyone(2, 1), room_bytes=0, gradient_bytes=0)
+    kept, again = (
+        memory(
+            counts, replace(WORK, layers=10), vocab=256, number_bytes=2, moments=True, accumulates=False, sam=False, num_ranks=1,
+            micro_batches=1, recomputes=recomputes,
+        )
+        for recomputes in (False, True)
+    )  # fmt: skip
+    layer = WORK.tokens * WORK.width * 2
+    assert kept.activations - again.activations == (17 * 10 - 10 - 17) * layer
