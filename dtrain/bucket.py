@@ -229,9 +229,8 @@ class Flat:
 
     def _check_parts(self, now: Mapping[str, nn.Parameter]) -> None:
         for name, p, part in zip(self.names, self.parameters, self.storages, strict=True):
-            if p.is_meta:  # another rank's, or DeepSpeed's, which this rank has no parameter of
-                continue
-            if now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr():
+            # One on the device "meta" is another rank's, or DeepSpeed's master weights'.
+            if not p.is_meta and (now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr()):
                 raise ValueError(
                     f"parameter {name} was replaced after dtrain.join, or is gathered; shard, move or load the model first, "
                     "then join, and call model.reshard() after a forward pass without a backward one"

@@ -109,7 +109,8 @@ def test_an_island_of_deepspeed_ranks_trains_resumes_and_merges_as_one_of_one_ra
     source: Path, tmp_path: Path, alone: dict[str, Path], stage: int
 ) -> None:
     pytest.importorskip("deepspeed")
-    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), zero_file(tmp_path, stage), resumed="diloco")
+    changes = (zero_file(tmp_path, stage), "train.eval_merged=true")  # which shows a mean, and takes it back
+    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), *changes, resumed="diloco")
     for name in RECIPES:
         assert furthest(tmp_path / name, alone[name]) < ZERO, name
         # What is computed with follows the master weights to the mean.
