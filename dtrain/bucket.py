@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -188,10 +188,21 @@ class Flat:
     """Elements of the whole model that lie before these, where a rank holds some of its layers."""
     in_parts: bool = False
     """Whether ranks hold parts of the parameters (``island/parts.py``): storages are this one's, and buckets no views of them."""
+    firsts: tuple[int, ...] = ()
+    """Each part's first element within its parameter."""
+    changed: Callable[[], None] = lambda: None
+    """Called on all ranks when parts have new values."""
+    place: torch.device | None = None
+    """Where buckets lie, if not where the storages are."""
 
     @property
     def numel(self) -> int:
         return sum(p.numel() for p in self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the buckets."""
+        return self.place or self.storages[0].device
 
     @property
     def apart(self) -> list[nn.Parameter]:
@@ -217,13 +228,22 @@ class Flat:
                 address += p.numel() * p.element_size()
 
     def _check_parts(self, now: Mapping[str, nn.Parameter]) -> None:
-        held = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if not p.is_meta]
-        for (name, p), part in zip(held, self.storages, strict=True):
-            if now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr():
+        for name, p, part in zip(self.names, self.parameters, self.storages, strict=True):
+            # One on the device "meta" is another rank's, or DeepSpeed's master weights'.
+            if not p.is_meta and (now.get(name) is not p or local(p.detach()).data_ptr() != part.data_ptr()):
                 raise ValueError(
                     f"parameter {name} was replaced after dtrain.join, or is gathered; shard, move or load the model first, "
                     "then join, and call model.reshard() after a forward pass without a backward one"
                 )
+
+
+class Part(NamedTuple):
+    """What a rank holds of one parameter."""
+
+    values: Tensor
+    """In place; empty where it holds nothing."""
+    first: int
+    """Where they begin within the flat parameter, in elements."""
 
 
 def embeddings_of(model: nn.Module) -> Set[int]:
@@ -255,14 +275,14 @@ def flatten(
 
 
 def flat_parts(
-    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
-    *, embeddings: Set[int] = frozenset(),
+    named: Iterable[tuple[str, nn.Parameter]], parts: Mapping[str, Part],
+    include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, *, embeddings: Set[int] = frozenset(),
 ) -> Flat:  # fmt: skip
     """``flatten`` where a rank holds a part of each parameter, which stays where it is."""
     names, parameters, trained = _shared(named, include, exclude)
-    storages = tuple(local(p.detach()) for p in parameters)
-    looked_up = _looked_up(names, parameters, embeddings)
-    return Flat(names, parameters, storages, order_of(parameters), trained, looked_up, in_parts=True)
+    storages, firsts = zip(*(parts[name] for name in names), strict=True)
+    looked_up, order = _looked_up(names, parameters, embeddings), order_of(parameters)
+    return Flat(names, parameters, storages, order, trained, looked_up, in_parts=True, firsts=firsts)
 
 
 def _looked_up(names: Sequence[str], parameters: Sequence[nn.Parameter], embeddings: Set[int]) -> frozenset[str]:
@@ -351,7 +371,7 @@ def _values(flat: Flat, kind: int, start: int, stop: int) -> Tensor:
     """A bucket's: a view of the parameters, or empty until it is at hand where these are in parts."""
     if not flat.in_parts:
         return flat.storages[kind][start:stop]
-    return torch.empty(0, dtype=flat.parameters[flat.order[kind][0]].dtype, device=flat.storages[0].device)
+    return torch.empty(0, dtype=flat.parameters[flat.order[kind][0]].dtype, device=flat.device)
 
 
 def _gradient(flat: Flat, x: Tensor) -> Tensor:

@@ -300,12 +300,12 @@ def _name(k: int) -> str:
 
 def check_same_model(weights: Mapping[str, Tensor], model: torch.nn.Module, where: Path) -> None:
     """Raises ValueError where a checkpoint holds another model."""
-    check_same_shapes({k: tuple(v.shape) for k, v in weights.items()}, model, where)
+    have, want = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, model.state_dict()))
+    check_same_shapes(have, want, where)
 
 
-def check_same_shapes(have: Mapping[str, tuple[int, ...]], model: torch.nn.Module, where: Path) -> None:
-    """``check_same_model`` by its tensors' shapes."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+def check_same_shapes(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """``check_same_model`` by the shapes of a checkpoint's tensors, and of the model's."""
     if want == have:
         return
     name = next(k for k in sorted({*want, *have}) if want.get(k) != have.get(k))

@@ -18,6 +18,7 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dtrain import units
+from dtrain.engine_fits import Shape, check_deepspeed, check_fsdp
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
 from dtrain.sections_each import Each, IslandPlan
@@ -84,24 +85,10 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _shards_fit(self) -> Job:
-        islands, sharded = self.islands, [(key, ranks) for key, ranks, engine in self._shapes() if engine == "fsdp"]
-        for key, said in (("shards", islands.shards is not None), ("recompute", islands.recompute)):
-            if said and not sharded:
-                raise ValueError(
-                    f'islands.{key} is of islands.engine = "fsdp", and it is {islands.engine!r}; leave it out, or use '
-                    "islands.engine=fsdp"
-                )
-        for key, ranks in sharded:
-            if islands.shards is not None and ranks % islands.shards:
-                raise ValueError(
-                    f"islands.shards = {islands.shards} does not divide {key} = {ranks}; use a divisor of it, as {ranks}"
-                )
-        if self.train.merge == "variance_corrected" and any(ranks > 1 for _, ranks in sharded):
-            raise ValueError(
-                'train.merge = "variance_corrected" needs each tensor whole on a rank, and islands.engine = "fsdp" shards them; '
-                "use train.merge=mean, or islands.engine=ddp"
-            )
+    def _engines_fit(self) -> Job:
+        shapes = list(self._shapes())
+        check_fsdp(self.islands, self.train, shapes)
+        check_deepspeed(self.islands, self.train, shapes)
         return self
 
     @model_validator(mode="after")
@@ -169,15 +156,15 @@ class Job(Section):
         """The islands that are not the launcher's own children."""
         return [k for k in range(self.islands.count) if not self.island(k).here]
 
-    def _shapes(self) -> Iterator[tuple[str, int, str]]:
+    def _shapes(self) -> Iterator[Shape]:
         """(the key that says the ranks, ranks, engine) of every island whose table says some, and of those that take [islands]'
         answers."""
         if self.islands.each is None:
-            yield "islands.ranks", self.islands.ranks, self.islands.engine
+            yield Shape("islands.ranks", self.islands.ranks, self.islands.engine)
         for k, own in enumerate(self.islands.each or ()):
             plan = self.island(k)
             key = "islands.ranks" if own.ranks is None and own.engine is None else f"islands.each.{k}.ranks"
-            yield key, plan.ranks, plan.engine
+            yield Shape(key, plan.ranks, plan.engine)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:

@@ -67,7 +67,7 @@ class Sync:
         check_ranks(recipe, self._ranks.num_ranks)
         plan, *_ = plans = assemble_levels(recipe, seed, connection.num_nodes)
         self._flat = flat_of(model, recipe.include, recipe.exclude, self._ranks)
-        device = self._flat.storages[0].device
+        device = self._flat.device
         for level in recipe.levels:
             prepare_kernels(level, device, lambda: log.warning("compiling the CPU kernels, once: about half a minute"))
         cuts = cut_levels(plans, self._flat, optimizers, connection)

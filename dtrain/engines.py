@@ -2,6 +2,7 @@
 
     ddp        the whole model; gradients are added up (``inside.py``)
     fsdp       a part of every parameter (FSDP2); ``islands.shards`` ranks have all of them, and copies of those are HSDP
+    deepspeed  a part of its state, as the stage of ZeRO has it (``inside_zero.py``)
     pipeline   a stage of its layers (``inside_stages.py``)"""
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dtrain import zero_config
+from dtrain.build import build_optimizers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.inside import Batches, Inside, Whole
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.stages import Stages
+from dtrain.island.zero import Zero
 from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
+from dtrain.optim import adamw
+from dtrain.recipes import Recipe
+from dtrain.updates import Stepped, Updates
 
-_RANKS: Mapping[str, Callable[[torch.device], Island]] = {"ddp": Replicas, "fsdp": Parts, "pipeline": Stages}
+_RANKS: Mapping[str, Callable[[torch.device], Island]] = {
+    "ddp": Replicas, "fsdp": Parts, "deepspeed": Parts, "pipeline": Stages,
+}  # fmt: skip
 
 Heldout = tuple[Tensor, Tensor]
 
@@ -46,7 +55,20 @@ def trained(job: Job, whole: nn.Module, ranks: Island, device: torch.device) -> 
         return shard(
             whole, device, shards=shards, bf16=job.train.precision == "bf16", recompute=job.islands.recompute
         )
+    if job.islands.engine == "deepspeed":
+        config, train = zero_config.of_job(job), job.train
+        own = None if "optimizer" in config else adamw(whole.to(device), lr=train.lr, weight_decay=train.weight_decay)
+        return Zero(whole, device, config, own)
     return whole.to(device)
+
+
+def updates_of(job: Job, recipe: Recipe, model: nn.Module) -> Updates:
+    """``model``: what ``trained`` gave."""
+    if isinstance(model, Zero):
+        from dtrain.inside_zero import ZeroUpdates
+
+        return ZeroUpdates(model)
+    return Stepped(build_optimizers(job, recipe, model))
 
 
 def inside_of(
@@ -58,6 +80,10 @@ def inside_of(
         from dtrain.inside_stages import Staged  # torch's pipelines take a second to import, too
 
         return Staged(job, model, whole, batches, heldout, connection)
+    if isinstance(model, Zero):
+        from dtrain.inside_zero import ZeroInside
+
+        return ZeroInside(job, model, batches, heldout, connection)
     if not connection.ranks.whole:
         from dtrain.inside_shards import Sharded
 

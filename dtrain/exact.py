@@ -116,6 +116,7 @@ class Exact:
         def restore() -> None:
             for x, value in zip(tensors, saved, strict=True):
                 x.copy_(value)
+            self._flat.changed()
 
         return restore
 

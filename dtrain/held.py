@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from dtrain.bucket import Flat, embeddings_of, flat_parts, flatten
+from dtrain.bucket import Flat, Part, embeddings_of, flat_parts, flatten
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
-from dtrain.shards import is_part
+from dtrain.island.zero import Zero
+from dtrain.shards import first_element, is_part, local
 
 
 def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None, ranks: Island) -> Flat:
     """The parameters that islands share, and ``ranks`` know of them then. Raises ValueError where they cannot."""
+    if isinstance(model, Zero):
+        return ranks.hold(model.flat(include, exclude))
     named = list(model.named_parameters())
     parts = [name for name, p in named if is_part(p)]
     if ranks.whole:
@@ -31,7 +34,8 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
                 f"parameter {frozen[0]} is frozen, and frozen ones of a sharded model cannot be made equal on all islands yet; "
                 "leave it out of fully_shard's modules, or use an island of DDP ranks"
             )
-        flat = flat_parts(named, include, exclude, embeddings=embeddings_of(model))
+        held = {name: Part(local(p.detach()), first_element(p)) for name, p in named}
+        flat = flat_parts(named, held, include, exclude, embeddings=embeddings_of(model))
     return ranks.hold(flat)
 
 

@@ -31,7 +31,11 @@ class Islands(Section):
     engine: Engine = Field(
         "ddp",
         description="inside an island: ddp, each rank has the whole model; fsdp, a part of every parameter (FSDP2); pipeline, a "
-        "stage of its layers",
+        "stage of its layers; deepspeed, a part of what its ZeRO shards",
+    )
+    deepspeed: str | None = Field(
+        None, min_length=1, examples=["zero2.json"],
+        description="of engine deepspeed: its JSON file, which says stage (1, 2 or 3), bf16 and offload",
     )
     shards: int | None = Field(
         None, ge=1, description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all"

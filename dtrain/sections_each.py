@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from dtrain.section import Section
 
-Engine = Literal["ddp", "fsdp", "pipeline"]
+Engine = Literal["ddp", "fsdp", "pipeline", "deepspeed"]
 LauncherName = Literal["local", "ssh", "slurm", "manual"]
 OF_SSH = ("host", "workdir", "python")
 
@@ -20,7 +20,7 @@ class Each(Section):
     """One island's own answers. ``ranks``, ``engine`` and ``interface`` that are left out are those of all."""
 
     ranks: int | None = Field(None, ge=1, le=1024, description="this island's processes (GPUs); left out: islands.ranks")
-    engine: Engine | None = Field(None, description="inside this island: ddp, fsdp or pipeline; left out: islands.engine")
+    engine: Engine | None = Field(None, description="as islands.engine, which is taken where it is left out")
     launcher: LauncherName = Field(
         "local",
         description="who starts it: local, dtrain run itself, here; ssh, dtrain run on host; manual or slurm, its site, by the "

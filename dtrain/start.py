@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from dtrain import checkpoint
 from dtrain.connect import Connection
 from dtrain.engine import Sync
+from dtrain.island.zero import Zero
 from dtrain.shards import is_part
+from dtrain.updates import Updates
 
 _OF_A_RANK = re.compile(r"(stage|shard)\d+\.")
 
@@ -45,7 +46,7 @@ def read(run: Path, connection: Connection, step: int, model: nn.Module) -> dict
     """The tensors of a checkpoint that are this rank's. Raises ValueError where they are of another model, or damaged."""
     prefix, own = connection.ranks.prefix, model.state_dict()
     held = {f"model.{name}" for name in own}
-    sharded = any(map(is_part, own.values()))
+    sharded = isinstance(model, Zero) or any(map(is_part, own.values()))
 
     def wanted(key: str) -> bool:
         if key.startswith("model."):
@@ -55,27 +56,38 @@ def read(run: Path, connection: Connection, step: int, model: nn.Module) -> dict
     saved = checkpoint.load_island(run, step, connection.node, wanted)
     folder = checkpoint.island_folder(run, step, connection.node)
     if sharded:
-        checkpoint.check_same_shapes(checkpoint.shapes_of_island(folder), model, folder)
+        shapes = model.shapes if isinstance(model, Zero) else {name: tuple(x.shape) for name, x in own.items()}
+        checkpoint.check_same_shapes(checkpoint.shapes_of_island(folder), shapes, folder)
     else:
         checkpoint.check_same_model(_weights(saved), model, folder)
     return saved
 
 
 def restore(
-    run: Path, connection: Connection, saved: dict[str, Tensor], step: int, model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer], sync: Sync,
-) -> None:  # fmt: skip
+    run: Path, connection: Connection, saved: dict[str, Tensor], step: int, model: nn.Module, updates: Updates, sync: Sync
+) -> None:
     """Put what ``read`` gave where it was. After the sync was made: that makes the islands' weights equal, and those of a
     checkpoint are each island's own."""
     prefix, own = connection.ranks.prefix, model.state_dict()
-    if any(map(is_part, own.values())):
+    if isinstance(model, Zero):
+        for name, shape in model.shapes.items():  # one whole tensor at a time
+            checkpoint.load_parts(run, step, connection.node, {f"model.{name}": (whole := torch.empty(shape))})
+            model.put(name, whole)
+    elif any(map(is_part, own.values())):
         checkpoint.load_parts(run, step, connection.node, {f"model.{name}": x for name, x in own.items()})
     else:
         model.load_state_dict(_weights(saved))
-    checkpoint.load_optimizers(optimizers, saved, prefix)
+    updates.load(saved, prefix)
     mine = f"{prefix}sync."
     sync.load_state_dict({k.removeprefix(mine): v for k, v in saved.items() if k.startswith(mine)})
     torch.set_rng_state(saved[f"rng{connection.ranks.rank}"])
+
+
+def model_tensors(model: nn.Module, connection: Connection) -> dict[str, Tensor]:
+    """For a checkpoint: what this rank has of the model, and of master weights that rank 0 has gathered all."""
+    if isinstance(model, Zero):
+        return {f"model.{name}": x.cpu() for name, x in model.whole() if connection.ranks.rank == 0}
+    return {f"model.{name}": x for name, x in model.state_dict().items()}
 
 
 def _weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:

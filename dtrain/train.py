@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dtrain import checkpoint, engines, start
 from dtrain.assemble import prepare_kernels
-from dtrain.build import build_model, build_optimizers, build_recipe, moved_bytes
+from dtrain.build import build_model, build_recipe, moved_bytes
 from dtrain.clock import Clock
 from dtrain.config import Job
 from dtrain.connect import Connection, connect, settings_of
@@ -31,17 +31,19 @@ from dtrain.errors import NonFinite, Regroup
 from dtrain.hf_model import save_config
 from dtrain.inside import Batches, Inside
 from dtrain.island.device import own_device
+from dtrain.island.zero import Zero
 from dtrain.loggers import loggers_of
 from dtrain.looks import look
 from dtrain.membership import Notice, Place
 from dtrain.metrics import MetricsWriter, Part, State, StatusFile, write_part
-from dtrain.optim import SAM, at_averages, cosine_lr, set_lr
+from dtrain.optim import SAM, at_averages, cosine_lr
 from dtrain.own_model import check_logits
 from dtrain.profile_steps import Window
 from dtrain.profiled import Observe, Profiled, unobserved
 from dtrain.recipes import rho_of
 from dtrain.saves import Saves
 from dtrain.spans import span
+from dtrain.updates import Updates
 from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
@@ -102,13 +104,17 @@ class _Island:
     model: nn.Module
     """What this rank trains: all of the model, or its stage."""
     inside: Inside
-    optimizers: list[torch.optim.Optimizer]
+    updates: Updates
     sam: SAM | None
     sync: Sync
     heldout: tuple[Tensor, Tensor]
     clock: Clock
     first_step: int
     """Where these islands began: 0, or where those before them, of another number, were merged."""
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return self.updates.optimizers
 
     @property
     def speaks(self) -> bool:
@@ -176,15 +182,16 @@ def _begin(
     if job.model.theirs and ranks.whole:
         check_logits(model, job.model, corpus.vocab)
     recipe = build_recipe(job)
-    optimizers = build_optimizers(job, recipe, model)
+    updates = engines.updates_of(job, recipe, model)
     saved = start.read(run, connection, begin.step, model) if begin.of_checkpoint else {}
     time_s, aside_s, wall_s = (float(saved.get(f"clock.{name}", 0.0)) for name in ("time_s", "aside_s", "wall_s"))
     if begin.step and not saved:  # islands of another number trained until here: their time is the run's, and not these islands'
         time_s = aside_s = checkpoint.weights_time_s(run / "init.safetensors")
     clock = Clock(time_s, 0.0, aside_s, wall_s, wall_begun)
-    sync = Sync(model, optimizers, recipe, connection, clip=job.train.clip, seed=job.job.seed, scaler=None)
+    clip = None if isinstance(model, Zero) else job.train.clip  # DeepSpeed's step clips
+    sync = Sync(model, updates.optimizers, recipe, connection, clip=clip, seed=job.job.seed, scaler=None)
     if saved:
-        start.restore(run, connection, saved, begin.step, model, optimizers, sync)
+        start.restore(run, connection, saved, begin.step, model, updates, sync)
     else:
         sync.begin_after(begin.step)
     inputs, targets = heldout_sequences(corpus, job.model.context)
@@ -193,8 +200,8 @@ def _begin(
     first_step = int(saved.get("first_step", begin.step))
     rho = rho_of(recipe, job.train.sam_rho)
     return _Island(
-        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, inside=inside, optimizers=optimizers,
-        sam=SAM(optimizers, rho=rho, joined=ranks.joined) if rho else None, sync=sync, heldout=heldout, clock=clock,
+        job=job, corpus=corpus, run=run, status=status, connection=connection, model=model, inside=inside, updates=updates,
+        sam=SAM(updates.optimizers, rho=rho, joined=ranks.joined) if rho else None, sync=sync, heldout=heldout, clock=clock,
         first_step=first_step,
     )  # fmt: skip
 
@@ -216,8 +223,7 @@ def _loop(island: _Island, observe: Observe) -> None:
             island.status.update("training", step)
             said_at = time.monotonic()
         lr = cosine_lr(step, steps=job.train.steps, warmup=job.train.warmup, peak=job.train.lr, floor=floor)
-        for optimizer in island.optimizers:
-            set_lr(optimizer, lr)
+        island.updates.set_lr(lr)
         loss, tokens = _step_or_idle(island, step)
         ended = clock.train_s()
         seen = look(job, sync, island.inside, island.optimizers, clock, step + 1, functools.partial(_say, island))
@@ -260,16 +266,14 @@ def _step(island: _Island, step: int) -> float:
     else:
         total = island.sam.gradient(lambda: _gradient(island, step))
     with span("optimizer", moved_bytes(island.optimizers)):
-        for optimizer in island.optimizers:
-            optimizer.step()
+        island.updates.step(island.sync)
     return total
 
 
 def _gradient(island: _Island, step: int) -> float:
     """Forward and backward over the island's batch; returns the island's mean loss."""
     ranks = island.connection.ranks
-    for optimizer in island.optimizers:
-        optimizer.zero_grad()
+    island.updates.clear()
     total = ranks.total([island.inside.gradient(step)])[0]
     if not math.isfinite(total):
         raise NonFinite(f"step {step + 1}: the loss is {total}; lower train.lr, or set train.clip")
@@ -292,8 +296,8 @@ def _save(island: _Island, step: int) -> None:
     rank, prefix, clock = island.connection.ranks.rank, island.connection.ranks.prefix, island.clock
     numbers = {"time_s": clock.time_s(), "aside_s": clock.aside_s, "wall_s": clock.wall_s()}
     tensors = (
-        {f"model.{k}": v for k, v in island.model.state_dict().items()}
-        | checkpoint.optimizers_tensors(island.optimizers, prefix)
+        start.model_tensors(island.model, island.connection)
+        | island.updates.tensors(prefix)
         | checkpoint.averaged_names(island.optimizers, island.model, prefix)
         | {f"{prefix}sync.{k}": v for k, v in island.sync.state_dict().items()}
         | {f"rng{rank}": torch.get_rng_state()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tomllib
@@ -9,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import chosen, own, quorum, schedule, topology
+from dtrain import chosen, own, quorum, schedule, topology, zero_config
 from dtrain.config import Job, load_job, parse_job
 from dtrain.data import hf_rows
 from dtrain.launch import meeting
@@ -18,7 +19,7 @@ from dtrain.loggers import check_loggers
 from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
-from dtrain.recipes import AXES, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
+from dtrain.recipes import AXES, Recipe, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
 from dtrain.sections_sync import Answers
 
 How = Literal["run", "script", "sim"]
@@ -123,7 +124,8 @@ def roundless(job: Job) -> tuple[str, ...]:
 
 
 def with_absolute_paths(job: Job) -> Job:
-    """The job as a run keeps it: its text, graph, model and own recipe are found again from any working directory."""
+    """The job as a run keeps it: its text, graph, model, own recipe and DeepSpeed's file are found again from any working
+    directory."""
     if is_own(job.model.factory):
         model = job.model.model_copy(update={"factory": own.absolute(job.model.factory)})
         job = job.model_copy(update={"model": model})
@@ -136,6 +138,9 @@ def with_absolute_paths(job: Job) -> Job:
         source = os.path.abspath(source)
     tokenizer = tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer)
     job = job.model_copy(update={"data": job.data.model_copy(update={"source": source, "tokenizer": tokenizer})})
+    if job.islands.deepspeed is not None:
+        file = os.path.abspath(job.islands.deepspeed)
+        job = job.model_copy(update={"islands": job.islands.model_copy(update={"deepspeed": file})})
     levels = [level.model_copy(update=_absolute(level)) for level in job.sync.level or [job.sync]]
     return _with_levels(job, levels)
 
@@ -186,6 +191,9 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
                 f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "pipeline" '
                 "may have none of them; use islands.engine=ddp"
             )
+        if how == "run":
+            for k in (k for k, plan in enumerate(plans) if plan.engine == "deepspeed"):
+                _check_deepspeed(job.seen_by(k), recipe)
         refuse_sim(job)
         if part is None:
             check_hosts(job)
@@ -322,6 +330,12 @@ def refuse_sim(job: Job, read: Collection[str] = ()) -> None:
 def refuse_speeds(job: Job) -> None:
     """Raises ValueError where islands are of unequal speed: the planner compares recipes of which few have idle steps."""
     _refuse_changed(job, "islands", "speeds", "with dtrain plan, whose slow islands are those of sim.stragglers")
+
+
+def _check_deepspeed(job: Job, recipe: Recipe) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError('islands.engine = "deepspeed" needs DeepSpeed, which is not installed: pip install dtrain[deepspeed]')
+    zero_config.check(job, recipe)
 
 
 def _check_link(job: Job, part: int | None) -> None:

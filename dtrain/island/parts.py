@@ -1,4 +1,5 @@
-"""How do the ranks of an island that each hold a part of every parameter work as one? As FSDP2 leaves them, sharded or in copies.
+"""How do the ranks of an island that each hold a part of every parameter work as one? As FSDP2 leaves them, sharded or in copies,
+or as ZeRO does, whose ranks hold parts of fp32 master weights, of some parameters none (``zero.py``).
 
 Buckets are cut from the whole model, as on an island of one rank, and each is carried over the link by one of the ranks, its
 owner: so wires do not depend on how an island is sharded, codec blocks and low-rank matrices lie whole, and islands of any shape
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from dtrain.bucket import Bucket, Flat, order_of
 from dtrain.island.ranges import Held, Piece, first_holders, pieces
 from dtrain.island.replicas import broadcast, highest, joined, sums
-from dtrain.shards import first_element, local
+from dtrain.shards import local
 
 _T = TypeVar("_T")
 
@@ -45,40 +46,42 @@ class Parts:
         self.num_ranks = self.num_replicas = dist.get_world_size()
         self.prefix = f"shard{self.rank}."
         self._device = device
-        self._parameters: Sequence[nn.Parameter] = ()
+        self._flat = Flat((), (), (), (), ())
         self._held: list[list[Held]] = []
         self._routes: dict[int, _Route] = {}
 
     def hold(self, flat: Flat) -> Flat:
         """Tell each other who holds what. Of parameters that are other ranks' alone, as those of other stages are, this rank has
         the shapes, on the device "meta"."""
-        flat = self._of_island(flat)
-        self._parameters = flat.parameters
+        self._flat = flat = self._of_island(flat)
         starts, at = dict[int, int](), 0
         for members in flat.order:
             for i in members:
                 starts[i] = at
                 at += flat.parameters[i].numel()
-        firsts = [starts[i] + (0 if p.is_meta else first_element(p)) for i, p in enumerate(flat.parameters)]
-        own = [
-            Held(first, first + (0 if p.is_meta else local(p).numel())) for first, p in zip(firsts, flat.parameters, strict=True)
-        ]
-        self._held = self._tell(own)
+        firsts = [starts[i] + first for i, first in enumerate(flat.firsts)]
+        self._held = self._tell([Held(first, first + x.numel()) for first, x in zip(firsts, flat.storages, strict=True)])
         return flat
 
     def _of_island(self, flat: Flat) -> Flat:
         """All ranks' parameters, in the order of the ranks, each once."""
-        own = dict(zip(flat.names, flat.parameters, strict=True))
-        said = [(name, p.shape, p.dtype, name in flat.embeddings) for name, p in own.items()]
+        own = {name: i for i, name in enumerate(flat.names)}
+        said = [(name, p.shape, p.dtype, name in flat.embeddings) for name, p in zip(flat.names, flat.parameters, strict=True)]
         found = {name: (shape, dtype, looked_up) for told in self._tell(said) for name, shape, dtype, looked_up in told}
         if len(found) == len(own):
             return flat
         parameters = tuple(
-            own[name] if name in own else nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+            flat.parameters[own[name]] if name in own else nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
             for name, (shape, dtype, _) in found.items()
         )
+        nothing = torch.empty(0, device=self._device)
+        storages = tuple(flat.storages[own[name]] if name in own else nothing for name in found)
+        firsts = tuple(flat.firsts[own[name]] if name in own else 0 for name in found)
         embeddings = frozenset(name for name, (_, _, looked_up) in found.items() if looked_up)
-        return replace(flat, names=tuple(found), parameters=parameters, order=order_of(parameters), embeddings=embeddings)
+        return replace(
+            flat, names=tuple(found), parameters=parameters, storages=storages, order=order_of(parameters), embeddings=embeddings,
+            firsts=firsts,
+        )  # fmt: skip
 
     def _tell(self, own: list[_T]) -> list[list[_T]]:
         """What each rank has."""
@@ -94,7 +97,7 @@ class Parts:
 
     @contextmanager
     def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
-        values = [local(p.detach()) for p in self._parameters]
+        values = self._flat.storages
         try:
             for wave in self._waves(buckets):
                 self._gather(wave, lambda b: b.x, values)
@@ -102,22 +105,23 @@ class Parts:
             if changes:
                 for wave in self._waves(buckets):
                     self._scatter(wave, lambda b: b.x, values)
+                self._flat.changed()
         finally:
             for b in buckets:
                 _let_go(b.x)
 
     def read_gradients(self, buckets: Sequence[Bucket]) -> None:
         """Fill the owners' ``g``; a missing gradient counts as zero."""
-        gradients = [_gradient(p) for p in self._parameters]
+        gradients = [_gradient(p) for p in self._flat.parameters]
         for wave in self._waves(buckets):
             self._gather(wave, _g, gradients)
 
     def share_gradients(self, buckets: Sequence[Bucket]) -> None:
         """Put the owners' ``g`` into every ``grad``."""
-        for p in self._parameters:
+        for p in self._flat.parameters:
             if p.grad is None and not p.is_meta:
                 p.grad = torch.zeros_like(p)
-        gradients = [_gradient(p) for p in self._parameters]
+        gradients = [_gradient(p) for p in self._flat.parameters]
         for wave in self._waves(buckets):
             self._scatter(wave, _g, gradients)
         for b in buckets:
@@ -148,7 +152,7 @@ class Parts:
         out, sizes = list[Tensor](), [0] * self.num_ranks
         for b in wave:
             mine = self._route(b).gives[self.rank]
-            out += [values[piece.held].reshape(-1)[piece.inside].to(of(b).dtype) for piece in mine]
+            out += [values[piece.held].reshape(-1)[piece.inside].to(self._device, of(b).dtype) for piece in mine]
             sizes[b.owner] = sum(piece.here.stop - piece.here.start for piece in mine)
         # In the order of owners, which that of a wave is.
         own = next((b for b in wave if b.owner == self.rank), None)

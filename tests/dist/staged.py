@@ -58,7 +58,8 @@ def with_engines(
     torch.set_num_threads(1)
     engine, ranks = engines[place_from_env().island]
     run = Path(os.environ["DTRAIN_RUN"], name)
-    return _once_and_again(engine_job(source, engine, ranks, *changes), run, resume_step)
+    said = [change for change in changes if engine == "deepspeed" or not change.startswith("islands.deepspeed=")]
+    return _once_and_again(engine_job(source, engine, ranks, *said), run, resume_step)
 
 
 def trained(*, source: str, name: str, changes: list[str], resume_step: int = 0) -> dict[str, Any]:

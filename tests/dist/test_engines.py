@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.plan.sent import sent
 from tests.dist import job, staged
 from tests.dist.harness import Result, run_islands, show, values
+from tests.unit import by_hand
 from tests.unit.by_hand import train, write_texts
 
 pytestmark = pytest.mark.timeout(600)
@@ -29,6 +32,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 """At step 12 a round of diloco flies: it began after step 10."""
 SHARED = 1e-5
 """By which parameters may differ after 20 steps in fp32: ranks add gradients and norms of parts in an order of their own."""
+ZERO = 2e-5
+"""DeepSpeed averages gradients in another order, too. All but one of 20480 are within 3e-6: that one's gradient all but cancels,
+and Adam divides by its size."""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,51 @@ def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
     for name in RECIPES:
         assert furthest(tmp_path / name, alone[name]) < SHARED, name
     assert [v["same"] for v in values(results, "diloco")] == [True] * 2 * ranks
+
+
+def zero_file(folder: Path, stage: int, **more: Any) -> str:
+    """The override that names it."""
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | more), encoding="utf-8")
+    return f'islands.deepspeed="{path}"'
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_island_of_deepspeed_ranks_trains_resumes_and_merges_as_one_of_one_rank(
+    source: Path, tmp_path: Path, alone: dict[str, Path], stage: int
+) -> None:
+    pytest.importorskip("deepspeed")
+    changes = (zero_file(tmp_path, stage), "train.eval_merged=true")  # which shows a mean, and takes it back
+    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), *changes, resumed="diloco")
+    for name in RECIPES:
+        assert furthest(tmp_path / name, alone[name]) < ZERO, name
+        # What is computed with follows the master weights to the mean.
+        assert by_hand.part_of(tmp_path / name, 0).eval_loss == pytest.approx(by_hand.part_of(alone[name], 0).eval_loss, abs=ZERO)
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 4
+
+
+@pytest.mark.slow
+def test_what_the_file_says_of_bf16_and_offload_is_done(source: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+    pytest.importorskip("deepspeed")
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    file = zero_file(tmp_path, 3, bf16={"enabled": True}, zero_optimization=zero)
+    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, ["diloco"], file, resumed="diloco")
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 4
+    # Nearer than the 0.033 by which an island's own model differs from the mean; bf16 has 8 bits of a number.
+    found, exact = (by_hand.part_of(run, 0).eval_loss for run in (tmp_path / "diloco", alone["diloco"]))
+    assert found is not None
+    assert found != exact
+    assert found == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_deepspeed_island_works_beside_one_of_one_rank(source: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+    pytest.importorskip("deepspeed")
+    unlike = [("deepspeed", 2), ("ddp", 1)]
+    results = launched(source, tmp_path, unlike, ["diloco", "dilocox"], zero_file(tmp_path, 2), resumed="diloco")
+    for name in ("diloco", "dilocox"):
+        assert furthest(tmp_path / name, alone[name]) < ZERO, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 3
 
 
 def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What runs inside an island whose ranks share the model as DeepSpeed's ZeRO has it? Each computes its share of the batch;
+DeepSpeed averages gradients, clips and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain import checkpoint
+from dtrain.config import Job
+from dtrain.connect import Connection
+from dtrain.engine import Sync
+from dtrain.errors import NonFinite
+from dtrain.evaluate import batches_of, nats
+from dtrain.inside import Batches, mean_loss
+from dtrain.island.zero import Zero
+from dtrain.optim import set_lr
+from dtrain.spans import span
+
+
+class ZeroInside:
+    """An ``Inside``; in stage 3 modules are gathered by all ranks together, so each of them computes as often as the others."""
+
+    def __init__(
+        self, job: Job, model: Zero, batches: Batches, heldout: tuple[Tensor, Tensor], connection: Connection
+    ) -> None:
+        self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
+        self._ranks = connection.ranks
+        self._draws = bool(job.model.theirs)  # gpt has no dropout
+        self.parameters = sum(torch.Size(shape).numel() for shape in model.shapes.values())
+
+    def gradient(self, step: int) -> float:
+        train, ranks, model = self._job.train, self._ranks, self._model
+        size = train.batch // (ranks.num_ranks * train.accumulate)
+        total = 0.0
+        for micro in range(train.accumulate):
+            inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
+            with span("forward_backward"):
+                if self._draws:
+                    torch.manual_seed(self._batches.noise_seed(step, micro, rank=ranks.rank))
+                loss = mean_loss(model(inputs), targets, 1)
+                model.engine.backward(loss)  # which divides by the number of micro-batches
+                if micro < train.accumulate - 1:
+                    model.step()
+                total += float(loss.detach()) / train.accumulate
+        return total / ranks.num_ranks
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Batch k is computed by rank k mod ranks; where some have none left, they compute one that does not count."""
+        parts = list(batches_of(self._heldout))
+        total_nats = 0.0
+        self._model.eval()
+        for first in range(0, len(parts), self._ranks.num_ranks):
+            at = first + self._ranks.rank
+            inputs, targets = parts[min(at, len(parts) - 1)]
+            found = nats(self._model(inputs), targets)
+            total_nats += found if at < len(parts) else 0.0
+        self._model.train()
+        return self._ranks.total([total_nats])[0] / self._heldout[1].numel()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The master weights."""
+        return {name: x.cpu() for name, x in self._model.whole() if self._ranks.rank == 0}
+
+
+class ZeroUpdates:
+    """``Updates`` by DeepSpeed's own step. It calls the optimizer in it once a group of parameters, so that no hook would fit."""
+
+    def __init__(self, model: Zero) -> None:
+        self._model = model
+        self.optimizers: list[Optimizer] = []
+
+    def set_lr(self, lr: float) -> None:
+        set_lr(self._model.optimizer, lr)
+
+    def clear(self) -> None:
+        """DeepSpeed's step has."""
+
+    def step(self, sync: Sync) -> None:
+        sync.before_update()
+        if not self._model.step():
+            raise NonFinite(f"step {sync.step + 1}: DeepSpeed found a gradient that is not finite; lower train.lr")
+        sync.after_update()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        with self._model.grouped() as optimizer:
+            return checkpoint.optimizers_tensors([optimizer], prefix)
+
+    def load(self, saved: Mapping[str, Tensor], prefix: str) -> None:
+        with self._model.grouped() as optimizer:
+            checkpoint.load_optimizers([optimizer], saved, prefix)
