@@ -29,14 +29,19 @@ if TYPE_CHECKING:
 State = Literal["ok", "warn", "fail"]
 PYTHON, TORCH, PYDANTIC = "3.11", "2.11", "2"
 """The oldest that dtrain runs with, as pyproject.toml has them."""
-OTHERS = ("numpy", "typer", "rich", "networkx", "matplotlib", "safetensors")
+OTHERS = ("numpy", "typer", "rich", "networkx", "matplotlib", "safetensors", "pyyaml")
 """What else dtrain needs; whether they are there is enough."""
+_MODULES = {"pyyaml": "yaml"}
+"""Of packages whose modules have another name."""
 EXTRAS = (
     ("sim", "rates", "sdp", "cvxpy"),
     ("islands", "engine", "deepspeed", "deepspeed"),
-    ("model", "name", "hf", "transformers"),
+    ("model", "hf", "", "transformers"),
+    ("data", "source", "hf:", "datasets"),
+    ("log", "tensorboard", "True", "tensorboard"),
+    ("log", "wandb", "", "wandb"),
 )
-"""Section, key, how the answer begins that asks for it, and the package."""
+"""Section, key, how an answer that is not empty begins where it asks for it, and the package."""
 _ASK_S = 120.0
 _OLDEST_GPU = (8, 0)
 """The compute capability from which dtrain's kernels are compiled and compared."""
@@ -209,7 +214,7 @@ def package(name: str, said: Answer, *, oldest: str = "", needed: bool = True, w
 
 
 def other_packages() -> Finding:
-    gone = [name for name in OTHERS if find_spec(name) is None]
+    gone = [name for name in OTHERS if find_spec(_MODULES.get(name, name)) is None]
     if gone:
         return Finding("packages", "fail", f"not installed: {', '.join(gone)}", pip(*gone))
     return Finding("packages", "ok", ", ".join(OTHERS))
@@ -225,8 +230,8 @@ def of_job(asked: Asked, said: Said) -> Iterator[Finding]:
         check = shlex.join(["dtrain", "check", asked.job.sync.recipe or DEFAULT_RECIPE])
         yield Finding("recipe", "warn", f"the job's size cannot be reckoned: {said.error}", check)
     for section, key, begins, name in EXTRAS:
-        chosen = str(getattr(getattr(asked.job, section), key, ""))
-        if chosen.startswith(begins):
+        chosen = str(getattr(getattr(asked.job, section), key))
+        if chosen and chosen.startswith(begins):
             there, key = find_spec(name) is not None, f'{section}.{key} = "{chosen}"'
             yield Finding(name, "ok", f"there, for {key}") if there else Finding(
                 name, "fail", f"not installed, and {key} needs it", pip(name)

@@ -126,6 +126,8 @@ def test_an_extra_that_the_job_asks_for_is_looked_for(monkeypatch: pytest.Monkey
     (gone,) = doctor.of_job(job, said)
     assert (gone.name, gone.state, gone.what) == ("cvxpy", "fail", 'not installed, and sim.rates = "sdp" needs it')
     assert gone.remedy.endswith("-m pip install cvxpy")
+    own = asked(model={"hf": "a/model"}, data={"source": "hf:a/set"}, log={"tensorboard": True, "wandb": "p"})
+    assert [found.name for found in doctor.of_job(own, said)] == ["transformers", "datasets", "tensorboard", "wandb"]
     monkeypatch.setattr(doctor, "find_spec", lambda name: name)
     assert [finding.state for finding in doctor.of_job(job, said)] == ["ok"]
     assert list(doctor.of_job(asked(), said)) == []
