@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dtrain import chosen
 from dtrain.codec_name import MAX_BLOCK
 from dtrain.lanes import rank_of_lane
-from dtrain.shards import local
+from dtrain.shards import local, named_parameters
 
 GRAIN = MAX_BLOCK
 """Elements; every codec's block divides it."""
@@ -212,7 +212,7 @@ class Flat:
 
     def check_in_place(self, model: nn.Module) -> None:
         """Raises ValueError where a parameter no longer is a view of its storage: it would train, and never be sent."""
-        now = dict(model.named_parameters())
+        now = dict(named_parameters(model))
         if self.in_parts:
             self._check_parts(now)
             return

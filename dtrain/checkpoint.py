@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dtrain.optim import ScheduleFreeAdamW, average_of
-from dtrain.shards import local, placed_as
+from dtrain.shards import local, named_parameters, placed_as
 
 _MANIFEST = "manifest.json"
 _NAMES = ".names"
@@ -190,6 +190,11 @@ def _model_of(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an island's training stands for: its parameters, but x of those that Schedule-Free steps."""
     weights = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
     for optimizer in (key.removesuffix(_NAMES) for key in saved if key.endswith(_NAMES)):
+        if optimizer.startswith("shard"):
+            raise ValueError(
+                "the averages of Schedule-Free lie in parts in these checkpoints, and only islands of their own number can go on "
+                "from them; resume with the same islands.count"
+            )
         names = _read_json(saved[optimizer + _NAMES])
         for group in _read_json(saved[f"{optimizer}.groups"]):
             for index in group["params"]:
@@ -243,10 +248,13 @@ def weights_time_s(path: Path) -> float:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
     """A torch optimizer's state as flat tensors; hyper-parameters are JSON in a byte tensor."""
     saved = optimizer.state_dict()
-    out = {f"{name}.groups": _as_json(saved["param_groups"])}
+    out, numbers = {f"{name}.groups": _as_json(saved["param_groups"])}, dict[str, dict[str, float]]()
     for index, state in saved["state"].items():
-        out |= {f"{name}.state.{index}.{key}": local(value) for key, value in state.items()}
-    return out
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        out |= {f"{name}.state.{index}.{key}": local(value) for key, value in tensors.items()}
+        if len(tensors) < len(state):  # DeepSpeed's optimizers count in plain numbers
+            numbers[str(index)] = {key: value for key, value in state.items() if key not in tensors}
+    return out | ({f"{name}.numbers": _as_json(numbers)} if numbers else {})
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -259,7 +267,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, name: str, tensors:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
         state[index] = {key: value if key == "step" else placed_as(parameters[index], value) for key, value in values.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    numbers = _read_json(tensors[f"{name}.numbers"]) if f"{name}.numbers" in tensors else {}
+    whole = {index: {**values, **numbers.get(str(index), {})} for index, values in state.items()}
+    optimizer.load_state_dict({"state": whole, "param_groups": groups})
 
 
 def optimizers_tensors(optimizers: Sequence[torch.optim.Optimizer], prefix: str = "") -> dict[str, Tensor]:
@@ -272,7 +282,7 @@ def averaged_names(optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.
     """Beside ``optimizers_tensors``: the names of the parameters (several of one that is tied), in the order of their numbers
     there, whose averages are the model. Nothing of other optimizers."""
     names: dict[torch.Tensor, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in named_parameters(model, remove_duplicate=False):
         names.setdefault(p, []).append(name)
     return {
         prefix + _name(k) + _NAMES: _as_json([names[p] for group in optimizer.param_groups for p in group["params"]])

@@ -18,7 +18,7 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dtrain import units
-from dtrain.engine_fits import Shape, check_deepspeed, check_fsdp
+from dtrain.engine_fits import Shape, check_deepspeed, check_fsdp, check_uneven
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
 from dtrain.sections_each import Each, IslandPlan
@@ -89,6 +89,7 @@ class Job(Section):
         shapes = list(self._shapes())
         check_fsdp(self.islands, self.train, shapes)
         check_deepspeed(self.islands, self.train, shapes)
+        check_uneven(self.train, shapes)
         return self
 
     @model_validator(mode="after")

@@ -395,4 +395,6 @@ def join(
     row = of_join(of_section({**of_job, **said}, connection.num_nodes), total_steps)
     row = with_speeds(with_start(row, start), speeds, connection.num_nodes)
     check_loop(row, optimizers, clip=clip, scaler=scaler)
+    if isinstance(optimizers, SAM):
+        optimizers.joined = connection.ranks.joined
     return Sync(model, optimizers_of(optimizers), row, connection, clip=clip, seed=seed, scaler=scaler)

@@ -59,6 +59,12 @@ def check_deepspeed(islands: Islands, train: Train, shapes: Sequence[Shape]) -> 
     _refuse_corrected(train, "deepspeed")
 
 
+def check_uneven(train: Train, shapes: Sequence[Shape]) -> None:
+    """Raises ValueError where islands are not alike and their merge needs them to be."""
+    if len({(shape.ranks, shape.engine) for shape in shapes}) > 1 and any(shape.engine == "pipeline" for shape in shapes):
+        _refuse_corrected(train, "pipeline")
+
+
 def _of_another(key: str, engine: str, islands: Islands) -> str:
     return (
         f'islands.{key} is of islands.engine = "{engine}", and it is {islands.engine!r}; leave it out, or use '

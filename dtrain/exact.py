@@ -24,6 +24,7 @@ from dtrain.membership import Notice
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipes import Recipe
 from dtrain.rounds import Rounds
+from dtrain.shards import is_part
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, START
@@ -100,7 +101,8 @@ class Exact:
         with self._ranks.at_hand(self._buckets, changes=True):
             if self._connection.num_nodes > 1:
                 self._run(0, flights)
-        self._ranks.share([*frozen, *buffers, *(p.detach() for p in self._flat.apart)])
+        apart = [p.detach() for p in self._flat.apart if not is_part(p)]  # a part is its rank's alone
+        self._ranks.share([*frozen, *buffers, *apart])
         self._averaged = averaged_buffers(self._model)
 
     @torch.no_grad()

@@ -11,14 +11,14 @@ from dtrain.bucket import Flat, Part, embeddings_of, flat_parts, flatten
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.zero import Zero
-from dtrain.shards import first_element, is_part, local
+from dtrain.shards import first_element, is_part, local, named_parameters
 
 
 def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None, ranks: Island) -> Flat:
     """The parameters that islands share, and ``ranks`` know of them then. Raises ValueError where they cannot."""
     if isinstance(model, Zero):
         return ranks.hold(model.flat(include, exclude))
-    named = list(model.named_parameters())
+    named = named_parameters(model)
     parts = [name for name, p in named if is_part(p)]
     if ranks.whole:
         if parts:
@@ -28,13 +28,13 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
             )
         flat = flatten(named, include, exclude, embeddings=embeddings_of(model))
     else:
-        frozen = [name for name, p in named if not p.requires_grad]
+        frozen = [name for name, p in named if not p.requires_grad and is_part(p)]
         if frozen:
             raise ValueError(
                 f"parameter {frozen[0]} is frozen, and frozen ones of a sharded model cannot be made equal on all islands yet; "
                 "leave it out of fully_shard's modules, or use an island of DDP ranks"
             )
-        held = {name: Part(local(p.detach()), first_element(p)) for name, p in named}
+        held = {name: Part(local(p.detach()), first_element(p)) for name, p in named if p.requires_grad}
         flat = flat_parts(named, held, include, exclude, embeddings=embeddings_of(model))
     return ranks.hold(flat)
 

@@ -6,7 +6,7 @@ notes of shapes takes 3 KB an operation, and as long again: one step of it tells
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -100,7 +100,9 @@ class Profiled:
         write_json(self._folder / f"profile-rank{rank}.json", content)
 
 
-def written(run: Path, num_islands: int, num_ranks: int) -> list[Path]:
-    """What the ranks of a profiled run left, in their order."""
-    folders = [run / "logs" / f"island{island}" for island in range(num_islands)]
-    return [folder / f"profile-rank{rank}.json" for folder in folders for rank in range(num_ranks)]
+def written(run: Path, num_ranks: Sequence[int]) -> list[Path]:
+    """What the ranks of a profiled run left, in their order. ``num_ranks``: of each island."""
+    return [
+        run / "logs" / f"island{island}" / f"profile-rank{rank}.json"
+        for island, count in enumerate(num_ranks) for rank in range(count)
+    ]  # fmt: skip

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_part(x: Tensor) -> bool:
     """Whether it is one of torch's DTensors, which FSDP makes of parameters (torch.distributed.tensor is slow to import, and need
     not be where no DTensor is)."""
     return hasattr(x, "to_local")
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Parameter]]:
+    """By the names that they have without activation checkpointing, whose wrappers would stand among them."""
+    found = model.named_parameters(remove_duplicate=remove_duplicate)
+    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in found]
 
 
 def local(x: Tensor) -> Tensor:

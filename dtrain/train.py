@@ -341,7 +341,7 @@ def _merge(island: _Island, train_s: float, stats: Stats, own_loss: float) -> No
     if node == 0:
         checkpoint.save_weights(island.run / "model.safetensors", merged_weights, step=steps)
         if job.model.hf:
-            save_config(island.model, island.run)
+            save_config(island.model.engine.module if isinstance(island.model, Zero) else island.model, island.run)
     part = Part(
         island=node,
         islands=island.connection.num_nodes,

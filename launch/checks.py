@@ -332,6 +332,15 @@ def refuse_speeds(job: Job) -> None:
     _refuse_changed(job, "islands", "speeds", "with dtrain plan, whose slow islands are those of sim.stragglers")
 
 
+def refuse_uneven(job: Job) -> None:
+    """Raises ValueError where islands have different engines or numbers of ranks: the planner knows one kind."""
+    if job.uneven:
+        raise ValueError(
+            "dtrain plan knows islands of one kind, and tables [[islands.each]] say another engine or number of ranks; leave "
+            "them out, and say islands.ranks and islands.engine of the slowest"
+        )
+
+
 def _check_deepspeed(job: Job, recipe: Recipe) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError('islands.engine = "deepspeed" needs DeepSpeed, which is not installed: pip install dtrain[deepspeed]')

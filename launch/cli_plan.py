@@ -67,7 +67,7 @@ def plan(
     Example: dtrain plan JOB.toml --link 100mbit --rtt 40ms --gpu h100 --islands 2,64
     """
     from dtrain import units
-    from dtrain.launch.checks import read_job, refuse_sim, refuse_speeds
+    from dtrain.launch.checks import read_job, refuse_sim, refuse_speeds, refuse_uneven
     from dtrain.launch.plan_job import Said, setting_of
     from dtrain.launch.plan_rows import as_sentences, check_json, other_sizes, planned, write_json
     from dtrain.launch.plan_table import foot, table_lines
@@ -112,8 +112,9 @@ def plan(
         check_json(json_file)
     refuse_sim(job, READ)
     refuse_speeds(job)
+    refuse_uneven(job)
     console = Console()
-    setting, notes = setting_of(job_file, overrides or (), job, said, console)
+    setting, notes = setting_of(job_file, overrides or (), job.seen_by(0), said, console)
     notes += other_sizes(sizes, job.islands.count, measured=said.measures_steps)
     plans = [planned(setting, job, size) for size in sizes]
     width = console.width if console.is_terminal else None

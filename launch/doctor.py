@@ -74,7 +74,7 @@ class Asked:
     @property
     def ranks(self) -> int:
         """Of all islands."""
-        return self.job.islands.count * self.job.islands.ranks
+        return self.job.ranks
 
 
 @dataclass(frozen=True, slots=True)

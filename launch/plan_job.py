@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dtrain import metrics, units
+from dtrain import metrics, units, zero_config
 from dtrain.build import model_of_shapes
 from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
@@ -124,7 +124,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
-        shards=(job.islands.shards or job.islands.ranks) if job.islands.engine == "fsdp" else 1,
+        shards=_shards(job),
         recomputes=job.islands.recompute,
         link=link,
         island=lambda codec: replace(
@@ -178,6 +178,17 @@ def _hidden(model: nn.Module, stage: Shapes) -> int:
 
 def _numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _shards(job: Job) -> int:
+    """Ranks that share weights, gradients and moments; of ZeRO's first stages, which share some of them, none."""
+    match job.islands.engine:
+        case "fsdp":
+            return job.islands.shards or job.islands.ranks
+        case "deepspeed" if zero_config.of_job(job)["zero_optimization"]["stage"] == 3:
+            return job.islands.ranks
+        case _:
+            return 1
 
 
 def _busy(job: Job) -> float:

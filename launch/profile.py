@@ -52,20 +52,20 @@ def profile_job(
         outcome = run_local(opened.job, opened.run, resume_step=0, script=(), console=console, options=options)
         if outcome.exit_status:
             return outcome, None
-        found = tables(opened.run, opened.job.islands.count, opened.job.islands.ranks)
+        found = tables(opened.run, [opened.job.island(k).ranks for k in range(opened.job.islands.count)])
         if with_ncu:
             numel = read_part(folder(opened.run, 0)).parameters
             found = replace(found, dram=ncu.rows(ncu.collect(recipe.codec, numel)))
         return outcome, found
 
 
-def tables(run: Path, num_islands: int, num_ranks: int) -> Tables:
-    """Merge what the ranks of a profiled run left, and count."""
+def tables(run: Path, num_ranks: Sequence[int]) -> Tables:
+    """Merge what the ranks of a profiled run left, and count. ``num_ranks``: of each island."""
     from dtrain.chrome import read_rank, write_merged
     from dtrain.profile_table import kernel_rows, link_line, ours_line, part_rows, see, share_line, share_rows, traced_line
     from dtrain.profiled import written
 
-    ranks = [read_rank(path) for path in written(run, num_islands, num_ranks)]
+    ranks = [read_rank(path) for path in written(run, num_ranks)]
     write_merged(run / "trace.json", ranks)
     seen = [see(rank) for rank, _ in ranks]
     lines = [traced_line(seen), link_line(seen), ours_line(seen), share_line(seen)]

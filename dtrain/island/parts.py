@@ -138,9 +138,10 @@ class Parts:
 
     def _waves(self, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
         """One bucket of each owner at a time, so that what is on its way inside the island is no second copy of the model."""
-        of_owner = [[b for b in buckets if b.owner == owner] for owner in range(self.num_ranks)]
-        for wave in zip_longest(*of_owner):
-            yield [b for b in wave if b is not None]
+        for dtype in dict.fromkeys(b.x.dtype for b in buckets):
+            alike = [b for b in buckets if b.x.dtype == dtype]
+            for wave in zip_longest(*([b for b in alike if b.owner == owner] for owner in range(self.num_ranks))):
+                yield [b for b in wave if b is not None]
 
     def _route(self, b: Bucket) -> _Route:
         if b.index not in self._routes:

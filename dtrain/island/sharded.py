@@ -23,7 +23,6 @@ def shard(
     names, sizes = (("shard",), (shards,)) if shards == ranks else (("replicate", "shard"), (ranks // shards, shards))
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    model.to(device)
     if recompute:
         blocks = {id(block) for block in _blocks(model)}
         apply_activation_checkpointing(model, check_fn=lambda module: id(module) in blocks)

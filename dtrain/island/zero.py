@@ -22,6 +22,15 @@ from torch.optim import Optimizer
 from dtrain.bucket import Flat, Part, embeddings_of, flat_parts
 
 
+def _refuse(model: nn.Module) -> None:
+    """Raises ValueError for a model with what does not come back from ZeRO's parts."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    beside = model.state_dict().keys() - {name for name, _ in model.named_parameters()}
+    if frozen or beside:
+        what = f"{frozen[0]} is frozen" if frozen else f"{min(beside)} is a buffer, or tied to another parameter"
+        raise ValueError(f'islands.engine = "deepspeed": {what}, which is not carried yet; use islands.engine=fsdp, or ddp')
+
+
 class Zero(nn.Module):
     """A DeepSpeed engine over the island's default process group; all ranks call each method together."""
 
@@ -29,6 +38,7 @@ class Zero(nn.Module):
         """``config``: DeepSpeed's; ``optimizer``: None where the config names one. Raises ValueError where master weights are not
         fp32."""
         super().__init__()
+        _refuse(model)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._device, self._stale = device, False
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU that there is, also for a model on the CPU

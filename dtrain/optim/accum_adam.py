@@ -109,7 +109,9 @@ class AccumAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
             p = parameters[index]
-            self.state[p] |= {key: value.to("cpu" if key == "step" else p.device, copy=True) for key, value in state.items()}
+            self.state[p] |= {
+                key: local(value).to("cpu" if key == "step" else p.device, copy=True) for key, value in state.items()
+            }
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

@@ -43,7 +43,7 @@ class SAM:
             raise ValueError(f"rho = {rho!r} is not allowed; use a number above 0, or the optimizer without SAM")
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.rho = rho
-        self._joined = joined
+        self.joined = joined
 
     def step(self, closure: Callable[[], T]) -> T:
         """``gradient``, then the optimizers' steps; returns the loss at the parameters themselves."""
@@ -92,4 +92,4 @@ class SAM:
         if not gradients:
             return torch.zeros(())
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-        return torch.linalg.vector_norm(self._joined(torch.stack([norm.to(norms[0].device) for norm in norms])))
+        return torch.linalg.vector_norm(self.joined(torch.stack([norm.to(norms[0].device) for norm in norms])))
