@@ -141,6 +141,11 @@ class Job(Section):
         """Of all islands together."""
         return sum(self.island(k).ranks for k in range(self.islands.count))
 
+    def ranks_beside(self, k: int) -> int:
+        """Ranks that share the machine of island k, its own among them: of the launcher's own islands; one elsewhere is alone."""
+        plans = [self.island(n) for n in range(self.islands.count)]
+        return sum(plan.ranks for plan in plans if plan.here) if plans[k].here else plans[k].ranks
+
     @property
     def uneven(self) -> bool:
         """Whether islands have different engines or numbers of ranks, so that ranks have no counterparts."""

@@ -49,16 +49,16 @@ from dtrain.wait import Stats
 _STATUS_EVERY_S = 0.5
 
 
-def cpu_threads(job: Job) -> int:
+def cpu_threads(job: Job, island: int = 0) -> int:
     """Threads a rank. The number is part of a run's arithmetic, so live runs and the simulator take the same."""
-    return job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks)
+    return job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks_beside(island))
 
 
 def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     """One rank of one island, under torchrun. Goes back to the last commit and on when a lost island has come
     back. The steps of ``window`` are profiled."""
     assert place.run is not None
-    torch.set_num_threads(cpu_threads(job))
+    torch.set_num_threads(cpu_threads(job, place.island))
     device = own_device(place, sum(job.island(k).ranks for k in range(place.island)))
     job = job.seen_by(place.island)
     if place.num_ranks > 1:

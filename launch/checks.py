@@ -192,8 +192,9 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
                 "may have none of them; use islands.engine=ddp"
             )
         if how == "run":
-            for k in (k for k, plan in enumerate(plans) if plan.engine == "deepspeed"):
-                _check_deepspeed(job.seen_by(k), recipe)
+            for k, plan in enumerate(plans):
+                if plan.engine == "deepspeed" and (plan.here if part is None else k == part):
+                    _check_deepspeed(job.seen_by(k), recipe)
         refuse_sim(job)
         if part is None:
             check_hosts(job)

@@ -45,4 +45,5 @@ def close(
     console.print(Text(f"\neverything{but} is in {run_folder}"), soft_wrap=True)
     if summary:
         console.print(Text(f"  dtrain report {run_folder}    beside other runs: name them too"), soft_wrap=True)
+    if summary and 0 not in elsewhere:  # whose model it is
         console.print(Text(f"  dtrain eval {run_folder}      its models, evaluated again"), soft_wrap=True)

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 def _of_job(path: Path, overrides: Sequence[str]) -> dict[str, object]:
     from dtrain.build import build_recipe
     from dtrain.config import load_job
-    from dtrain.data.corpus import load_corpus
+    from dtrain.data.corpus import corpus_of
 
     job = load_job(path, overrides)
     try:
@@ -51,7 +51,7 @@ def _of_job(path: Path, overrides: Sequence[str]) -> dict[str, object]:
     except ValueError as e:
         return {"refused": str(e)}
     try:
-        vocab = load_corpus(job.data.source).vocab
+        vocab = corpus_of(job.data).vocab
     except ValueError as e:
         return {"no_text": str(e)}
     return asdict(size_of(job, recipe, vocab))
@@ -91,14 +91,12 @@ def _gpu(k: int) -> Gpu:
 
 def size_of(job: Job, recipe: Recipe, vocab: int) -> Size:
     """Of one island: its weights, its optimizer's numbers and what its recipe keeps, of every level."""
-    from dtrain.models.gpt import GPT, GPTConfig
+    from dtrain.build import model_of_shapes
     from dtrain.optim import hidden_matrices
     from dtrain.plan.sent import sent
     from dtrain.recipes import moments_of, optimizer_of
 
-    m = job.model
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, context=m.context))
+    model = model_of_shapes(job, vocab)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     parameters, by_muon = sum(map(math.prod, shapes.values())), sum(p.numel() for p in hidden_matrices(model))
     optimizer = optimizer_of(recipe, job.train.optimizer, job.train.moments_every)

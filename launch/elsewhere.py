@@ -50,8 +50,15 @@ class Call:
 def by_hand(call: Call, launch: islands.Launch, island: int) -> str:
     """The command that a site types for its island."""
     named = (f"job.name={launch.job.job.name}",) if call.fresh_name else ()
-    words = ["dtrain", "run", str(call.job_file), *call.overrides, *named, *_part(call, launch, island)]
+    words = ["dtrain", "run", str(_job_there(call, launch, island)), *call.overrides, *named, *_part(call, launch, island)]
     return shlex.join(words)
+
+
+def _job_there(call: Call, launch: islands.Launch, island: int) -> Path:
+    """The job file as the site has it: the same, or, of a run that is resumed by its own, that of the site's own run folder."""
+    own = call.resume and call.job_file.resolve() == (launch.run / "job.toml").resolve()
+    folder = call.job_file.parent
+    return folder.with_name(f"{folder.name}-island{island}") / "job.toml" if own else call.job_file
 
 
 def by_ssh(call: Call, launch: islands.Launch, island: int) -> list[str]:

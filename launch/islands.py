@@ -88,7 +88,7 @@ def command(launch: Launch, island: int, epoch: int) -> list[str]:
 
 def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[str, str]:
     job = launch.job
-    threads = job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks)
+    threads = job.islands.threads or max(1, (os.cpu_count() or 1) // job.ranks_beside(island))
     return {
         "DTRAIN_RUN": str(launch.run),
         "DTRAIN_JOB": str(launch.run / "job.toml"),

@@ -121,7 +121,17 @@ def _check(job: Job, asked: Asked) -> None:
         raise ValueError(f"--volume {asked.volume}: no claim has such a name; use small letters, digits, dashes and dots")
     if job.link.transport == "nccl":
         raise ValueError('link.transport = "nccl" is for islands that share a machine, and pods do not; use "c10d"')
-    named = {"data.source": job.data.source} if job.data.source != "stdlib" else {}
+    source, model = job.data.source, job.model
+    on_hub = source.startswith("hf:") and not os.path.exists(source.split(":")[1])
+    named = {"data.source": source} if source != "stdlib" and not on_hub else {}
+    if job.data.tokenizer != "bytes":
+        named["data.tokenizer"] = job.data.tokenizer
+    if is_own(model.factory):
+        named["model.factory"] = model.factory
+    if os.path.exists(model.hf):  # else a name on the hub
+        named["model.hf"] = model.hf
+    if job.islands.deepspeed is not None:
+        named["islands.deepspeed"] = job.islands.deepspeed
     for k, level in enumerate(job.sync.level or [job.sync]):
         section = f"sync.level.{k}" if job.sync.level else "sync"
         own = {axis: getattr(level, axis) for axis in OWN_AXES}

@@ -36,6 +36,8 @@ def enter(there: Lab, job_file: Path, overrides: Sequence[str]) -> tuple[Job, li
             f"{job_file}: islands.count = {job.islands.count}, and the lab has {there.islands}; make a larger one, or say "
             f"islands.count={there.islands}"
         )
+    if job.elsewhere:
+        raise ValueError(f"{job_file}: island {job.elsewhere[0]} runs elsewhere, and all of a lab's run here; use dtrain run")
     lab_net.enter(lab.hub())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each address that has no name
     return job, link_keys(there, job)
@@ -45,6 +47,7 @@ def link_keys(there: Lab, job: Job) -> list[str]:
     """Overrides: rates are the lab's, so none is kept by the transport; so is the round trip where the lab has one."""
     keys = ["link.rate=none", f"link.interface={lab.DEVICE}", 'link.advertise=""']
     keys += [f"sync.level.{k}.rate=none" for k in range(len(job.sync.level or ()))]
+    keys += [f"islands.each.{k}.interface={lab.DEVICE}" for k in range(len(job.islands.each or ()))]
     if there.link.rtt_s:
         keys += ["link.rtt=0ms", *(f"sync.level.{k}.rtt=0ms" for k in range(len(job.sync.level or ())))]
     return keys

@@ -289,7 +289,8 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Out
             committed_at = now
         seen = fleet.seen(now)
         fleet.tell_lost(seen, store)
-        word.say(fleet.epoch, fleet.step, [island.restarts for island in fleet.islands], [island.note for island in fleet.views])
+        notes = [v.note if i.failed_at is not None else "" for i, v in zip(fleet.islands, fleet.views, strict=True)]
+        word.say(fleet.epoch, fleet.step, [island.restarts for island in fleet.islands], notes)
         view.show(fleet.views, now)
         for line in printed.lines(fleet.epoch):
             view.line(line)

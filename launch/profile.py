@@ -37,6 +37,8 @@ def profile_job(
         if override.partition("=")[0] == "train.steps":
             raise ValueError(f"{override}: dtrain profile ends after the steps that it looks at; say how many with --steps")
     job = resolved(read_job(job_file, overrides))
+    if job.elsewhere:
+        raise ValueError(f"island {job.elsewhere[0]} runs elsewhere, and dtrain profile looks at islands here; profile it there")
     recipe = of_section(job.sync.model_dump(exclude_none=True), job.islands.count)
     window = window_of(recipe, steps)
     if with_ncu:

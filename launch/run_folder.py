@@ -97,7 +97,8 @@ def open_part(job_path: Path, overrides: Sequence[str], choice: Choice, island: 
     if island >= job.islands.count:
         raise ValueError(f"--island {island} of {job.islands.count} islands; the last is island {job.islands.count - 1}")
     run = Path(job.job.dir, f"{job.job.name}-island{island}")
-    if choice.resume and job_path.name == "job.toml" and (job_path.parent / "logs" / f"island{island}").is_dir():
+    own = job_path.name == "job.toml" and job_path.resolve().parent.name.endswith(f"-island{island}")
+    if choice.resume and own and (job_path.parent / "logs" / f"island{island}").is_dir():
         run = job_path.parent
     job = job.model_copy(update={"job": job.job.model_copy(update={"name": run.resolve().name})})
     resumes = choice.resume and (run / "job.toml").exists()

@@ -63,7 +63,7 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     for k, component in enumerate(islands if apart else [None]):
         lines += _component(job, asked, [component] if component else islands, first=k == 0)
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
-    lines += ["", *_places(job, asked, islands[0].interface)]
+    lines += ["", *_places(job, asked, job.link.interface or islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
     lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
     if asked.island is None:

@@ -25,6 +25,7 @@ from dtrain.engines import ranks_of
 from dtrain.island.parts import Parts
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
+from dtrain.optim import SAM
 from dtrain.profiled import Observe, unobserved
 from dtrain.shards import local, whole
 from dtrain.train import train_island
@@ -121,7 +122,7 @@ class _Enough(Exception):
     """What is asked for has been seen; all ranks stop at one step."""
 
 
-def own_loop(*, recipe: str, every: int, codec: str) -> list[list[float]]:
+def own_loop(*, recipe: str, every: int, codec: str, rho: float = 0.0) -> list[list[float]]:
     """Somebody's own loop over a model that ``fully_shard`` has sharded, or over a plain one where there is one rank. What the
     model is after the merge."""
     torch.set_num_threads(1)
@@ -133,11 +134,19 @@ def own_loop(*, recipe: str, every: int, codec: str) -> list[list[float]]:
     if ranks > 1:
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    with dtrain.join(model, optimizer, recipe=recipe, every=every, codec=codec, bucket_bytes=256, clip=0.5) as sync:
+    sam = SAM(optimizer, rho=rho) if rho else None
+    with dtrain.join(model, sam or optimizer, recipe=recipe, every=every, codec=codec, bucket_bytes=256, clip=0.5) as sync:
         for step in range(12):
             x = torch.randn(8, 7, generator=torch.Generator().manual_seed(100 * sync.island + step)).chunk(ranks)[rank]
-            optimizer.zero_grad()
-            (model(x) - x[:, :3].sin()).square().mean().backward()
+
+            def gradient(x: torch.Tensor = x) -> None:
+                optimizer.zero_grad()
+                (model(x) - x[:, :3].sin()).square().mean().backward()
+
+            if sam is None:
+                gradient()
+            else:
+                sam.gradient(gradient)
             optimizer.step()
         sync.merge()
     return [whole(p.detach()).flatten().tolist() for p in model.parameters()]

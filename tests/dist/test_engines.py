@@ -186,6 +186,7 @@ def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
     loops = {
         "rounds": functools.partial(staged.own_loop, recipe="diloco", every=4, codec="identity"),
         "gradients": functools.partial(staged.own_loop, recipe="allreduce", every=1, codec="identity"),
+        "sam": functools.partial(staged.own_loop, recipe="fedavg", every=4, codec="identity", rho=0.1),
     }
     each = [run_islands(loops, 2, ranks, run=tmp_path / str(ranks), timeout_s=200) for ranks in (1, 2)]
     for name in loops:

@@ -260,6 +260,7 @@ def test_shellcheck_has_nothing_to_say(words: Sequence[str]) -> None:
         (("--namespace", "Team"), "--namespace Team: Kubernetes has no such names"),
         (("--volume", "my runs"), "--volume my runs: no claim has such a name"),
         (("--image", "a b"), "--image 'a b' is no image; write REGISTRY/NAME:TAG"),
+        (("model.factory=mine.py:make",), "model.factory = 'mine.py:make' is a file here, and pods have others"),
         (("data.source=text",), "data.source = 'text' is a file here, and pods have others; say where it lies in the image"),
         (("link.transport=nccl",), 'link.transport = "nccl" is for islands that share a machine'),
         ((f"job.name={'a' * 51}",), f"job.name = '{'a' * 51}' makes host names longer than 63 characters"),
