@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import Store
 from dtrain.config import load_job
 from dtrain.errors import PeerLost
 from dtrain.launch import islands
+from dtrain.launch.part_words import started
 from dtrain.membership import meeting_store
 
 _POLL_S = 0.2
@@ -29,7 +30,7 @@ def follow(launch: islands.Launch, island: int, store: Store) -> int:
     after one that did not."""
     epoch = -1
     while True:
-        epoch, step = newer(store, epoch, launch.job.link.timeout_s)
+        epoch, step = newer(store, island, epoch, launch.job.link.timeout_s)
         environment = {**os.environ, **islands.environment(launch, island, epoch, step)}
         command = islands.command(launch, island, epoch)
         if subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode == 0:
@@ -37,14 +38,13 @@ def follow(launch: islands.Launch, island: int, store: Store) -> int:
         print(f"the torchrun of epoch {epoch} has failed here; waiting for the next", flush=True)
 
 
-def newer(store: Store, epoch: int, timeout_s: float) -> tuple[int, int]:
-    """(epoch, step) of the next start after an epoch; raises PeerLost where the launcher tells none in time."""
+def newer(store: Store, island: int, epoch: int, timeout_s: float) -> tuple[int, int]:
+    """(epoch, step) of the island's next start after an epoch; raises PeerLost where the launcher tells none in time."""
     gives_up = time.monotonic() + timeout_s
     while time.monotonic() < gives_up:
-        if store.check(["regroup"]):
-            told, step = map(int, store.get("regroup").decode().split(":"))
-            if told > epoch:
-                return told, step
+        told = started(store, island)
+        if told is not None and told[0] > epoch:
+            return told
         time.sleep(_POLL_S)
     raise PeerLost((), f"the launcher has told of no start within {timeout_s:g} s")
 

@@ -25,7 +25,7 @@ from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
 from dtrain.launch.elsewhere import Call, There
 from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.launchers import Here, Launcher, Look
-from dtrain.launch.part_words import say_commits, say_job
+from dtrain.launch.part_words import say_commits, say_job, say_started
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
 from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
@@ -86,6 +86,8 @@ def run_local(
             store = meeting.serve(listener)  # imports torch while the islands do
             store.set("regroup", f"0:{resume_step}")
             say_job(store, job)
+            if not job.elsewhere:
+                fleet.say_started(fleet.everyone, store)
             if call is not None and job.elsewhere:
                 for k in job.elsewhere:
                     fleet.islands[k].launcher = There(launch, k, store, call, view.line)
@@ -143,6 +145,11 @@ class Fleet:
             self.islands[index].failed_at = None
         self.starting = ()
 
+    def say_started(self, indices: Sequence[int], store: TCPStore) -> None:
+        """An island that regroups where it runs is not started, and its other nodes must not take it for so."""
+        for index in indices:
+            say_started(store, index, self.epoch, self.step)
+
     def tell_lost(self, seen: Sequence[Seen], store: TCPStore) -> None:
         """To islands that would not find out by waiting for them."""
         from dtrain.membership import tell_lost
@@ -195,6 +202,7 @@ class Fleet:
         for index in lost:
             self.islands[index].restarts += 1
         self.start()
+        self.say_started(lost, store)
         names = ", ".join(str(index) for index in lost)
         return f"island {names} was lost and is started again; all islands go on from step {self.step}"
 
@@ -312,6 +320,7 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Out
                 view.line(fleet.restart(store))
             else:
                 fleet.start()
+                fleet.say_started(fleet.everyone, store)
                 begun = True
 
 

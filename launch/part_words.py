@@ -165,6 +165,19 @@ def commits(store: Store) -> list[int]:
     return json.loads(store.get("part/commits")) if store.check(["part/commits"]) else []
 
 
+def say_started(store: Store, island: int, epoch: int, step: int) -> None:
+    """Of an island, to those of its nodes that start after the first."""
+    store.set(f"started/{island}", f"{epoch}:{step}")
+
+
+def started(store: Store, island: int) -> tuple[int, int] | None:
+    """(epoch, step) of an island's newest start; None before the first."""
+    if not store.check([f"started/{island}"]):
+        return None
+    epoch, step = map(int, store.get(f"started/{island}").decode().split(":"))
+    return epoch, step
+
+
 def _joined(island: int) -> str:
     return f"part/{island}/joined"
 

@@ -31,10 +31,10 @@ class Told(HashStore):
     def __init__(self, *words: str) -> None:
         super().__init__()
         self._words: Iterator[str] = iter(words)
-        self.set("regroup", "")
+        self.set("started/1", "")
 
     def get(self, key: str) -> bytes:
-        assert key == "regroup"
+        assert key == "started/1", "of its own island: others are started again without it"
         return next(self._words).encode()
 
 
@@ -62,11 +62,11 @@ def test_each_start_is_followed_until_one_ends_well() -> None:
 
 def test_the_meeting_point_is_asked() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("regroup", "3:40")
+    store.set("started/1", "3:40")
     there = follow.reach(f"127.0.0.1:{store.port}", 30.0)
-    assert follow.newer(there, 2, 30.0) == (3, 40)
+    assert follow.newer(there, 1, 2, 30.0) == (3, 40)
     with pytest.raises(PeerLost, match=r"the launcher has told of no start within 0\.3 s"):
-        follow.newer(there, 3, 0.3)
+        follow.newer(there, 1, 3, 0.3)
 
 
 def test_a_launcher_that_never_comes_is_not_waited_for_without_end(capsys: pytest.CaptureFixture[str]) -> None:
