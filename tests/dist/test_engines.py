@@ -35,9 +35,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 """At step 12 a round of diloco flies: it began after step 10."""
 SHARED = 1e-5
 """By which parameters may differ after 20 steps in fp32: ranks add gradients and norms of parts in an order of their own."""
-ZERO = 2e-5
-"""DeepSpeed averages gradients in another order, too. All but one of 20480 are within 3e-6: that one's gradient all but cancels,
-and Adam divides by its size."""
+ADDED = 2e-5
+"""Where gradients are averaged in another order than one rank's: DDP's, DeepSpeed's, and micro-batches (1.15e-5 each). All but one
+of 20480 are within 3e-6: that one's gradient all but cancels, and Adam divides by its size."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
     """Rounds in flight among them, and low rank on shards as on the whole."""
     results = launched(source, tmp_path, [(engine, ranks)] * 2, list(RECIPES), *changes, resumed=["diloco", "decent_adam"])
     for name in RECIPES:
-        assert furthest(tmp_path / name, alone[name]) < SHARED, name
+        assert furthest(tmp_path / name, alone[name]) < (SHARED if engine == "fsdp" else ADDED), name
     for name in ("diloco", "decent_adam"):
         assert [v["same"] for v in values(results, name)] == [True] * 2 * ranks, name
 
@@ -116,7 +116,7 @@ def test_an_island_of_deepspeed_ranks_trains_resumes_and_merges_as_one_of_one_ra
     changes = (zero_file(tmp_path, stage), "train.eval_merged=true")  # which shows a mean, and takes it back
     results = launched(source, tmp_path, [("deepspeed", 2)] * 2, list(RECIPES), *changes, resumed=["diloco", "decent_adam"])
     for name in RECIPES:
-        assert furthest(tmp_path / name, alone[name]) < ZERO, name
+        assert furthest(tmp_path / name, alone[name]) < ADDED, name
         # What is computed with follows the master weights to the mean.
         assert by_hand.part_of(tmp_path / name, 0).eval_loss == pytest.approx(by_hand.part_of(alone[name], 0).eval_loss, abs=ZERO)
     assert [v["same"] for v in values(results, "diloco")] == [True] * 4
@@ -142,7 +142,7 @@ def test_a_deepspeed_island_works_beside_one_of_one_rank(source: Path, tmp_path:
     unlike = [("deepspeed", 2), ("ddp", 1)]
     results = launched(source, tmp_path, unlike, ["diloco", "dilocox"], zero_file(tmp_path, 2), resumed=["diloco", "decent_adam"])
     for name in ("diloco", "dilocox"):
-        assert furthest(tmp_path / name, alone[name]) < ZERO, name
+        assert furthest(tmp_path / name, alone[name]) < ADDED, name
     assert [v["same"] for v in values(results, "diloco")] == [True] * 3
 
 
