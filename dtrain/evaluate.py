@@ -26,6 +26,22 @@ def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int =
     return total_nats / sequences[1].numel()
 
 
+@torch.no_grad()
+def nats_of_share(model: nn.Module, sequences: tuple[Tensor, Tensor], *, rank: int, num_ranks: int) -> float:
+    """A rank's part of the sum of all losses, of a model that its ranks gather together: batch k is computed by rank k mod
+    num_ranks, and where some have none left, they compute one that does not count."""
+    parts = list(batches_of(sequences))
+    total_nats = 0.0
+    model.eval()
+    for first in range(0, len(parts), num_ranks):
+        at = first + rank
+        inputs, targets = parts[min(at, len(parts) - 1)]
+        found = nats(model(inputs), targets)
+        total_nats += found if at < len(parts) else 0.0
+    model.train()
+    return total_nats
+
+
 def batches_of(sequences: tuple[Tensor, Tensor], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
     """(batch, T) each, the last may be smaller. Raises ValueError where there are none."""
     inputs, targets = sequences

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dtrain.config import Job
 from dtrain.connect import Connection
-from dtrain.evaluate import batches_of, nats
+from dtrain.evaluate import nats_of_share
 from dtrain.inside import Batches, mean_loss
 from dtrain.island.sharded import adds_up, gathered_no_more
 from dtrain.models.gpt import num_parameters
@@ -46,20 +46,10 @@ class Sharded:
                 total += float(loss.detach())
         return total / ranks.num_ranks
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Batch k is computed by rank k mod ranks; where some have none left, they compute one that does not count."""
-        parts = list(batches_of(self._heldout))
-        total_nats = 0.0
-        self._model.eval()
-        for first in range(0, len(parts), self._ranks.num_ranks):
-            at = first + self._ranks.rank
-            inputs, targets = parts[min(at, len(parts) - 1)]
-            found = nats(self._model(inputs), targets)
-            total_nats += found if at < len(parts) else 0.0
-        self._model.train()
+        share = nats_of_share(self._model, self._heldout, rank=self._ranks.rank, num_ranks=self._ranks.num_ranks)
         gathered_no_more(self._model)
-        return self._ranks.total([total_nats])[0] / self._heldout[1].numel()
+        return self._ranks.total([share])[0] / self._heldout[1].numel()
 
     def weights(self) -> Mapping[str, Tensor]:
         """A tensor at a time is gathered."""

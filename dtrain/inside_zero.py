@@ -14,7 +14,7 @@ from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite
-from dtrain.evaluate import batches_of, nats
+from dtrain.evaluate import nats_of_share
 from dtrain.inside import Batches, mean_loss
 from dtrain.island.zero import Zero
 from dtrain.optim import set_lr
@@ -48,19 +48,9 @@ class ZeroInside:
                 total += float(loss.detach()) / train.accumulate
         return total / ranks.num_ranks
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Batch k is computed by rank k mod ranks; where some have none left, they compute one that does not count."""
-        parts = list(batches_of(self._heldout))
-        total_nats = 0.0
-        self._model.eval()
-        for first in range(0, len(parts), self._ranks.num_ranks):
-            at = first + self._ranks.rank
-            inputs, targets = parts[min(at, len(parts) - 1)]
-            found = nats(self._model(inputs), targets)
-            total_nats += found if at < len(parts) else 0.0
-        self._model.train()
-        return self._ranks.total([total_nats])[0] / self._heldout[1].numel()
+        share = nats_of_share(self._model, self._heldout, rank=self._ranks.rank, num_ranks=self._ranks.num_ranks)
+        return self._ranks.total([share])[0] / self._heldout[1].numel()
 
     def weights(self) -> Mapping[str, Tensor]:
         """The master weights."""
