@@ -7,8 +7,10 @@ is: it listens where link.interface and link.advertise say, on networks you trus
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +33,10 @@ _SITE_OWN = {
     *(("islands", "each"), ("islands", "threads"), ("islands", "max_restarts")),
 }
 """What a site's job file may say in its own way. What text it is that all train on, the islands compare themselves."""
+_SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("islands", "deepspeed"))
+"""What may name a file: it lies where a site says, and holds the same everywhere."""
+_OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
+"""Of one that is a folder. Weights beside it are not compared: islands begin with island 0's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,7 @@ def forget_joined(store: Store, island: int) -> None:
 
 
 def say_job(store: Store, job: Job) -> None:
+    _check_files(store, job)
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -143,7 +150,8 @@ def has_job(store: Store) -> bool:
 
 
 def check_job(store: Store, job: Job, island: int) -> None:
-    """Raises ValueError where the launcher has not left this island to its site, or is at another job."""
+    """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job has
+    other contents here."""
     said = json.loads(store.get("part/job"))
     if island not in said["elsewhere"]:
         others = ", ".join(map(str, said["elsewhere"])) or "none"
@@ -154,6 +162,21 @@ def check_job(store: Store, job: Job, island: int) -> None:
             raise ValueError(
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
+            )
+    _check_files(store, job)
+
+
+def _check_files(store: Store, job: Job) -> None:
+    """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
+    for section, key, path in _files(job):
+        if not path.is_file():  # who needs it has looked for it before
+            continue
+        mine = {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "place": f"{socket.gethostname()}:{path}"}
+        first = json.loads(store.compare_set(f"part/file/{section}.{key}", "", json.dumps(mine)))
+        if first["digest"] != mine["digest"]:
+            raise ValueError(
+                f"{section}.{key}: {path} is not what {first['place']} is (sha256 {mine['digest'][:8]} and "
+                f"{first['digest'][:8]}); copy that one here, or name one that is the same, {section}.{key}=PATH"
             )
 
 
@@ -197,6 +220,7 @@ def _answers(job: Job) -> dict[str, Any]:
         for key, value in keys.items()
         if (section, key) not in _SITE_OWN
     }
+    said |= {f"{section}.{key}": "(a file)" for section, key, path in _files(job) if path.suffix != ".py"}
     for k in range(job.islands.count):
         plan = job.island(k)
         said |= {f"islands.each.{k}.ranks": plan.ranks, f"islands.each.{k}.engine": plan.engine}
@@ -209,3 +233,13 @@ def _by_name(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {inner: _by_name(inner, item) for inner, item in value.items()}
     return Path(value).name if isinstance(value, str) and (key == "graph" or is_own(value)) else value
+
+
+def _files(job: Job) -> Iterator[tuple[str, str, Path]]:
+    """(section, key, file) of ``_SAME_INSIDE`` that names one: in a run's job its path is absolute, and else it is a word, or a
+    name on the hub."""
+    for section, key in _SAME_INSIDE:
+        value = getattr(getattr(job, section), key) or ""
+        path = Path(value.rpartition(":")[0] if is_own(value) else value)
+        if path.is_absolute():
+            yield section, key, path / _OF_A_FOLDER[key] if path.is_dir() and key in _OF_A_FOLDER else path
