@@ -17,6 +17,7 @@ from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections_sync import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
+from tests.bench import lab
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -190,3 +191,15 @@ def test_what_two_levels_reach_is_what_was_measured() -> None:
     fewer = f"{all_reduce / far:,.0f} times fewer"
     assert f"{far / 1e6:.2f} MB of an island over the far link, {fewer}, and {near / 1e6:.0f} MB over" in text
     assert f"waits for {100 * live['wait_s'] / live['train_s']:.0f} % of its time" in text
+
+
+def test_what_a_labs_links_carry_is_what_was_measured() -> None:
+    """`python -m tests.bench.lab readme` writes it; here the cells are read back by hand."""
+    measured = json.loads((ROOT / "tests/bench/results/lab.json").read_text(encoding="utf-8"))
+    assert "\n".join(lab.readme(measured)) in README
+    assert [row["rate"] for row in measured["rates"]] == ["1mbit", "10mbit", "100mbit", "1gbit"]
+    for (rate, asked, gloo, *said), row in zip(table("link of a lab"), measured["rates"], strict=True):
+        assert rate.lower().replace(" ", "").removesuffix("/s") == row["rate"]
+        assert asked == f"{100 * row['of_asked']:.1f}%"
+        assert gloo == (f"{100 * row['gloo_of_socket']:.1f}%" if "gloo_of_socket" in row else "-")
+        assert said in ([], ["-"], [f"{100 * row.get('sent_of_said', 0):.1f}%"])
