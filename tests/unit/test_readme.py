@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -145,6 +146,23 @@ def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
     bits = {row.entry: row.bits_per_byte for row in rows if row.seed == 3}
     slow, slower = bits["allreduce+train.lr=6e-3"], bits[f"accum_adam{pairs}1.2e-2"]
     assert f"all-reduce with 6e-3 reaches {slow:.4f} and `accum_adam` with 1.2e-2 {slower:.4f}" in text
+
+
+def test_what_the_quickstart_reaches_is_what_was_measured() -> None:
+    quality, overlap = (json.loads((ROOT / f"tests/bench/results/{name}.json").read_text()) for name in ("quality", "overlap"))
+    ours, theirs, alone = (mean(quality["bits_per_byte"][name]) for name in ("delayed_diloco", "allreduce", "local, single"))
+    behind, closed = mean(quality["behind_allreduce_percent"]), mean(quality["gap_closed"])
+    assert f"{ours:.4f} bits a byte (mean of three seeds): {behind:.1f} % behind all-reduce's {theirs:.4f}, with 210 times" in README
+    assert 210 <= quality["wire_reduction"] < 220
+    assert f"never talk reach {alone:.4f}: {100 * closed:.0f} % of that gap is closed" in README
+    at = {row["rate"]: row for row in overlap["rows"]}
+    assert max(at[rate]["overlapped_wait_s"] for rate in ("100mbit", "10mbit")) < 1e-3
+    left = {rate: f"{100 * row['of_local']:.0f} %" for rate, row in at.items()}
+    assert f"{left['100mbit']} at 100 and {left['10mbit']} at 10 Mbit/s of the tokens/s" in README
+    assert f"{left['1mbit']} of the speed is left. Talk less" in README
+    waits, says = ([at[rate][key] for rate in ("10mbit", "1mbit")] for key in ("waited_s", "wire_s"))
+    assert f"rounds wait {waits[0]:.2f} s at 10 Mbit/s, where bytes x 8 / rate says {says[0]:.2f} s, and {waits[1]:.2f} s at" in README
+    assert waits[1] == pytest.approx(says[1], rel=1e-3)
 
 
 def test_the_speeds_are_those_that_were_measured() -> None:
