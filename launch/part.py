@@ -261,7 +261,7 @@ def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -
 
 
 def _join(store: Store, launch: islands.Launch, island: int, say: Callable[[str], None]) -> Line:
-    part_words.check_job(store, launch.job, island)
+    part_words.check_job(store, launch.job, island, part_words.text_hash(launch.job, launch.script))
     mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run))
     line = Line(store, island, mine.nonce)
     line.report(Report(0))

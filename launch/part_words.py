@@ -32,7 +32,7 @@ _SITE_OWN = {
     *(("link", "port"), ("link", "interface"), ("link", "advertise")),
     *(("islands", "each"), ("islands", "threads"), ("islands", "max_restarts")),
 }
-"""What a site's job file may say in its own way. What text it is that all train on, the islands compare themselves."""
+"""What a site's job file may say in its own way. Of the text that all train on the hash is compared."""
 _SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("islands", "deepspeed"))
 """What may name a file: it lies where a site says, and holds the same everywhere."""
 _OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
@@ -140,8 +140,16 @@ def forget_joined(store: Store, island: int) -> None:
     store.delete_key(_joined(island))
 
 
-def say_job(store: Store, job: Job) -> None:
-    _check_files(store, job)
+def text_hash(job: Job, script: Sequence[str]) -> str:
+    """Of what the job trains on, where its files lie here; empty where a script reads data of its own."""
+    from dtrain.data.corpus import corpus_of
+
+    return "" if script else corpus_of(job.data).hash
+
+
+def say_job(store: Store, job: Job, text: str = "") -> None:
+    """``text``: its ``text_hash``, where sites are to have the same."""
+    _check_contents(store, job, text)
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -149,9 +157,9 @@ def has_job(store: Store) -> bool:
     return store.check(["part/job"])
 
 
-def check_job(store: Store, job: Job, island: int) -> None:
-    """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job has
-    other contents here."""
+def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
+    """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job, or
+    its text, holds something else here."""
     said = json.loads(store.get("part/job"))
     if island not in said["elsewhere"]:
         others = ", ".join(map(str, said["elsewhere"])) or "none"
@@ -163,21 +171,26 @@ def check_job(store: Store, job: Job, island: int) -> None:
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
             )
-    _check_files(store, job)
+    _check_contents(store, job, text)
 
 
-def _check_files(store: Store, job: Job) -> None:
+def _check_contents(store: Store, job: Job, text: str) -> None:
     """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
-    for section, key, path in _files(job):
-        if not path.is_file():  # who needs it has looked for it before
+    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
+    for key, name, digest in [*found, ("data.source", job.data.source, text)]:
+        if not digest:
             continue
-        mine = {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "place": f"{socket.gethostname()}:{path}"}
-        first = json.loads(store.compare_set(f"part/file/{section}.{key}", "", json.dumps(mine)))
-        if first["digest"] != mine["digest"]:
+        mine = {"digest": digest, "place": f"{socket.gethostname()}:{name}"}
+        first = json.loads(store.compare_set(f"part/file/{key}", "", json.dumps(mine)))
+        if first["digest"] != digest:
             raise ValueError(
-                f"{section}.{key}: {path} is not what {first['place']} is (sha256 {mine['digest'][:8]} and "
-                f"{first['digest'][:8]}); copy that one here, or name one that is the same, {section}.{key}=PATH"
+                f"{key}: {name} is not what {first['place']} is (sha256 {digest[:8]} and {first['digest'][:8]}); copy that one "
+                f"here, or name one that is the same, {key}=PATH"
             )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def say_commits(store: Store, steps: Sequence[int]) -> None:

@@ -50,6 +50,23 @@ def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
         part_words.check_job(own, with_files(tmp_path / "theirs", factory="", model="other"), 1)
 
 
+def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
+    """By the hash that a summary asks all islands for, when they have trained."""
+    texts = {"here": "one\n", "alike": "one\n", "other": "two\n"}
+    jobs = dict[str, Job]()
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(300 * text)
+        jobs[name] = parse_job({"islands": {"each": [{}, {"launcher": "manual"}]}, "data": {"source": f"{tmp_path}/{name}/text.txt"}})
+    store = HashStore()
+    part_words.say_job(store, jobs["here"], part_words.text_hash(jobs["here"], ()))
+    part_words.check_job(store, jobs["alike"], 1, part_words.text_hash(jobs["alike"], ()))
+    with pytest.raises(ValueError, match=r"^data\.source: .*/other/text\.txt is not what .*/here/text\.txt is \(sha256 "):
+        part_words.check_job(store, jobs["other"], 1, part_words.text_hash(jobs["other"], ()))
+    assert part_words.text_hash(jobs["other"], ("train.py",)) == ""
+    part_words.check_job(store, jobs["other"], 1)
+
+
 def test_a_file_that_the_launcher_has_not_is_that_of_the_first_site(tmp_path: Path) -> None:
     store = HashStore()
     there = with_files(tmp_path / "here")
