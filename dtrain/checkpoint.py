@@ -182,7 +182,7 @@ def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
     models that training stands for (``at_averages``), as the merge at the end has it. New islands have no parameters of their own
     yet: of those too it is the mean."""
     sums, dtypes, time_s = dict[str, Tensor](), dict[str, torch.dtype](), 0.0
-    for island in range(num_islands):  # one after the other, and of each no more than that: all state of all is many times as much
+    for island in range(num_islands):  # one after the other, and no more of each: all state of all is many times as much
         saved = load_island(run, step, island, lambda key: _OF_THE_MODEL.fullmatch(key) is not None)
         time_s = max(time_s, float(saved.get("clock.time_s", 0.0)))
         for name, x in _model_of(saved).items():

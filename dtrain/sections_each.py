@@ -31,8 +31,8 @@ class Each(Section):
     )
     workdir: str | None = Field(
         None, min_length=1,
-        description="of launcher ssh: the folder on host where dtrain run starts; what lies below that of here is looked for below "
-        "it; left out: the same as here",
+        description="of launcher ssh: the folder on host where dtrain run starts; what lies below that of here is looked for "
+        "below it; left out: the same as here",
     )
     python: str | None = Field(
         None, min_length=1, description="of launcher ssh: the interpreter on host that has dtrain; left out: the same as here"

@@ -309,7 +309,8 @@ def _gpus_each(count: int, asked: Asked) -> Finding:
             what = f"an island's {plan.ranks} ranks would share {count}, which NCCL refuses"
             return Finding(name, "fail", what, asked.again(f"{asked.key(k, 'ranks')}={count}"))
     if here > count:
-        return Finding(name, "warn", f"{here} ranks of all islands here share {count}", shlex.join(["dtrain", "sim", *asked.words]))
+        what = f"{here} ranks of all islands here share {count}"
+        return Finding(name, "warn", what, shlex.join(["dtrain", "sim", *asked.words]))
     return Finding(name, "ok", f"one for each of {here} ranks")
 
 

@@ -53,9 +53,9 @@ def readme(measured: dict[str, Any]) -> list[str]:
     """What the README says of it: a line with the place and the day, and the table."""
     at = measured["hardware"]
     day = datetime.date.fromisoformat(at["date"])
+    file = "tests/bench/results/lab.json"
     lines = [
-        f"{_CAPTION} (`{measured['command']}`, six minutes as root, "
-        "[`tests/bench/results/lab.json`](tests/bench/results/lab.json);",
+        f"{_CAPTION} (`{measured['command']}`, six minutes as root, [`{file}`]({file});",
         f"{at['cores']} cores of an {at['cpu']}, {day.day} {day:%B %Y}):",
         "",
     ]
@@ -99,10 +99,8 @@ def _job() -> float:
     """Of the island with more bytes at its interface, as ``dtrain lab run`` shows them."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["lab", "run", str(JOB), f"job.dir={folder}", "job.name=counted", "islands.threads=1"]
-        done = subprocess.run(
-            [sys.executable, "-m", "dtrain.launch", *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-            check=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "dtrain.launch", *words]
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
     return max(float(line.split()[-1]) for line in done.stdout.splitlines()[-2:])
 
 

@@ -16,13 +16,14 @@ from dtrain.launch import doctor, doctor_islands, doctor_meet, doctor_room
 from dtrain.launch.doctor import Answer, Finding, Size
 from tests.unit.test_doctor import CPU, asked, by_name, on_gpus
 
+THERE = Answer(("0.19.8",))
 HERE_AND_FAR: list[dict[str, object]] = [{"ranks": 2}, {"ranks": 8, "launcher": "manual"}]
 
 
 # ---- engines
 
 
-def of_deepspeed(path: Path, said: Answer = Answer(("0.19.8",)), **sections: dict[str, object]) -> dict[str, Finding]:
+def of_deepspeed(path: Path, said: Answer = THERE, **sections: dict[str, object]) -> dict[str, Finding]:
     """What is found for two islands, of which the second has two ranks of that engine."""
     islands = {"each": [{}, {"engine": "deepspeed", "ranks": 2}], "deepspeed": str(path)}
     return by_name(doctor_islands.of_islands(asked(islands=islands, **sections), said))
@@ -32,7 +33,7 @@ def test_deepspeeds_file_is_read_as_a_run_would_read_it(tmp_path: Path) -> None:
     path = tmp_path / "my zero.json"
     gone = of_deepspeed(path)["islands.deepspeed"]
     assert (gone.state, "cannot be read: No such file" in gone.what) == ("fail", True)
-    subprocess.run(gone.remedy, shell=True, check=True)  # noqa: S602  (what a person is told to type)
+    subprocess.run(gone.remedy, shell=True, check=True)  # what a person is told to type
     well = of_deepspeed(path)
     assert (well["islands.deepspeed"].state, well["islands.deepspeed"].what) == ("ok", f"{path}, stage 2 of ZeRO")
     assert (well["deepspeed"].state, "deepspeed's step" in well) == ("ok", False)

@@ -26,7 +26,8 @@ def with_files(folder: Path, **contents: str) -> Job:
     each = [{"engine": "deepspeed", "ranks": 2}, {"launcher": "manual", "ranks": 2}]
     theirs = {"factory": f"{folder}/model.py:build"} if "factory" in contents else {"hf": str(folder)}
     islands = {"each": each, "deepspeed": f"{folder}/zero.json"}
-    return parse_job(dict(islands=islands, data={"tokenizer": f"{folder}/tokenizer.json"}, model=theirs, train={"batch": 4}))
+    data = {"tokenizer": f"{folder}/tokenizer.json"}
+    return parse_job({"islands": islands, "data": data, "model": theirs, "train": {"batch": 4}})
 
 
 def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
@@ -39,7 +40,8 @@ def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
         ("zero", "islands.deepspeed", "zero.json"),
     ):
         words = f"{named}: {tmp_path}/{key}/{name} is not what {socket.gethostname()}:{tmp_path}/here/{name} is (sha256 "
-        with pytest.raises(ValueError, match=rf"^{re.escape(words)}\w{{8}} and \w{{8}}\); copy that one here, or .*{named}=PATH$"):
+        said = rf"^{re.escape(words)}\w{{8}} and \w{{8}}\); copy that one here, or .*{named}=PATH$"
+        with pytest.raises(ValueError, match=said):
             part_words.check_job(store, with_files(tmp_path / key, **{key: "other"}), 1)
     hub = with_files(tmp_path / "hub").model_copy(update={"model": ModelSection.model_validate({"hf": "an/owner"})})
     with pytest.raises(ValueError, match=re.escape("model.hf = 'an/owner' differs from the launcher's '(a file)'")):
@@ -57,7 +59,8 @@ def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(300 * text)
-        jobs[name] = parse_job({"islands": {"each": [{}, {"launcher": "manual"}]}, "data": {"source": f"{tmp_path}/{name}/text.txt"}})
+        data = {"source": f"{tmp_path}/{name}/text.txt"}
+        jobs[name] = parse_job({"islands": {"each": [{}, {"launcher": "manual"}]}, "data": data})
     store = HashStore()
     part_words.say_job(store, jobs["here"], part_words.text_hash(jobs["here"], ()))
     part_words.check_job(store, jobs["alike"], 1, part_words.text_hash(jobs["alike"], ()))

@@ -152,7 +152,7 @@ def test_what_the_quickstart_reaches_is_what_was_measured() -> None:
     quality, overlap = (json.loads((ROOT / f"tests/bench/results/{name}.json").read_text()) for name in ("quality", "overlap"))
     ours, theirs, alone = (mean(quality["bits_per_byte"][name]) for name in ("delayed_diloco", "allreduce", "local, single"))
     behind, closed = mean(quality["behind_allreduce_percent"]), mean(quality["gap_closed"])
-    assert f"{ours:.4f} bits a byte (mean of three seeds): {behind:.1f} % behind all-reduce's {theirs:.4f}, with 210 times" in README
+    assert f"{ours:.4f} bits a byte (mean of three seeds): {behind:.1f} % behind all-reduce's {theirs:.4f}, with 210" in README
     assert 210 <= quality["wire_reduction"] < 220
     assert f"never talk reach {alone:.4f}: {100 * closed:.0f} % of that gap is closed" in README
     at = {row["rate"]: row for row in overlap["rows"]}
@@ -161,7 +161,8 @@ def test_what_the_quickstart_reaches_is_what_was_measured() -> None:
     assert f"{left['100mbit']} at 100 and {left['10mbit']} at 10 Mbit/s of the tokens/s" in README
     assert f"{left['1mbit']} of the speed is left. Talk less" in README
     waits, says = ([at[rate][key] for rate in ("10mbit", "1mbit")] for key in ("waited_s", "wire_s"))
-    assert f"rounds wait {waits[0]:.2f} s at 10 Mbit/s, where bytes x 8 / rate says {says[0]:.2f} s, and {waits[1]:.2f} s at" in README
+    said = f"rounds wait {waits[0]:.2f} s at 10 Mbit/s, where bytes x 8 / rate says {says[0]:.2f} s, and {waits[1]:.2f} s"
+    assert said in README
     assert waits[1] == pytest.approx(says[1], rel=1e-3)
 
 
