@@ -57,10 +57,10 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
                 line = _join(store, launch, island, view.line)
             outcome = _keep(part, line, store, meet, view, word)
         except Stopped as stop:
+            outcome = Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
             if line is not None:
                 with _launcher_there(meet):
                     line.report(part.report("gone"))
-            outcome = Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
         except (PeerLost, ValueError) as e:
             outcome = Outcome(EXIT_RESUMABLE if isinstance(e, PeerLost) else EXIT_USER_ERROR, str(e))
             raise

@@ -248,16 +248,19 @@ class Track:
 
 
 def newest_run(runs: Path) -> Path:
-    """The newest run below a folder of those that go on; of all, where none does. ValueError where there is none."""
+    """The newest run below a folder of those that go on, a launcher's first; of all, where none does. ValueError without one."""
     found = [path.parent for path in runs.glob("*/job.toml")]
     if not found:
         raise ValueError(f"there is no run in {runs}; start one with dtrain run JOB.toml, or name its folder: dtrain status RUN")
     return max(found, key=lambda run: (_goes_on(run), max(_changed(run)), run.name))
 
 
-def _goes_on(run: Path) -> bool:
+def _goes_on(run: Path) -> int:
+    """2 where its launcher does; 1 where a part does, whose launcher's run may be beside it; else 0."""
     word = read_word(run)
-    return word is not None and goes_on(word)
+    if word is None or not goes_on(word):
+        return 0
+    return 2 if word.part is None else 1
 
 
 def _changed(run: Path) -> Iterator[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from dtrain.config import load_job
 from dtrain.launch import islands, part, prometheus
 from dtrain.launch.cli import run_command
 from dtrain.launch.cli_status import page
+from dtrain.launch.launcher_word import path_of
 from dtrain.launch.part_words import Order
-from dtrain.launch.status import Reader
+from dtrain.launch.status import Reader, newest_run
 from dtrain.launch.status_web import as_json
-from tests.unit.watched import launcher_gone, record, site_run, write_lines
+from tests.unit.watched import launcher_gone, make_run, record, site_run, write_lines
 
 UNSEEN = "this is the site of island 1: what the others do is seen where the launcher is, 10.0.0.1:4711"
 
@@ -63,6 +65,16 @@ def test_a_browser_and_prometheus_are_told_of_that_island_alone(tmp_path: Path) 
     assert 'dtrain_step{island="1"} 20' in text
     assert 'dtrain_step{island="0"}' not in text
     assert "dtrain_islands 3" in text
+
+
+def test_of_a_run_and_its_parts_on_one_disk_the_run_is_shown(tmp_path: Path) -> None:
+    """As under Slurm; at a site alone its part is all there is."""
+    site_run(tmp_path / "runs" / "ring-island1", 1)
+    assert newest_run(tmp_path / "runs").name == "ring-island1"
+    make_run(tmp_path / "runs" / "ring")
+    os.utime(tmp_path / "runs" / "ring" / "job.toml", (0, 0))
+    os.utime(path_of(tmp_path / "runs" / "ring"), (0, 0))
+    assert newest_run(tmp_path / "runs").name == "ring"
 
 
 def test_a_part_that_was_killed_is_found_out(tmp_path: Path) -> None:
