@@ -48,7 +48,7 @@ def _deepspeed(asked: Asked, said: Answer) -> Iterator[Finding]:
     except ValueError as e:
         new = json.dumps({zero_config.ZERO: {"stage": 2}})
         mend = f"${{EDITOR:-vi}} {shlex.quote(path)}" if Path(path).exists() else f"echo {shlex.quote(new)} > {shlex.quote(path)}"
-        yield Finding("islands.deepspeed", "fail", str(e), mend)
+        yield Finding("islands.deepspeed", "fail", str(e).removeprefix("islands.deepspeed: "), mend)
         return
     yield Finding("islands.deepspeed", "ok", f"{path}, stage {stage} of ZeRO")
     try:
