@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 import warnings
@@ -35,6 +36,8 @@ from dtrain.shards import local, named_parameters, placed_as
 _MANIFEST = "manifest.json"
 _NAMES = ".names"
 """Behind an optimizer's name."""
+_OF_THE_MODEL = re.compile(rf"model\..*|clock\.time_s|(.*\.)?optim\d*({re.escape(_NAMES)}|\.groups|\.state\.\d+\.[zx])")
+"""Keys of what ``_model_of`` reads, z and x being Schedule-Free's alone, and of the training's time."""
 _ONE_WRITES = threading.Lock()
 """The islands of ``dtrain sim`` are threads, and Python's warning filters belong to the process."""
 
@@ -178,11 +181,14 @@ def merge_for_resume(run: Path, step: int, num_islands: int) -> None:
     """Write the mean of the islands' weights at a committed step as RUN/init.safetensors, with the slowest one's time: of the
     models that training stands for (``at_averages``), as the merge at the end has it. New islands have no parameters of their own
     yet: of those too it is the mean."""
-    islands = [load_island(run, step, i) for i in range(num_islands)]
-    models, weights = [_model_of(state) for state in islands], dict[str, Tensor]()
-    for name, first in models[0].items():
-        weights[name] = torch.stack([model[name].to(torch.float64) for model in models]).mean(dim=0).to(first.dtype)
-    time_s = max(float(state.get("clock.time_s", 0.0)) for state in islands)
+    sums, dtypes, time_s = dict[str, Tensor](), dict[str, torch.dtype](), 0.0
+    for island in range(num_islands):  # one after the other, and no more of each: all state of all is many times as much
+        saved = load_island(run, step, island, lambda key: _OF_THE_MODEL.fullmatch(key) is not None)
+        time_s = max(time_s, float(saved.get("clock.time_s", 0.0)))
+        for name, x in _model_of(saved).items():
+            dtypes[name] = x.dtype
+            sums.setdefault(name, torch.zeros_like(x, dtype=torch.float64)).add_(x)
+    weights = {name: sums.pop(name).div_(num_islands).to(dtype) for name, dtype in dtypes.items()}
     save_weights(run / "init.safetensors", weights, step=step, more={"time_s": repr(time_s), "islands": str(num_islands)})
 
 

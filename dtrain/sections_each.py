@@ -30,7 +30,9 @@ class Each(Section):
         None, pattern=r"^[^-\s]\S*$", description="of launcher ssh: as ssh knows it; left out: the next of --hosts"
     )
     workdir: str | None = Field(
-        None, min_length=1, description="of launcher ssh: the folder on host where dtrain run starts; left out: the same as here"
+        None, min_length=1,
+        description="of launcher ssh: the folder on host where dtrain run starts; what lies below that of here is looked for "
+        "below it; left out: the same as here",
     )
     python: str | None = Field(
         None, min_length=1, description="of launcher ssh: the interpreter on host that has dtrain; left out: the same as here"

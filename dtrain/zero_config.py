@@ -12,23 +12,24 @@ from dtrain.config import Job
 from dtrain.methods import RULES
 from dtrain.recipes import Recipe, moments_of, optimizer_of, rho_of
 
-_ZERO = "zero_optimization"
+ZERO = "zero_optimization"
+"""Of a file of DeepSpeed's, what says how it shards."""
 _REFUSED = {
     ("scheduler",): "the learning rate is train.lr's",
     ("fp16", "enabled"): "its loss scale skips steps, and islands would count other ones; use bf16",
     ("bf16", "bf16_master_weights_and_grads"): "islands share fp32 master weights",
     ("fp16", "fp16_master_weights_and_grads"): "islands share fp32 master weights",
     ("managed_gradient_accumulation",): "train.accumulate says how many micro-batches a step has",
-    (_ZERO, "zero_hpz_partition_size"): "buckets are cut where each rank has one part",
-    (_ZERO, "mics_shard_size"): "buckets are cut where each rank has one part",
-    (_ZERO, "zenflow"): "it steps on its own time",
-    (_ZERO, "offload_optimizer", "super_offload"): "it steps on its own time",
+    (ZERO, "zero_hpz_partition_size"): "buckets are cut where each rank has one part",
+    (ZERO, "mics_shard_size"): "buckets are cut where each rank has one part",
+    (ZERO, "zenflow"): "it steps on its own time",
+    (ZERO, "offload_optimizer", "super_offload"): "it steps on its own time",
     ("tensor_parallel",): "ranks of an island share its batch",
     ("sequence_parallel_size",): "ranks of an island share its batch",
 }
 """What a file may not say, and why."""
 _NOTHING = {
-    ("managed_gradient_accumulation",): (True,), (_ZERO, "zero_hpz_partition_size"): (0, 1), (_ZERO, "mics_shard_size"): (-1,),
+    ("managed_gradient_accumulation",): (True,), (ZERO, "zero_hpz_partition_size"): (0, 1), (ZERO, "mics_shard_size"): (-1,),
     ("sequence_parallel_size",): (1,),
 }  # fmt: skip
 """What says nothing there, besides false and null."""
@@ -39,16 +40,16 @@ def of_job(job: Job) -> dict[str, Any]:
     assert job.islands.deepspeed is not None
     path = Path(job.islands.deepspeed)
     said = _read(path)
-    stage = _at(said, (_ZERO, "stage"))
+    stage = _at(said, (ZERO, "stage"))
     if stage not in (1, 2, 3):
-        raise ValueError(f"{path}: {_ZERO}.stage = {json.dumps(stage)} shards nothing; use 1, 2 or 3, or islands.engine=ddp")
+        raise ValueError(f"{path}: {ZERO}.stage = {json.dumps(stage)} shards nothing; use 1, 2 or 3, or islands.engine=ddp")
     for key, why in _REFUSED.items():
         value = _at(said, key)
         if value not in (None, False, *_NOTHING.get(key, ())):
             raise ValueError(f"{path}: {'.'.join(key)} = {json.dumps(value)} does not go with dtrain: {why}; leave it out")
     for side in ("offload_optimizer", "offload_param"):
-        if _at(said, (_ZERO, side, "device")) == "nvme":
-            raise ValueError(f'{path}: {_ZERO}.{side}.device = "nvme" is not known to dtrain; use "cpu"')
+        if _at(said, (ZERO, side, "device")) == "nvme":
+            raise ValueError(f'{path}: {ZERO}.{side}.device = "nvme" is not known to dtrain; use "cpu"')
     train = job.train
     micro = train.batch // (job.islands.ranks * train.accumulate)
     owned = {

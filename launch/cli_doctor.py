@@ -87,12 +87,14 @@ def _asked(job_file: Path | None, overrides: list[str]) -> Asked | None:
 def _findings(asked: Asked | None, place: tuple[str, int] | None) -> Iterator[Finding]:
     """Raises ValueError for a job whose answers do not fit together, before the first is shown."""
     from dtrain.launch import doctor as looks
-    from dtrain.launch import doctor_net
+    from dtrain.launch import doctor_islands, doctor_net
 
     process = looks.start("-m", "dtrain.launch.doctor_torch", *(() if asked is None else asked.words))
     packages = {name: looks.version_of(name) for name in ("pydantic", "numba", "triton")}
+    zero = looks.version_of("deepspeed") if asked is not None and doctor_islands.needs_deepspeed(asked) else None
     said = looks.of_torch(looks.answer(process))
     versions = {name: looks.answer(package) for name, package in packages.items()}
+    deepspeed = None if zero is None else looks.answer(zero)
     if said.refused:
         raise ValueError(said.refused)
     yield from looks.python_and_dtrain()
@@ -103,6 +105,7 @@ def _findings(asked: Asked | None, place: tuple[str, int] | None) -> Iterator[Fi
     yield looks.other_packages()
     if asked is not None:
         yield from looks.of_job(asked, said)
+        yield from doctor_islands.of_islands(asked, deepspeed)
     if said.torch is not None:
         yield from looks.gpus(said.torch, asked, looks.nvidia_driver())
         yield from looks.backends(said.torch, asked)

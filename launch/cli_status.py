@@ -59,7 +59,7 @@ def _once(state: State, console: Console) -> None:
     if console.is_terminal:
         console.print(page(state, console.width))
         return
-    for line in (*heads(state), *(plain(island.view) for island in state.islands)):
+    for line in (*heads(state), *(plain(island.view) for island in state.seen)):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ def page(state: State, columns: int, rows: int | None = None) -> RenderableType:
     """How the run stands in few lines, and below them what ``dtrain run`` shows, in at most ``rows`` lines."""
     lines = heads(state)
     texts = [Text(line, style="" if k else "bold", no_wrap=True, overflow="ellipsis") for k, line in enumerate(lines)]
-    return Group(*texts, picture([island.view for island in state.islands], columns, rows and max(rows - len(lines), 1)))
+    return Group(*texts, picture([island.view for island in state.seen], columns, rows and max(rows - len(lines), 1)))
 
 
 def heads(state: State) -> list[str]:
@@ -89,7 +89,7 @@ def heads(state: State) -> list[str]:
     rates = [island.view.wire_bytes_per_s for island in state.islands if island.view.wire_bytes_per_s is not None]
     facts = [
         *([f"in training for {show_seconds(round(time_s, 1))}"] if time_s else []),
-        *([f"all links carry {show_bytes(sum(rates))}/s"] if rates else []),
+        *([f"{'all' if state.part is None else 'its'} links carry {show_bytes(sum(rates))}/s"] if rates else []),
         "nothing committed yet" if state.committed_step is None else f"last commit at step {state.committed_step}",
     ]
     merged = [f"the merged model's loss is {loss:.3f} at step {step}" for step, loss in state.merged[-1:]]
@@ -100,6 +100,7 @@ def heads(state: State) -> list[str]:
         f"{state.run}: {state.how or 'running'}; {of}",
         "; ".join(facts),
         *merged,
+        *([state.unseen] if state.unseen else []),
         *([f"lost and started again: {again}"] if again else []),
         *([f"nothing was written for {show_seconds(int(state.quiet_s))}"] if quiet else []),
     ]

@@ -1,8 +1,8 @@
 """What of this machine will stop a job? Each thing that is looked at is one finding, with the one command that mends it.
 
 Nothing here needs torch, numba or triton: each is imported in a process of its own, so that one that is missing or broken,
-or that takes its process with it, is a finding too. Folders and limits are in ``doctor_room.py``, the network in
-``doctor_net.py``, another machine in ``doctor_meet.py``."""
+or that takes its process with it, is a finding too. Folders and limits are in ``doctor_room.py``, islands in
+``doctor_islands.py``, the network in ``doctor_net.py``, another machine in ``doctor_meet.py``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from dtrain import units
 
 if TYPE_CHECKING:
     from dtrain.config import Job
+    from dtrain.sections_each import IslandPlan
 
 State = Literal["ok", "warn", "fail"]
 PYTHON, TORCH, PYDANTIC = "3.11", "2.11", "2"
@@ -35,7 +36,6 @@ _MODULES = {"pyyaml": "yaml"}
 """Of packages whose modules have another name."""
 EXTRAS = (
     ("sim", "rates", "sdp", "cvxpy"),
-    ("islands", "engine", "deepspeed", "deepspeed"),
     ("model", "hf", "", "transformers"),
     ("data", "source", "hf:", "datasets"),
     ("log", "tensorboard", "True", "tensorboard"),
@@ -75,6 +75,25 @@ class Asked:
     def ranks(self) -> int:
         """Of all islands."""
         return self.job.ranks
+
+    @property
+    def here(self) -> dict[int, IslandPlan]:
+        """The islands that this machine would start itself, by their numbers."""
+        plans = {k: self.job.island(k) for k in range(self.job.islands.count)}
+        return {k: plan for k, plan in plans.items() if plan.here}
+
+    @property
+    def ranks_here(self) -> int:
+        return sum(plan.ranks for plan in self.here.values())
+
+    @property
+    def several(self) -> bool:
+        """Whether an island has several ranks here."""
+        return any(plan.ranks > 1 for plan in self.here.values())
+
+    def key(self, k: int, name: str) -> str:
+        """That says so of island k: its table's, where there are tables."""
+        return f"islands.{name}" if self.job.islands.each is None else f"islands.each.{k}.{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,14 +303,15 @@ def gpus(torch: Torch, asked: Asked | None, driver: str) -> Iterator[Finding]:
 
 
 def _gpus_each(count: int, asked: Asked) -> Finding:
-    own, name = asked.job.islands.ranks, "gpus"
-    if own > count:
-        what = f"an island's {own} ranks would share {count}, which NCCL refuses"
-        return Finding(name, "fail", what, asked.again(f"islands.ranks={count}"))
-    if asked.ranks > count:
-        what = f"{asked.ranks} ranks of all islands share {count}"
+    name, here = "gpus", asked.ranks_here
+    for k, plan in asked.here.items():
+        if plan.ranks > count:
+            what = f"an island's {plan.ranks} ranks would share {count}, which NCCL refuses"
+            return Finding(name, "fail", what, asked.again(f"{asked.key(k, 'ranks')}={count}"))
+    if here > count:
+        what = f"{here} ranks of all islands here share {count}"
         return Finding(name, "warn", what, shlex.join(["dtrain", "sim", *asked.words]))
-    return Finding(name, "ok", f"one for each of {asked.ranks} ranks")
+    return Finding(name, "ok", f"one for each of {here} ranks")
 
 
 def backends(torch: Torch, asked: Asked | None) -> Iterator[Finding]:
@@ -302,7 +322,7 @@ def backends(torch: Torch, asked: Asked | None) -> Iterator[Finding]:
     if torch.nccl is not None:
         yield Finding("nccl", "ok", torch.nccl)
     elif torch.gpus:
-        needed = asked is not None and (asked.job.link.transport == "nccl" or asked.job.islands.ranks > 1)
+        needed = asked is not None and (asked.job.link.transport == "nccl" or asked.several)
         what = "not built into this torch" + (", and the job's ranks need it" if needed else "")
         yield Finding("nccl", "fail" if needed else "warn", what, again)
     else:

@@ -7,7 +7,8 @@
     P            -> a port of any number that is open as long as this connection, as gloo's are
     C port       -> 1 byte: whether the asker's own such port was reached from there
 
-Numbers are big-endian. A connection moves ``MOST_BYTES`` and lasts ``MOST_S`` at most, and whoever answers stops after a time.
+Numbers are big-endian. A connection moves ``MOST_BYTES`` and lasts ``MOST_S`` at most, and whoever answers stops after a time. It
+holds ``_AT_ONCE`` bytes of what it moves, for any number of askers.
 
 The clock: with theta the clock there less the one here, d1 and d2 the seconds that a question and its answer travel, a question
 that left at t0 was received at t1 = t0 + theta + d1, and the answer left at t2 and came at t3 = t2 - theta + d2. So
@@ -45,7 +46,10 @@ Clock = Callable[[], int]
 GREETING = b"dtrain doctor 1\n"
 MOST_BYTES, MOST_S = 2**25, 60.0
 """Of a connection."""
-_MOST_AT_ONCE = 64
+_MOST_ASKERS = 64
+_AT_ONCE = 2**16
+_NOTHING = memoryview(bytes(_AT_ONCE))
+"""What is sent to find a rate; all connections send the same."""
 _QUESTIONS = 16
 _FIRST_BYTES, _LAST_BYTES = 2**16, 2**22
 """A rate is found with the first number of bytes, and with four times as many until ``_ENOUGH_S`` have gone by, or the last."""
@@ -86,7 +90,7 @@ class Way:
 
 def serve(listener: socket.socket, for_s: float, *, clock: Clock = time.time_ns, say: Callable[[str], object] = print) -> None:
     """Answer whoever connects, for so long; closes the listener. ``say`` is told of each who came."""
-    ends, places = time.monotonic() + for_s, threading.BoundedSemaphore(_MOST_AT_ONCE)
+    ends, places = time.monotonic() + for_s, threading.BoundedSemaphore(_MOST_ASKERS)
     with listener:
         while (left := ends - time.monotonic()) > 0:
             listener.settimeout(left)
@@ -134,7 +138,7 @@ class _Answers:
             case b"T":
                 self._connection.sendall(struct.pack("!qq", received, self._clock()))
             case b"D":
-                self._connection.sendall(bytes(self._allowed()))
+                _send(self._connection, self._allowed())
             case b"U":
                 _skip(self._connection, self._allowed())
                 self._connection.sendall(b"\x01")
@@ -169,9 +173,16 @@ def _read(connection: socket.socket, count: int) -> bytes:
     return got
 
 
+def _send(connection: socket.socket, count: int) -> None:
+    while count:
+        part = _NOTHING[: min(count, _AT_ONCE)]
+        connection.sendall(part)
+        count -= len(part)
+
+
 def _skip(connection: socket.socket, count: int) -> None:
     while count:
-        part = len(connection.recv(min(count, 2**16)))
+        part = len(connection.recv(min(count, _AT_ONCE)))
         if not part:
             raise EOFError
         count -= part
@@ -221,7 +232,8 @@ def look_over(connection: socket.socket) -> Way:
 
 
 def _up(connection: socket.socket, count: int) -> None:
-    connection.sendall(b"U" + struct.pack("!I", count) + bytes(count))
+    connection.sendall(b"U" + struct.pack("!I", count))
+    _send(connection, count)
     _read(connection, 1)
 
 

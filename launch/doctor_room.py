@@ -49,13 +49,13 @@ def triton_cache(torch: Torch | None) -> Finding:
 
 
 def disk(folder: Path, asked: Asked | None, size: Size | None) -> Finding:
-    """Of a job's folder against its checkpoints: those that are kept, and one that is being written. All islands' are here."""
+    """Of a job's folder against its checkpoints: those that are kept, and one that is being written, of all islands here."""
     there, trouble = nearest(folder), cannot_write(folder)
     free = shutil.disk_usage(there).free
-    one = 0 if size is None or asked is None else size.checkpoint_bytes * asked.job.islands.count
+    one = 0 if size is None or asked is None else size.checkpoint_bytes * len(asked.here)
     saves = asked is not None and asked.job.train.checkpoint_every > 0
     most = one * (asked.job.train.keep + 1) if asked is not None and saves else 0
-    ends = 0 if size is None or asked is None else 4 * size.parameters * (asked.job.islands.count + 1)
+    ends = 0 if size is None or asked is None else 4 * size.parameters * (len(asked.here) + 1)
     what = f"{units.show_bytes(free)} free in {there}"
     if one and saves:
         kept = units.show_bytes(most + ends)
@@ -114,7 +114,7 @@ def shared_memory(torch: Torch | None, asked: Asked | None, folder: Path = Path(
         return Finding("shared memory", "warn", f"there is no {folder}", f"mount -t tmpfs tmpfs {folder} --mkdir")
     free, total = shutil.disk_usage(folder).free, shutil.disk_usage(folder).total
     what = f"{units.show_bytes(free)} of {units.show_bytes(total)} free in {folder}"
-    several = torch is not None and torch.gpus and asked is not None and asked.job.islands.ranks > 1
+    several = torch is not None and torch.gpus and asked is not None and asked.several
     if free < (_NCCL_SHM_BYTES if several else _SMALL_SHM_BYTES):
         return Finding("shared memory", "warn", what, f"mount -o remount,size=2G {folder}")
     return Finding("shared memory", "ok", what)
@@ -132,11 +132,11 @@ def open_files(asked: Asked | None, limit: int, hard: int) -> Finding:
 
 def cores(torch: Torch | None, asked: Asked | None, count: int) -> Finding:
     """``count``: that this process may use."""
-    if asked is None or (torch is not None and torch.gpus):
+    if asked is None or not asked.here or (torch is not None and torch.gpus):
         return Finding("cpu cores", "ok", f"{count}")
-    islands, ranks = asked.job.islands, asked.ranks
+    islands, ranks = asked.job.islands, asked.ranks_here
     threads = islands.threads or max(1, (os.cpu_count() or 1) // ranks)
-    what = f"{count} for {ranks} ranks of {threads} threads" if threads > 1 else f"{count} for {ranks} ranks"
+    what = f"{count} for {ranks} rank{'s' * (ranks > 1)}" + (f" of {threads} threads" if threads > 1 else "")
     if ranks * threads <= count:
         return Finding("cpu cores", "ok", what)
     if ranks <= count:
@@ -149,14 +149,15 @@ def memory(torch: Torch | None, asked: Asked | None, size: Size | None, free_byt
     what = f"{units.show_bytes(free_bytes)} free"
     if asked is None or size is None or (torch is not None and torch.gpus):
         return Finding("memory", "ok", what)
-    islands = asked.job.islands
-    copies = islands.ranks if islands.engine == "ddp" else 1
-    island = copies * size.parameters * _BYTES_A_PARAMETER + size.state_bytes
-    what += f"; {islands.count} islands hold {units.show_bytes(islands.count * island)} at least"
-    if islands.count * island <= free_bytes:
+    whole = _BYTES_A_PARAMETER * size.parameters
+    copies = [plan.ranks if plan.engine == "ddp" else 1 for plan in asked.here.values()]
+    needed = sum(count * whole + size.state_bytes for count in copies)
+    what += f"; the islands here hold {units.show_bytes(needed)} at least"
+    if needed <= free_bytes:
         return Finding("memory", "ok", what)
-    fit = free_bytes // island
-    smaller = asked.again(f"islands.count={fit}") if fit >= 1 else shlex.join(["dtrain", "plan", *asked.words, "--gpu", "h100"])
+    fit = free_bytes // (max(copies) * whole + size.state_bytes)
+    fewer = fit >= 1 and asked.job.islands.each is None  # tables are as many as islands
+    smaller = asked.again(f"islands.count={fit}") if fewer else shlex.join(["dtrain", "plan", *asked.words, "--gpu", "h100"])
     return Finding("memory", "fail", what, smaller)
 
 

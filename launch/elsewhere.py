@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.config import Job
+from dtrain.config import Job, dump_job
 from dtrain.launch import islands, part_words, processes
 from dtrain.launch.launchers import Look
 from dtrain.launch.part_words import Joined, Line, Order, Report, Word
@@ -33,6 +34,8 @@ _FOLLOWS_S = 2.0
 """How long after its ssh a part's last word may come."""
 _SENT_ALONG = ("DTRAIN_KERNELS",)
 """Variables that ssh does not bring along, and on which the arithmetic depends."""
+_NAMES_FILES = ("job", "islands", "model", "data", "sync")
+"""Sections of a job, with keys that are paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,23 @@ def by_ssh(call: Call, launch: islands.Launch, island: int) -> list[str]:
     line = f"cd {shlex.quote(plan.workdir or os.getcwd())} && exec {shlex.join(['env', *along, *python] if along else python)}"
     config = [] if call.ssh_config is None else ["-F", str(call.ssh_config)]
     return ["ssh", "-o", "BatchMode=yes", *config, plan.host, "--", line]
+
+
+def job_sent(launch: islands.Launch, island: int) -> str:
+    """The job that ssh brings. Where the part starts in a folder of its own, files below the launcher's folder are named as they
+    lie below that one; others by where they are here."""
+    if launch.job.island(island).workdir is None:
+        return (launch.run / "job.toml").read_text(encoding="utf-8")
+    said = launch.job.model_dump()
+    levels: list[dict[str, object]] = said["sync"]["level"] or []
+    for keys in (*(said[section] for section in _NAMES_FILES), *levels):
+        keys |= {key: _below(os.getcwd(), value) for key, value in keys.items()}
+    return dump_job(Job.model_validate(said))
+
+
+def _below(folder: str, value: object) -> object:
+    """As it is named from the folder, where it is a path below it; ``hf:`` may stand before one."""
+    return re.sub(rf"^(hf:)?{re.escape(folder)}/", r"\1./", value) if isinstance(value, str) else value
 
 
 def _part(call: Call, launch: islands.Launch, island: int) -> list[str]:
@@ -196,7 +216,7 @@ class There:
             )
         assert self._ssh.stdin is not None
         try:
-            self._ssh.stdin.write((self._launch.run / "job.toml").read_bytes())
+            self._ssh.stdin.write(job_sent(self._launch, self._island).encode())
             self._ssh.stdin.close()
         except BrokenPipeError:  # it ended already, and its log says why
             pass

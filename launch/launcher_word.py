@@ -1,7 +1,8 @@
 """What does the launcher say of its run, for those who watch from outside? One small file, ``logs/launcher.json``.
 
 Islands write what they do themselves; only the launcher knows which of them are lost, how often each was started again, and how
-the run ended. One that was killed cannot say so: that its process is gone does.
+the run ended. One that was killed cannot say so: that its process is gone does. A part of a launcher that is elsewhere
+(``part.py``) says so of its one island.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ class Word:
     exit_status: int | None = None
     """None while the run goes on."""
     message: str = ""
+    part: int | None = None
+    """Of which island, where it is not the launcher that says this; all else is of that one alone."""
+    meet: str = ""
+    """Where a part has its launcher."""
 
 
 class WordFile:
     """Keeps the file up to date; a reader always finds a whole one. Written when something changed, and not synced to disk."""
 
-    def __init__(self, run: Path, num_islands: int, step: int) -> None:
+    def __init__(self, run: Path, num_islands: int, step: int, *, part: int | None = None, meet: str = "") -> None:
         self._path = path_of(run)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         nobody = (0,) * num_islands, ("",) * num_islands
-        self._word = Word(_machine(), os.getpid(), _started(os.getpid()) or 0, 0, step, *nobody)
+        self._word = Word(_machine(), os.getpid(), _started(os.getpid()) or 0, 0, step, *nobody, part=part, meet=meet)
         self._write()
 
     def say(self, epoch: int, step: int, restarts: Sequence[int], notes: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
 from dtrain.launch.elsewhere import Call, There
 from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.launchers import Here, Launcher, Look
-from dtrain.launch.part_words import say_commits, say_job, say_started
+from dtrain.launch.part_words import say_commits, say_job, say_started, text_hash
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
 from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
@@ -85,7 +85,7 @@ def run_local(
                 fleet.start()
             store = meeting.serve(listener)  # imports torch while the islands do
             store.set("regroup", f"0:{resume_step}")
-            say_job(store, job)
+            say_job(store, job, text_hash(job, script) if job.elsewhere else "")
             if not job.elsewhere:
                 fleet.say_started(fleet.everyone, store)
             if call is not None and job.elsewhere:

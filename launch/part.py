@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from dtrain import metrics
 from dtrain.config import Job
 from dtrain.errors import PeerLost
 from dtrain.launch import islands, part_words, processes
+from dtrain.launch.closing import EXIT_RESUMABLE, EXIT_USER_ERROR
+from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.local import Outcome, Printed, Stopped, ignore_stop_signals, stop_signals_raise
 from dtrain.launch.part_words import Joined, Line, Order, Report
 from dtrain.launch.progress import IslandView, Progress, Tail, read_status
@@ -36,6 +38,7 @@ _TICK_S = 0.1
 _REPORT_EVERY_S = 0.5
 _SAY_EVERY_S = 2.0
 _CONNECT_S = 2.0
+_NOTES: Mapping[part_words.State, str] = {"idle": "waits for the launcher", "failed": "lost; the launcher decides"}
 
 
 def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, ...], console: Console) -> Outcome:
@@ -43,7 +46,8 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
     launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
-    part, line = Part(launch, island), None
+    part, line, outcome = Part(launch, island), None, Outcome(1, "this part of the launcher failed")
+    word = WordFile(launch.run, job.islands.count, 0, part=island, meet=meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():
         try:
             store = _reach(*address(meet), job.link.timeout_s, view.line)
@@ -51,15 +55,20 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
 
             with _launcher_there(meet):
                 line = _join(store, launch, island, view.line)
-            return _keep(part, line, store, meet, view)
+            outcome = _keep(part, line, store, meet, view, word)
         except Stopped as stop:
+            outcome = Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
             if line is not None:
                 with _launcher_there(meet):
                     line.report(part.report("gone"))
-            return Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
+        except (PeerLost, ValueError) as e:
+            outcome = Outcome(EXIT_RESUMABLE if isinstance(e, PeerLost) else EXIT_USER_ERROR, str(e))
+            raise
         finally:
             ignore_stop_signals()
             part.end()
+            word.end(outcome.exit_status, outcome.message)
+    return outcome
 
 
 @dataclass(slots=True)
@@ -70,6 +79,9 @@ class Part:
     island: int
     agent: Popen[bytes] | None = None
     epoch: int = 0
+    starts: int = 0
+    step: int = 0
+    """That the newest order goes on from."""
     done: int = 0
     trouble: ErrorNote | None = None
     """Why an order could not be carried out."""
@@ -86,8 +98,9 @@ class Part:
             return
         try:
             self._set_back(order.step)
+            self.step = order.step
             if order.word == "start":
-                self.epoch = order.epoch
+                self.epoch, self.starts = order.epoch, self.starts + 1
                 self.agent = islands.start(self.launch, self.island, order.epoch, order.step)
         except ValueError as e:
             self.trouble = ErrorNote("user", str(e))
@@ -129,6 +142,13 @@ class Part:
         status = self.agent.poll()
         return "running" if status is None else "done" if status == 0 else "failed"
 
+    def say(self, word: WordFile) -> None:
+        """What ``dtrain status`` cannot read from what the island writes here."""
+        restarts, notes = [0] * self.launch.job.islands.count, [""] * self.launch.job.islands.count
+        restarts[self.island] = max(0, self.starts - 1)
+        notes[self.island] = _NOTES["failed"] if self.state() == "failed" else ""
+        word.say(self.epoch, self.step, restarts, notes)
+
     def end(self) -> None:
         processes.end(self.launch.tag, [] if self.agent is None else [self.agent])
 
@@ -165,7 +185,7 @@ class Part:
         self._lines.lines()
 
 
-def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView) -> Outcome:
+def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView, word: WordFile) -> Outcome:
     launch, reported_at, said = part.launch, 0.0, Report(0)
     progress, printed = Progress(launch.run, launch.job.islands.count, launch.job.train.steps), Printed(launch, part.island)
     while True:
@@ -189,6 +209,7 @@ def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView) -> Ou
             with _launcher_there(meet):
                 line.report(replace(said, beat=said.beat + 1, state="gone"))
             return Outcome(order.exit_status, order.message)
+        part.say(word)
         view.show([_noted(progress.read()[part.island], said)], now)
         for text in printed.lines(part.epoch):
             view.line(text)
@@ -196,8 +217,7 @@ def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView) -> Ou
 
 
 def _noted(view: IslandView, said: Report) -> IslandView:
-    notes = {"idle": "waits for the launcher", "failed": "lost; the launcher decides"}
-    return replace(view, note=notes[said.state]) if said.state in notes else view
+    return replace(view, note=_NOTES[said.state]) if said.state in _NOTES else view
 
 
 def _end_of(log: tuple[Path, list[str]]) -> tuple[str, ...]:
@@ -241,7 +261,7 @@ def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -
 
 
 def _join(store: Store, launch: islands.Launch, island: int, say: Callable[[str], None]) -> Line:
-    part_words.check_job(store, launch.job, island)
+    part_words.check_job(store, launch.job, island, part_words.text_hash(launch.job, launch.script))
     mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run))
     line = Line(store, island, mine.nonce)
     line.report(Report(0))

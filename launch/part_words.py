@@ -7,8 +7,10 @@ is: it listens where link.interface and link.advertise say, on networks you trus
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +32,11 @@ _SITE_OWN = {
     *(("link", "port"), ("link", "interface"), ("link", "advertise")),
     *(("islands", "each"), ("islands", "threads"), ("islands", "max_restarts")),
 }
-"""What a site's job file may say in its own way. What text it is that all train on, the islands compare themselves."""
+"""What a site's job file may say in its own way. Of the text that all train on the hash is compared."""
+_SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("islands", "deepspeed"))
+"""What may name a file: it lies where a site says, and holds the same everywhere."""
+_OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
+"""Of one that is a folder. Weights beside it are not compared: islands begin with island 0's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,16 @@ def forget_joined(store: Store, island: int) -> None:
     store.delete_key(_joined(island))
 
 
-def say_job(store: Store, job: Job) -> None:
+def text_hash(job: Job, script: Sequence[str]) -> str:
+    """Of what the job trains on, where its files lie here; empty where a script reads data of its own."""
+    from dtrain.data.corpus import corpus_of
+
+    return "" if script else corpus_of(job.data).hash
+
+
+def say_job(store: Store, job: Job, text: str = "") -> None:
+    """``text``: its ``text_hash``, where sites are to have the same."""
+    _check_contents(store, job, text)
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -142,8 +157,9 @@ def has_job(store: Store) -> bool:
     return store.check(["part/job"])
 
 
-def check_job(store: Store, job: Job, island: int) -> None:
-    """Raises ValueError where the launcher has not left this island to its site, or is at another job."""
+def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
+    """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job, or
+    its text, holds something else here."""
     said = json.loads(store.get("part/job"))
     if island not in said["elsewhere"]:
         others = ", ".join(map(str, said["elsewhere"])) or "none"
@@ -155,6 +171,26 @@ def check_job(store: Store, job: Job, island: int) -> None:
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
             )
+    _check_contents(store, job, text)
+
+
+def _check_contents(store: Store, job: Job, text: str) -> None:
+    """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
+    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
+    for key, name, digest in [*found, ("data.source", job.data.source, text)]:
+        if not digest:
+            continue
+        mine = {"digest": digest, "place": f"{socket.gethostname()}:{name}"}
+        first = json.loads(store.compare_set(f"part/file/{key}", "", json.dumps(mine)))
+        if first["digest"] != digest:
+            raise ValueError(
+                f"{key}: {name} is not what {first['place']} is (sha256 {digest[:8]} and {first['digest'][:8]}); copy that one "
+                f"here, or name one that is the same, {key}=PATH"
+            )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def say_commits(store: Store, steps: Sequence[int]) -> None:
@@ -197,6 +233,7 @@ def _answers(job: Job) -> dict[str, Any]:
         for key, value in keys.items()
         if (section, key) not in _SITE_OWN
     }
+    said |= {f"{section}.{key}": "(a file)" for section, key, path in _files(job) if path.suffix != ".py"}
     for k in range(job.islands.count):
         plan = job.island(k)
         said |= {f"islands.each.{k}.ranks": plan.ranks, f"islands.each.{k}.engine": plan.engine}
@@ -209,3 +246,13 @@ def _by_name(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {inner: _by_name(inner, item) for inner, item in value.items()}
     return Path(value).name if isinstance(value, str) and (key == "graph" or is_own(value)) else value
+
+
+def _files(job: Job) -> Iterator[tuple[str, str, Path]]:
+    """(section, key, file) of ``_SAME_INSIDE`` that names one: in a run's job its path is absolute, and else it is a word, or a
+    name on the hub."""
+    for section, key in _SAME_INSIDE:
+        value = getattr(getattr(job, section), key) or ""
+        path = Path(value.rpartition(":")[0] if is_own(value) else value)
+        if path.is_absolute():
+            yield section, key, path / _OF_A_FOLDER[key] if path.is_dir() and key in _OF_A_FOLDER else path

@@ -59,7 +59,7 @@ def text(state: State) -> str:
         *_family("dtrain_merged_loss_nats", "gauge", "Newest loss of the merged model on the held-out text.", [({}, merged)]),
     ]
     for name, kind, said, value in _OF_ISLANDS:
-        lines += _family(name, kind, said, [({"island": str(island.view.island)}, value(island)) for island in state.islands])
+        lines += _family(name, kind, said, [({"island": str(island.view.island)}, value(island)) for island in state.seen])
     links = [({"island": str(at.sender), "to": str(at.receiver)}, state.bytes_per_s(at)) for at in state.links or ()]
     lines += _family("dtrain_link_bytes_per_second", "gauge", "What an island sends, spread over its topology's links.", links)
     return "".join(f"{line}\n" for line in lines)

@@ -20,8 +20,8 @@ MOST_POINTS = 500
 """Of a curve; a longer one is of means."""
 RATE_OVER_S = 30.0
 """A link's rate is a mean over so many seconds of the island's clock."""
-STOPPED, LOST = "stopped", "lost"
-"""What is said of islands that had not finished when their run ended."""
+STOPPED, LOST, ELSEWHERE = "stopped", "lost", "elsewhere"
+"""What is said of islands that had not finished when their run ended; and of those of which a site is told nothing."""
 Point = tuple[int, float]
 
 
@@ -66,6 +66,22 @@ class State:
     """(step, the merged model's loss on the held-out text)."""
     links: tuple[Link, ...] | None
     """None where they are too many to be shown."""
+    part: int | None = None
+    """The one island of which anything is known, where the run's folder is its site's and not the launcher's."""
+    launcher: str = ""
+    """Of a part's folder: HOST:PORT of the launcher."""
+
+    @property
+    def seen(self) -> tuple[IslandState, ...]:
+        """The islands of which anything is known."""
+        return self.islands if self.part is None else (self.islands[self.part],)
+
+    @property
+    def unseen(self) -> str:
+        """What cannot be known here, in words; empty where all is."""
+        if self.part is None:
+            return ""
+        return f"this is the site of island {self.part}: what the others do is seen where the launcher is, {self.launcher}"
 
     def bytes_per_s(self, link: Link) -> float | None:
         """What its sender sends on that level, by the link's share; None where nothing is sent."""
@@ -85,12 +101,13 @@ class Reader:
     def read(self) -> State:
         """Raises ValueError where the folder holds no run any more, or a file in it is broken."""
         self._begin_again_where_the_job_changed()
+        word = read_word(self.run)
+        part = None if word is None else word.part
         for record in self._progress.records():
             if 0 <= record["island"] < len(self._tracks):
                 self._tracks[record["island"]].add(record)
-            if record["island"] == 0 and record.get("eval_loss_merged") is not None:  # the same on all
+            if record["island"] == (part or 0) and record.get("eval_loss_merged") is not None:  # the same on all
                 self._merged.add(record["step"], record["eval_loss_merged"])
-        word = read_word(self.run)
         running = word is not None and goes_on(word)
         islands = tuple(self._island(view, word, running=running) for view in self._progress.views())
         return State(
@@ -103,8 +120,10 @@ class Reader:
             committed_step=_committed(self.run),
             quiet_s=max(0.0, time.time() - max(_changed(self.run))),
             islands=islands,
-            merged=_with_the_end(self._merged.points(), self.run),
+            merged=_with_the_end(self._merged.points(), self.run, part or 0),
             links=self._links,
+            part=part,
+            launcher="" if word is None else word.meet,
         )
 
     def _begin_again_where_the_job_changed(self) -> None:
@@ -123,10 +142,12 @@ class Reader:
 
     def _island(self, view: IslandView, word: Word | None, *, running: bool) -> IslandState:
         track = self._tracks[view.island]
+        if word is not None and word.part not in (None, view.island):
+            view = replace(view, state=ELSEWHERE)
         note = word.notes[view.island] if word is not None and view.island < len(word.notes) else ""
         if not running:
-            note = "" if view.state == "done" else LOST if note else STOPPED
-        sends = not note and view.state != "done"
+            note = "" if view.state in ("done", ELSEWHERE) else LOST if note else STOPPED
+        sends = not note and view.state not in ("done", ELSEWHERE)
         rates = track.rates(view.waited_s if view.state == "waiting" else 0.0) if sends else {}
         rate = None if not rates else sum(rates.values())
         return IslandState(
@@ -227,16 +248,19 @@ class Track:
 
 
 def newest_run(runs: Path) -> Path:
-    """The newest run below a folder of those that go on; of all, where none does. ValueError where there is none."""
+    """The newest run below a folder of those that go on, a launcher's first; of all, where none does. ValueError without one."""
     found = [path.parent for path in runs.glob("*/job.toml")]
     if not found:
         raise ValueError(f"there is no run in {runs}; start one with dtrain run JOB.toml, or name its folder: dtrain status RUN")
     return max(found, key=lambda run: (_goes_on(run), max(_changed(run)), run.name))
 
 
-def _goes_on(run: Path) -> bool:
+def _goes_on(run: Path) -> int:
+    """2 where its launcher does; 1 where a part does, whose launcher's run may be beside it; else 0."""
     word = read_word(run)
-    return word is not None and goes_on(word)
+    if word is None or not goes_on(word):
+        return 0
+    return 2 if word.part is None else 1
 
 
 def _changed(run: Path) -> Iterator[float]:
@@ -262,7 +286,8 @@ def _how(run: Path, word: Word | None) -> str:
         finished = (run / "summary.json").exists()
         return "finished" if finished else "not started, or by another version: no launcher has written there"
     if word.exit_status is None:
-        return f"the launcher (process {word.process}) is gone without a word, as if killed"
+        who = "the launcher" if word.part is None else f"island {word.part}'s part of the launcher"
+        return f"{who} (process {word.process}) is gone without a word, as if killed"
     if word.exit_status == 0:
         return "finished"
     return f"ended with exit status {word.exit_status}{': ' if word.message else ''}{word.message}"
@@ -274,10 +299,10 @@ def _committed(run: Path) -> int | None:
     return max(map(int, steps), default=None)
 
 
-def _with_the_end(merged: tuple[Point, ...], run: Path) -> tuple[Point, ...]:
+def _with_the_end(merged: tuple[Point, ...], run: Path, island: int) -> tuple[Point, ...]:
     """And with the merged model's loss at the end, which each island's share of the summary tells of."""
     try:
-        part = json.loads((folder(run, 0) / "part.json").read_bytes())
+        part = json.loads((folder(run, island) / "part.json").read_bytes())
     except FileNotFoundError:
         return merged
     step, loss = part["steps"], part["eval_loss"]

@@ -113,6 +113,7 @@ def as_json(state: State) -> dict[str, Any]:
         "recipe": state.recipe,
         "phase": state.phase,
         "how": state.how,
+        "unseen": state.unseen,
         "epoch": state.epoch,
         "committed_step": state.committed_step,
         "quiet_s": state.quiet_s,

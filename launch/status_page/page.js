@@ -47,6 +47,9 @@ const mean = (values) => (values.length ? total(values) / values.length : null);
 const present = (values) => values.filter((value) => value !== null);
 const names = (islands) => (islands.length > 3 ? `${islands[0]} and ${islands.length - 1} more` : islands.join(", "));
 
+// At an island's own site nothing is known of the others.
+const seen = (state) => state.islands.filter((island) => island.looks !== "elsewhere");
+
 function looksOf(state) {
   if (state.phase === "ended") return state.how === "finished" ? "done" : "stopped";
   if (state.islands.some((island) => island.looks === "lost")) return "lost";
@@ -54,7 +57,7 @@ function looksOf(state) {
 }
 
 function drawHead(state) {
-  const islands = state.islands;
+  const islands = seen(state);
   const slowest = Math.min(...islands.map((island) => island.step));
   const steps = Math.max(...islands.map((island) => island.steps));
   const looks = looksOf(state);
@@ -62,7 +65,7 @@ function drawHead(state) {
   at("name").textContent = state.name;
   at("phase").className = `pill ${looks}`;
   at("phase").textContent = looks === "done" ? "finished" : state.phase;
-  at("about").textContent = `${islands.length} island${islands.length === 1 ? "" : "s"}, ${state.recipe}`;
+  at("about").textContent = `${state.islands.length} island${state.islands.length === 1 ? "" : "s"}, ${state.recipe}`;
   at("done").style.width = `${(100 * slowest) / Math.max(steps, 1)}%`;
   at("run").textContent = `read from ${state.run}`;
   const lost = islands.filter((island) => island.looks === "lost");
@@ -70,14 +73,15 @@ function drawHead(state) {
   complain([
     ...(looks === "stopped" ? [state.how] : []),
     ...lost.map((island) => `island ${island.island}: ${island.doing}`),
+    ...(state.unseen ? [state.unseen] : []),
     ...(quiet ? [`nothing was written for ${seconds(Math.round(state.quiet_s))}`] : []),
   ].join("; "));
   drawFacts(state, slowest, steps);
 }
 
 function drawFacts(state, slowest, steps) {
-  const of = (key) => state.islands.map((island) => island[key]);
-  const working = state.islands.filter((island) => !["lost", "stopped", "done"].includes(island.looks));
+  const of = (key) => seen(state).map((island) => island[key]);
+  const working = seen(state).filter((island) => !["lost", "stopped", "done"].includes(island.looks));
   const speeds = present(working.map((island) => island.tokens_per_s));
   const rates = present(of("wire_bytes_per_s"));
   const trained = Math.max(...of("time_s"));
@@ -191,7 +195,8 @@ function arrowHead() {
 
 function nodeOf(island, place, size) {
   const node = svg("g", { class: `node ${island.looks}`, "data-island": island.island });
-  node.append(svg("title", {}, `island ${island.island}: ${island.doing}, step ${island.step}`));
+  const far = island.looks === "elsewhere" ? "" : `, step ${island.step}`;
+  node.append(svg("title", {}, `island ${island.island}: ${island.doing}${far}`));
   node.append(svg("circle", { cx: place.x, cy: place.y, r: size }));
   if (size < 8) return node;
   node.append(svg("text", { x: place.x, y: place.y + 4.5, "text-anchor": "middle", class: "number" }, island.island));
@@ -199,10 +204,9 @@ function nodeOf(island, place, size) {
   const waits = `waits for ${names(island.waiting_for)}, ${Math.round(island.waited_s)} s`;
   const says = island.waiting_for.length ? waits : island.looks;
   const words = wordsAt(place, size);
-  node.append(
-    svg("text", { ...words, class: "says halo" }, says),
-    svg("text", { ...words, y: words.y + 14, class: "dim halo" }, `step ${whole(island.step)}`),
-  );
+  node.append(svg("text", { ...words, class: "says halo" }, says));
+  if (island.looks === "elsewhere") return node;
+  node.append(svg("text", { ...words, y: words.y + 14, class: "dim halo" }, `step ${whole(island.step)}`));
   return node;
 }
 
@@ -293,7 +297,7 @@ function nice(low, high, wanted) {
 
 function drawTable(state) {
   at("rows").replaceChildren(
-    ...state.islands.map((island) => {
+    ...seen(state).map((island) => {
       const cells = [
         ["", island.island],
         [`now ${island.looks}`, island.doing],

@@ -111,6 +111,19 @@ def test_other_islands_start_from_the_mean_and_are_told_what_is_dropped(tmp_path
         assert torch.all((merged[name].to(torch.float64) - exact).abs() <= unit / 2 * exact.abs().clamp_min(1e-30) * 2)
 
 
+def test_a_merge_reads_the_weights_and_not_the_rest_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for Schedule-Free's averages (tests/oracle/test_schedule_free.py), of an island after the other."""
+    more = ("optim.state.0.exp_avg", "optim.state.0.step", "optim1.state.2.momentum", "sync.bucket0.x")
+    kept = ("clock.time_s", "optim.groups", "shard1.optim.state.0.x", "optim1.state.7.z")
+    state = {key: torch.zeros(1, dtype=torch.float64) for key in (*more, *kept, "clock.wall_s", "rng0")}
+    for island in range(2):
+        checkpoint.save_island(tmp_path, 4, island, tensors(island) | state, rank=0, num_ranks=1)
+    read, load = list[set[str]](), checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda into, **where: (read.append(set(into)), load(into, **where))[1])
+    checkpoint.merge_for_resume(tmp_path, 4, 2)
+    assert read == [{"model.weight", "model.half", *kept}] * 2
+
+
 def test_merged_weights_know_the_training_time_of_the_slowest_island(tmp_path: Path) -> None:
     for island, time_s in enumerate((12.5, 99.25, None)):
         clock = {} if time_s is None else {"clock.time_s": torch.tensor(time_s, dtype=torch.float64)}

@@ -21,6 +21,7 @@ from dtrain.launch.elsewhere import Call, There, by_hand, by_ssh
 from dtrain.launch.islands import Launch
 from dtrain.launch.part_words import Joined, Line, Order, Report
 from dtrain.launch.run_folder import Choice, open_part
+from dtrain.launch.status import Reader
 from dtrain.metrics import ErrorNote
 from tests.unit.small_run import commit, refused
 
@@ -298,6 +299,8 @@ def test_a_wrong_address_is_one_line_after_the_links_limit(capsys: pytest.Captur
     err = capsys.readouterr().err
     assert err.startswith("dtrain: no launcher at 127.0.0.1:1 within 0.3 s (Connection refused); is it running, and is this the ")
     assert err.count("\n") == 1
+    how = Reader(Path("runs/small-island1")).read().how
+    assert how == f"ended with exit status 75: {err.removeprefix('dtrain: ').rstrip()}", "dtrain status tells it too"
 
 
 @pytest.mark.usefixtures("in_a_folder")

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -17,6 +18,7 @@ from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections_sync import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
+from tests.bench import lab
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,6 +148,24 @@ def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
     assert f"all-reduce with 6e-3 reaches {slow:.4f} and `accum_adam` with 1.2e-2 {slower:.4f}" in text
 
 
+def test_what_the_quickstart_reaches_is_what_was_measured() -> None:
+    quality, overlap = (json.loads((ROOT / f"tests/bench/results/{name}.json").read_text()) for name in ("quality", "overlap"))
+    ours, theirs, alone = (mean(quality["bits_per_byte"][name]) for name in ("delayed_diloco", "allreduce", "local, single"))
+    behind, closed = mean(quality["behind_allreduce_percent"]), mean(quality["gap_closed"])
+    assert f"{ours:.4f} bits a byte (mean of three seeds): {behind:.1f} % behind all-reduce's {theirs:.4f}, with 210" in README
+    assert 210 <= quality["wire_reduction"] < 220
+    assert f"never talk reach {alone:.4f}: {100 * closed:.0f} % of that gap is closed" in README
+    at = {row["rate"]: row for row in overlap["rows"]}
+    assert max(at[rate]["overlapped_wait_s"] for rate in ("100mbit", "10mbit")) < 1e-3
+    left = {rate: f"{100 * row['of_local']:.0f} %" for rate, row in at.items()}
+    assert f"{left['100mbit']} at 100 and {left['10mbit']} at 10 Mbit/s of the tokens/s" in README
+    assert f"{left['1mbit']} of the speed is left. Talk less" in README
+    waits, says = ([at[rate][key] for rate in ("10mbit", "1mbit")] for key in ("waited_s", "wire_s"))
+    said = f"rounds wait {waits[0]:.2f} s at 10 Mbit/s, where bytes x 8 / rate says {says[0]:.2f} s, and {waits[1]:.2f} s"
+    assert said in README
+    assert waits[1] == pytest.approx(says[1], rel=1e-3)
+
+
 def test_the_speeds_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "tests/bench/results/speed.json").read_text(encoding="utf-8"))
     cells = {(cell["rate"], cell["recipe"]): cell for cell in measured["cells"]}
@@ -190,3 +210,15 @@ def test_what_two_levels_reach_is_what_was_measured() -> None:
     fewer = f"{all_reduce / far:,.0f} times fewer"
     assert f"{far / 1e6:.2f} MB of an island over the far link, {fewer}, and {near / 1e6:.0f} MB over" in text
     assert f"waits for {100 * live['wait_s'] / live['train_s']:.0f} % of its time" in text
+
+
+def test_what_a_labs_links_carry_is_what_was_measured() -> None:
+    """`python -m tests.bench.lab readme` writes it; here the cells are read back by hand."""
+    measured = json.loads((ROOT / "tests/bench/results/lab.json").read_text(encoding="utf-8"))
+    assert "\n".join(lab.readme(measured)) in README
+    assert [row["rate"] for row in measured["rates"]] == ["1mbit", "10mbit", "100mbit", "1gbit"]
+    for (rate, asked, gloo, *said), row in zip(table("link of a lab"), measured["rates"], strict=True):
+        assert rate.lower().replace(" ", "").removesuffix("/s") == row["rate"]
+        assert asked == f"{100 * row['of_asked']:.1f}%"
+        assert gloo == (f"{100 * row['gloo_of_socket']:.1f}%" if "gloo_of_socket" in row else "-")
+        assert said in ([], ["-"], [f"{100 * row.get('sent_of_said', 0):.1f}%"])

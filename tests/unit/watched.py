@@ -59,3 +59,11 @@ def training_run(run: Path) -> WordFile:
     (run / "checkpoints" / "step_00000020").mkdir()  # not all islands have written it
     word.say(1, 10, [0, 1, 0], ["", "", ""])
     return word
+
+
+def site_run(run: Path, island: int, meet: str = "10.0.0.1:4711") -> WordFile:
+    """At the site of one of three islands in a ring: what it writes itself, and nothing of the others."""
+    make_run(run, "islands.count=3", "sync.recipe=choco")
+    write_lines(run, (record(island, t, **({"eval_loss_merged": 4.125} if t == 10 else {})) for t in range(1, 21)))
+    status_file(run, island).update("waiting", 20, waiting_for=(0,), waited_s=10.0)
+    return WordFile(run, 3, 0, part=island, meet=meet)

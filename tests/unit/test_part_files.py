@@ -1,0 +1,100 @@
+"""Are files that a job names the same at all sites, wherever they lie there, and found where ssh starts a part?"""
+
+from __future__ import annotations
+
+import re
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from dtrain.config import Job, dump_job, parse_job
+from dtrain.launch import part_words
+from dtrain.launch.elsewhere import job_sent
+from dtrain.launch.islands import Launch
+from dtrain.sections import ModelSection
+
+
+def with_files(folder: Path, **contents: str) -> Job:
+    """A job as a run keeps it, of a site where its files are in this folder."""
+    folder.mkdir()
+    names = {"tokenizer": "tokenizer.json", "config": "config.json", "zero": "zero.json", "model": "model.py"}
+    for key, name in names.items():
+        (folder / name).write_text(contents.get(key, key))
+    each = [{"engine": "deepspeed", "ranks": 2}, {"launcher": "manual", "ranks": 2}]
+    theirs = {"factory": f"{folder}/model.py:build"} if "factory" in contents else {"hf": str(folder)}
+    islands = {"each": each, "deepspeed": f"{folder}/zero.json"}
+    data = {"tokenizer": f"{folder}/tokenizer.json"}
+    return parse_job({"islands": islands, "data": data, "model": theirs, "train": {"batch": 4}})
+
+
+def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
+    store = HashStore()
+    part_words.say_job(store, with_files(tmp_path / "here"))
+    part_words.check_job(store, with_files(tmp_path / "alike"), 1)
+    for key, named, name in (
+        ("tokenizer", "data.tokenizer", "tokenizer.json"),
+        ("config", "model.hf", "config.json"),
+        ("zero", "islands.deepspeed", "zero.json"),
+    ):
+        words = f"{named}: {tmp_path}/{key}/{name} is not what {socket.gethostname()}:{tmp_path}/here/{name} is (sha256 "
+        said = rf"^{re.escape(words)}\w{{8}} and \w{{8}}\); copy that one here, or .*{named}=PATH$"
+        with pytest.raises(ValueError, match=said):
+            part_words.check_job(store, with_files(tmp_path / key, **{key: "other"}), 1)
+    hub = with_files(tmp_path / "hub").model_copy(update={"model": ModelSection.model_validate({"hf": "an/owner"})})
+    with pytest.raises(ValueError, match=re.escape("model.hf = 'an/owner' differs from the launcher's '(a file)'")):
+        part_words.check_job(store, hub, 1)
+    own = HashStore()
+    part_words.say_job(own, with_files(tmp_path / "own", factory=""))
+    with pytest.raises(ValueError, match=r"^model\.factory: .*/theirs/model\.py is not what "):
+        part_words.check_job(own, with_files(tmp_path / "theirs", factory="", model="other"), 1)
+
+
+def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
+    """By the hash that a summary asks all islands for, when they have trained."""
+    texts = {"here": "one\n", "alike": "one\n", "other": "two\n"}
+    jobs = dict[str, Job]()
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(300 * text)
+        data = {"source": f"{tmp_path}/{name}/text.txt"}
+        jobs[name] = parse_job({"islands": {"each": [{}, {"launcher": "manual"}]}, "data": data})
+    store = HashStore()
+    part_words.say_job(store, jobs["here"], part_words.text_hash(jobs["here"], ()))
+    part_words.check_job(store, jobs["alike"], 1, part_words.text_hash(jobs["alike"], ()))
+    with pytest.raises(ValueError, match=r"^data\.source: .*/other/text\.txt is not what .*/here/text\.txt is \(sha256 "):
+        part_words.check_job(store, jobs["other"], 1, part_words.text_hash(jobs["other"], ()))
+    assert part_words.text_hash(jobs["other"], ("train.py",)) == ""
+    part_words.check_job(store, jobs["other"], 1)
+
+
+def test_a_file_that_the_launcher_has_not_is_that_of_the_first_site(tmp_path: Path) -> None:
+    store = HashStore()
+    there = with_files(tmp_path / "here")
+    (tmp_path / "here" / "zero.json").unlink()
+    part_words.say_job(store, there)
+    part_words.check_job(store, with_files(tmp_path / "first"), 1)
+    with pytest.raises(ValueError, match=r"^islands\.deepspeed: .* is not what .*/first/zero\.json is"):
+        part_words.check_job(store, with_files(tmp_path / "second", zero="other"), 1)
+
+
+def test_over_ssh_files_below_the_folder_here_are_looked_for_below_workdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here, far = tmp_path / "here", {"launcher": "ssh", "host": "far"}
+    kept = with_files(here).model_dump()
+    kept["islands"]["each"] = [{}, far, far | {"workdir": "/srv"}]
+    kept["islands"] |= {"count": 3, "deepspeed": None}
+    kept["data"]["source"] = f"hf:{here}/rows.csv:train:text"
+    kept["sync"] |= {"graph": "/else/edges", "recipe": f"{here}/mine.py:row"}
+    job = Job.model_validate(kept)
+    (tmp_path / "job.toml").write_text(dump_job(job))
+    launch = Launch(job, tmp_path, "h:1", "tag")
+    assert parse_job(tomllib.loads(job_sent(launch, 1))) == job
+    sent = parse_job(tomllib.loads(job_sent(launch, 2)))
+    assert (sent.data.tokenizer, sent.data.source) == ("./here/tokenizer.json", "hf:./here/rows.csv:train:text")
+    assert (sent.model.hf, sent.sync.recipe, sent.sync.graph) == ("./here", "./here/mine.py:row", "/else/edges")
+    assert sent.islands == job.islands
