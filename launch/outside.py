@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from dtrain.config import Job, toml_value
@@ -19,9 +19,11 @@ def tables_of(job: Job) -> list[dict[str, Any]]:
     return [{key: value for key, value in table.items() if key not in _OF_A_LAUNCHER} for table in said]
 
 
-def each_override(job: Job, launcher: Literal["slurm", "manual"]) -> str:
-    """The tables with another launcher, as an override."""
-    return f"islands.each=[{', '.join(_inline({**table, 'launcher': launcher}) for table in tables_of(job))}]"
+def each_override(job: Job, launcher: Literal["slurm", "manual"], others: Collection[int] = ()) -> str:
+    """The tables with another launcher, but for ``others``, whose own tables stand as they are; as an override."""
+    said = job.islands.model_dump(exclude_none=True).get("each")
+    tables = [said[k] if k in others else {**table, "launcher": launcher} for k, table in enumerate(tables_of(job))]
+    return f"islands.each=[{', '.join(_inline(table) for table in tables)}]"
 
 
 def nodes_of(island: int, ranks: int, nodes: int | None, gpus_per_node: int | None) -> int:

@@ -42,7 +42,8 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
     """Keep one island of a job to its end; when this returns or raises, no process of it is left.
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
-    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
+    tag, torchruns = secrets.token_hex(8), islands.take_torchruns()
+    launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, torchruns=torchruns)
     part, line = Part(launch, island), None
     with LiveView(console, bars=not script) as view, stop_signals_raise():
         try:
