@@ -1,9 +1,9 @@
 """What does Slurm have to be told so that it runs the islands of a job? A script that a person can read and change.
 
 The launcher runs on the first of all nodes, where Slurm starts the script, and islands meet at it: each joins by ``dtrain run
---island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one partition
-are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job. Islands of
-launcher ssh or manual are not Slurm's: the launcher starts them from there, or waits for them.
+--island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one
+partition are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job.
+Islands of launcher ssh or manual are not Slurm's: the launcher starts them from there, or waits for them.
 
 Slurm's words: https://slurm.schedmd.com/sbatch.html, srun.html, heterogeneous_jobs.html.
 """
@@ -109,7 +109,7 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
 
 
 def _of_slurm(job: Job, asked: Asked) -> list[int]:
-    """The islands that the script starts; raises ValueError where the tables leave none to Slurm, or not the one that is asked."""
+    """The islands that the script starts; raises ValueError where the tables leave none to Slurm, or not this one."""
     launchers = {k: job.island(k).launcher for k in range(job.islands.count)}
     if asked.island is not None:
         if launchers[asked.island] == "ssh":

@@ -1,4 +1,4 @@
-"""What do tests have instead of a cluster? A Slurm of one machine, whose jobs run for real: each node is an address of loopback."""
+"""What do tests have instead of a cluster? A Slurm of one machine, whose jobs are real: each node is an address of loopback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,10 +152,8 @@ def _of_test(folder: Path) -> list[int]:
 
 
 def _signal(pid: int, sign: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, sign)
-    except ProcessLookupError:
-        pass
 
 
 def check_script(script: Path) -> None:
