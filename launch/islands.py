@@ -12,11 +12,13 @@ from pathlib import Path
 
 from dtrain.config import Job
 from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
-from dtrain.metrics import ErrorNote, read_error
+from dtrain.metrics import ErrorNote, read_error, write_whole
 
 _TRACEBACK = "Traceback (most recent call last)"
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
-_NEWS = ("status.json", "error.json", "part.json")
+_PRINTS = "prints"
+"""A file that names another: where rank 0 of an island prints to. Of several nodes only it knows."""
+_NEWS = ("status.json", "error.json", "part.json", _PRINTS)
 
 TORCHRUN_VARIABLE = "DTRAIN_TORCHRUN"
 """Holds the words that start the torchruns of an island of several nodes, in place of the one torchrun here. A scheduler's script
@@ -140,7 +142,14 @@ def _start_name(launch: Launch, epoch: int) -> str:
     return f"epoch{epoch}" if launch.torchruns else f"epoch{epoch}-{launch.tag}"
 
 
-def stdout_log(launch: Launch, island: int, epoch: int) -> Path | None:
-    """Where rank 0 of an island's start in this launch prints to; None before torchrun made the file."""
-    logs = list(folder(launch.run, island).glob(f"torchrun/{_start_name(launch, epoch)}_*/attempt_0/0/stdout.log"))
-    return max(logs, key=_changed) if logs else None
+def say_stdout(run: Path, island: int) -> None:
+    """By rank 0: that it prints to where its stdout goes."""
+    write_whole(folder(run, island) / _PRINTS, os.fsencode(os.readlink("/proc/self/fd/1")), durable=False)
+
+
+def stdout_log(run: Path, island: int) -> Path | None:
+    """Where rank 0 of an island's newest start prints to; None before it has said so."""
+    try:
+        return Path(os.fsdecode((folder(run, island) / _PRINTS).read_bytes()))
+    except FileNotFoundError:
+        return None

@@ -79,6 +79,7 @@ class Part:
     _batches: int = 0
 
     def __post_init__(self) -> None:
+        islands.forget_news(self.launch.run, self.island)
         self._skip_lines()
 
     def carry_out(self, order: Order) -> None:
@@ -191,7 +192,7 @@ def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView) -> Ou
                 line.report(replace(said, beat=said.beat + 1, state="gone"))
             return Outcome(order.exit_status, order.message)
         view.show([_noted(progress.read()[part.island], said)], now)
-        for text in printed.lines(part.epoch):
+        for text in printed.lines():
             view.line(text)
         time.sleep(_TICK_S)
 
