@@ -38,6 +38,6 @@ def test_rank_0_says_where_a_script_prints_to(tmp_path: Path) -> None:
             subprocess.run(command, env=said, stdout=log, check=True)
     log = islands.stdout_log(tmp_path, 1)
     assert log == tmp_path / "stdout0.log"
-    assert log.read_text() == "here\n"
+    assert (tmp_path / "stdout0.log").read_text() == "here\n"
     islands.forget_news(tmp_path, 1)
     assert islands.stdout_log(tmp_path, 1) is None, "of another start"
