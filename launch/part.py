@@ -70,7 +70,6 @@ class Part:
     launch: islands.Launch
     island: int
     agent: Popen[bytes] | None = None
-    epoch: int = 0
     done: int = 0
     trouble: ErrorNote | None = None
     """Why an order could not be carried out."""
@@ -89,7 +88,6 @@ class Part:
         try:
             self._set_back(order.step)
             if order.word == "start":
-                self.epoch = order.epoch
                 self.agent = islands.start(self.launch, self.island, order.epoch, order.step)
         except ValueError as e:
             self.trouble = ErrorNote("user", str(e))
