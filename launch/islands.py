@@ -15,9 +15,9 @@ from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
 from dtrain.metrics import ErrorNote, read_error, write_whole
 
 _TRACEBACK = "Traceback (most recent call last)"
-# what an earlier start of the same island may have left, and what the launcher or a report would take for news
 _PRINTS = "prints"
 """A file that names another: where rank 0 of an island prints to. Of several nodes only it knows."""
+# what an earlier start of the same island may have left, and what the launcher or a report would take for news
 _NEWS = ("status.json", "error.json", "part.json", _PRINTS)
 
 TORCHRUN_VARIABLE = "DTRAIN_TORCHRUN"
