@@ -264,8 +264,8 @@ def run_command(arguments: list[str]) -> int:
     try:
         if "--" in arguments and not script:
             raise ValueError("no script stands behind --; write dtrain run JOB.toml -- SCRIPT ARGS, or leave -- out")
-        if script and ours[:1] != ["run"] and ours[:2] != ["lab", "run"]:
-            raise ValueError("only dtrain run takes a script after --, and dtrain lab run does")
+        if script and ours[:1] not in (["run"], ["slurm"]) and ours[:2] != ["lab", "run"]:
+            raise ValueError("only dtrain run takes a script after --, and dtrain lab run and dtrain slurm do")
         if lab_user.goes_inside(ours):
             return lab_user.go_inside(arguments)
         status = typer.main.get_command(app).main(args=ours or ["--help"], prog_name="dtrain", standalone_mode=False, obj=script)

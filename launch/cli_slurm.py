@@ -10,6 +10,7 @@ import typer
 
 
 def slurm(
+    context: typer.Context,
     job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file", show_default=False)],
     overrides: Annotated[
         list[str] | None,
@@ -46,11 +47,16 @@ def slurm(
         list[str] | None,
         typer.Option("--setup", metavar="LINE", help='shell to run first, "module load cuda"', show_default=False),
     ] = None,
+    ssh_config: Annotated[
+        Path | None, typer.Option("--ssh-config", metavar="FILE", help="in place of ~/.ssh/config", show_default=False)
+    ] = None,
 ) -> None:
     """Write the sbatch script that runs a job on a Slurm cluster.
 
     One torchrun a node; islands lie in one partition, or each in its own. Submitted
     again, or requeued at its time limit, it goes on from the newest checkpoint.
+    Islands of launcher ssh are started from there, on their hosts. With "-- SCRIPT
+    ARGS" at the end every rank runs that script, as with dtrain run.
 
     Example: dtrain slurm JOB.toml link.interface=ib0 --gpus-per-node 8 --submit
     """
@@ -67,10 +73,17 @@ def slurm(
         meet=meet,
         island=island,
         setup=tuple(setup or ()),
+        ssh_config=ssh_config,
+        script=context.obj or (),
     )
+    if asked.script and not Path(asked.script[0]).is_file():
+        raise ValueError(f"no script at {asked.script[0]}")
+    if ssh_config is not None and not ssh_config.is_file():
+        raise ValueError(f"--ssh-config {ssh_config} is no file")
     job = read_job(job_file, overrides or ())
     refuse_sim(job)
-    resolved(job)
+    if not asked.script:  # which may choose a recipe of its own
+        resolved(job)
     text = script(job, job_file, tuple(overrides or ()), asked)
     check_output(output, force=force)
     if submit:

@@ -202,6 +202,7 @@ class There:
         self._called_at = self._heard_at = time.monotonic()
         folder = islands.folder(self._launch.run, self._island)
         folder.mkdir(parents=True, exist_ok=True)
+        islands.forget_news(self._launch.run, self._island)
         if self._launch.job.island(self._island).launcher != "ssh":
             self._say(f"island {self._island} is started at its site, by: {by_hand(self._call, self._launch, self._island)}")
             return

@@ -66,7 +66,8 @@ def reach(meet: str, timeout_s: float) -> Store:
 def main(job_file: str, run: str, island: str, meet: str) -> int:
     job = load_job(Path(job_file))
     try:
-        return follow(islands.Launch(job, Path(run), meet, tag=""), int(island), reach(meet, job.link.timeout_s))
+        launch = islands.Launch(job, Path(run), meet, tag="", torchruns=islands.take_torchruns())
+        return follow(launch, int(island), reach(meet, job.link.timeout_s))
     except PeerLost as e:
         print(f"dtrain: {e}", file=sys.stderr)
         return _RESUMABLE

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from dtrain.config import Job
 from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
-from dtrain.metrics import ErrorNote, read_error
+from dtrain.metrics import ErrorNote, read_error, write_whole
 
 _TRACEBACK = "Traceback (most recent call last)"
+_PRINTS = "prints"
+"""A file that names another: where rank 0 of an island prints to. Of several nodes only it knows."""
 # what an earlier start of the same island may have left, and what the launcher or a report would take for news
-_NEWS = ("status.json", "error.json", "part.json")
+_NEWS = ("status.json", "error.json", "part.json", _PRINTS)
 
 TORCHRUN_VARIABLE = "DTRAIN_TORCHRUN"
-"""Holds the words that start the torchruns of an island of several nodes, where a scheduler's script says how: in place of the
-one torchrun here, and before what each start of the island says."""
+"""Holds the words that start the torchruns of an island of several nodes, in place of the one torchrun here. A scheduler's script
+says them, which alone knows its nodes, to what keeps that island: its part of the launcher, or ``follow`` on another node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,12 @@ class Launch:
     script: tuple[str, ...] = ()  # somebody's own training script and its arguments, instead of the job's model
     options: tuple[str, ...] = ()  # of the hidden command that each rank is
     sites: tuple[Site, ...] = ()  # of each island; empty: all run here
+    torchruns: tuple[str, ...] = ()  # of an island of several nodes: what starts them; empty: one torchrun, here
+
+
+def take_torchruns() -> tuple[str, ...]:
+    """What TORCHRUN_VARIABLE holds, which is gone then: ranks may launch jobs of their own, and those have other nodes."""
+    return tuple(shlex.split(os.environ.pop(TORCHRUN_VARIABLE, "")))
 
 
 def folder(run: Path, island: int) -> Path:
@@ -73,10 +81,9 @@ def command(launch: Launch, island: int, epoch: int) -> list[str]:
     site = launch.sites[island] if launch.sites else Site()
     ranks = launch.job.island(island).ranks
     here = [sys.executable, "-m", "dtrain.launch.agent", "--nnodes=1", f"--nproc-per-node={ranks}"]
-    said = os.environ.get(TORCHRUN_VARIABLE)
     return [
         *site.prefix,
-        *(here if said is None else shlex.split(said)),
+        *(launch.torchruns or here),
         f"--rdzv-id={_start_name(launch, epoch)}",  # names the log folder
         "--max-restarts=0",  # an island that is lost goes back to a checkpoint, which only the launcher can arrange
         f"--log-dir={folder(launch.run, island) / 'torchrun'}",
@@ -132,10 +139,17 @@ def _changed(path: Path) -> int:
 
 def _start_name(launch: Launch, epoch: int) -> str:
     """Where an island has several torchruns, which need to name it alike, one that all can know."""
-    return f"epoch{epoch}" if TORCHRUN_VARIABLE in os.environ else f"epoch{epoch}-{launch.tag}"
+    return f"epoch{epoch}" if launch.torchruns else f"epoch{epoch}-{launch.tag}"
 
 
-def stdout_log(launch: Launch, island: int, epoch: int) -> Path | None:
-    """Where rank 0 of an island's start in this launch prints to; None before torchrun made the file."""
-    logs = list(folder(launch.run, island).glob(f"torchrun/{_start_name(launch, epoch)}_*/attempt_0/0/stdout.log"))
-    return max(logs, key=_changed) if logs else None
+def say_stdout(run: Path, island: int) -> None:
+    """By rank 0: that it prints to where its stdout goes."""
+    write_whole(folder(run, island) / _PRINTS, os.fsencode(os.readlink("/proc/self/fd/1")), durable=False)
+
+
+def stdout_log(run: Path, island: int) -> Path | None:
+    """Where rank 0 of an island's newest start prints to; None before it has said so."""
+    try:
+        return Path(os.fsdecode((folder(run, island) / _PRINTS).read_bytes()))
+    except FileNotFoundError:
+        return None

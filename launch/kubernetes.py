@@ -119,6 +119,9 @@ def _check(job: Job, asked: Asked) -> None:
         raise ValueError(f"--namespace {asked.namespace}: Kubernetes has no such names; use small letters, digits and dashes")
     if not _CLAIM.fullmatch(asked.volume):
         raise ValueError(f"--volume {asked.volume}: no claim has such a name; use small letters, digits, dashes and dots")
+    for k in job.elsewhere:
+        if job.island(k).launcher == "ssh":
+            raise ValueError(f'islands.each.{k}.launcher = "ssh", and here each island is a pod; leave launcher and host out')
     if job.link.transport == "nccl":
         raise ValueError('link.transport = "nccl" is for islands that share a machine, and pods do not; use "c10d"')
     source, model = job.data.source, job.model

@@ -300,13 +300,13 @@ def _watch(fleet: Fleet, store: TCPStore, view: LiveView, word: WordFile) -> Out
         notes = [v.note if i.failed_at is not None else "" for i, v in zip(fleet.islands, fleet.views, strict=True)]
         word.say(fleet.epoch, fleet.step, [island.restarts for island in fleet.islands], notes)
         view.show(fleet.views, now)
-        for line in printed.lines(fleet.epoch):
+        for line in printed.lines():
             view.line(line)
         trained = any(island.loss is not None and island.step > fleet.step for island in fleet.views)
         match decide(seen, trained=trained, script=bool(launch.script)):
             case Done():
                 fleet.commit(store)
-                for line in printed.lines(fleet.epoch):
+                for line in printed.lines():
                     view.line(line)
                 return Outcome(0)
             case Restart(lost):
@@ -331,10 +331,10 @@ class Printed:
         self._launch, self._island = launch, island
         self._tail: Tail | None = None
 
-    def lines(self, epoch: int) -> list[str]:
+    def lines(self) -> list[str]:
         if not self._launch.script:
             return []
-        newest = next((log for e in range(epoch, -1, -1) if (log := islands.stdout_log(self._launch, self._island, e))), None)
+        newest = islands.stdout_log(self._launch.run, self._island)
         if newest is not None and (self._tail is None or self._tail.path != newest):
             self._tail = Tail(newest)
         return self._tail.lines() if self._tail is not None else []

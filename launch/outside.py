@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from dtrain.config import Job, toml_value
@@ -15,13 +15,14 @@ _OF_A_LAUNCHER = ("launcher", "host", "workdir", "python")
 
 def tables_of(job: Job) -> list[dict[str, Any]]:
     """What [[islands.each]] says of each island, but for who starts it; empty tables where islands are alike."""
-    said = job.islands.model_dump(exclude_none=True).get("each") or [{}] * job.islands.count
-    return [{key: value for key, value in table.items() if key not in _OF_A_LAUNCHER} for table in said]
+    return [{key: value for key, value in table.items() if key not in _OF_A_LAUNCHER} for table in _said(job)]
 
 
-def each_override(job: Job, launcher: Literal["slurm", "manual"]) -> str:
-    """The tables with another launcher, as an override."""
-    return f"islands.each=[{', '.join(_inline({**table, 'launcher': launcher}) for table in tables_of(job))}]"
+def each_override(job: Job, launcher: Literal["slurm", "manual"], others: Collection[int] = ()) -> str:
+    """The tables with another launcher, but for ``others``, whose own tables stand as they are; as an override."""
+    said = _said(job)
+    tables = [said[k] if k in others else {**table, "launcher": launcher} for k, table in enumerate(tables_of(job))]
+    return f"islands.each=[{', '.join(_inline(table) for table in tables)}]"
 
 
 def nodes_of(island: int, ranks: int, nodes: int | None, gpus_per_node: int | None) -> int:
@@ -41,6 +42,10 @@ def nodes_of(island: int, ranks: int, nodes: int | None, gpus_per_node: int | No
             "--nodes-per-island"
         )
     return nodes
+
+
+def _said(job: Job) -> list[dict[str, Any]]:
+    return job.islands.model_dump(exclude_none=True).get("each") or [{}] * job.islands.count
 
 
 def _inline(table: Mapping[str, object]) -> str:

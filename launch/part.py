@@ -45,7 +45,8 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
     """Keep one island of a job to its end; when this returns or raises, no process of it is left.
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
-    launch = islands.Launch(job, run.resolve(), meet, tag=secrets.token_hex(8), script=script)
+    tag, torchruns = secrets.token_hex(8), islands.take_torchruns()
+    launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, torchruns=torchruns)
     part, line, outcome = Part(launch, island), None, Outcome(1, "this part of the launcher failed")
     word = WordFile(launch.run, job.islands.count, 0, part=island, meet=meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():
@@ -90,6 +91,7 @@ class Part:
     _batches: int = 0
 
     def __post_init__(self) -> None:
+        islands.forget_news(self.launch.run, self.island)
         self._skip_lines()
 
     def carry_out(self, order: Order) -> None:
@@ -211,7 +213,7 @@ def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView, word:
             return Outcome(order.exit_status, order.message)
         part.say(word)
         view.show([_noted(progress.read()[part.island], said)], now)
-        for text in printed.lines(part.epoch):
+        for text in printed.lines():
             view.line(text)
         time.sleep(_TICK_S)
 

@@ -1,8 +1,9 @@
 """What does Slurm have to be told so that it runs the islands of a job? A script that a person can read and change.
 
-The launcher runs on the first node of island 0, where Slurm starts the script, and islands meet at it: each joins by ``dtrain
-run --island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one
+The launcher runs on the first of all nodes, where Slurm starts the script, and islands meet at it: each joins by ``dtrain run
+--island K``, on its own node, or beside the launcher where it has several nodes, with a torchrun on each. Islands in one
 partition are groups of the nodes of one allocation, and those in different partitions the components of a heterogeneous job.
+Islands of launcher ssh or manual are not Slurm's: the launcher starts them from there, or waits for them.
 
 Slurm's words: https://slurm.schedmd.com/sbatch.html, srun.html, heterogeneous_jobs.html.
 """
@@ -24,6 +25,7 @@ from typing import Any
 from dtrain.config import Job
 from dtrain.launch.outside import MEET, each_override, nodes_of, tables_of
 from dtrain.launch.slurm_parts import ALONE, END, GO_ON, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
+from dtrain.sections_each import IslandPlan
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")  # of a partition, several of them, or an account
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # minutes, hours:minutes:seconds, days-hours and so on
@@ -41,6 +43,9 @@ class Asked:
     meet: str | None = None
     island: int | None = None
     setup: tuple[str, ...] = ()
+    ssh_config: Path | None = None
+    script: tuple[str, ...] = ()
+    """Somebody's own, and its arguments: what each rank runs instead of the job's model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
     lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
     if asked.island is None:
-        lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every))]
+        config = "" if asked.ssh_config is None else f" --ssh-config {shlex.quote(str(asked.ssh_config))}"
+        lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every)).replace("@config", config)]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
     if asked.island is not None:
         lines.append(ALONE)
@@ -79,7 +85,7 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
     count = job.islands.count
     if asked.island is not None and asked.island >= count:
         raise ValueError(f"--island {asked.island}: the last of {count} islands is island {count - 1}")
-    numbers = range(count) if asked.island is None else [asked.island]
+    numbers = _of_slurm(job, asked)
     partitions = asked.partitions
     if len(partitions) not in (0, 1, len(numbers)):
         raise ValueError(
@@ -92,13 +98,28 @@ def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[
         interface = tables[island].get("interface") or job.link.interface
         partition = partitions[place if len(partitions) > 1 else 0] if partitions else None
         found.append(Where(island, nodes, ranks // nodes, interface, partition))
-    alone = asked.island is None and sum(where.nodes for where in found) == 1
+    alone = asked.island is None and count == sum(where.nodes for where in found) == 1
     for where in found:
         if not where.interface and not alone:
             raise ValueError(
                 f"link.interface is empty, which is loopback, and island {where.island} is not on one node with all others; name "
                 "the network interface that carries the link there, as link.interface=ib0 (ip -brief address shows them)"
             )
+    return found
+
+
+def _of_slurm(job: Job, asked: Asked) -> list[int]:
+    """The islands that the script starts; raises ValueError where the tables leave none to Slurm, or not this one."""
+    launchers = {k: job.island(k).launcher for k in range(job.islands.count)}
+    if asked.island is not None:
+        if launchers[asked.island] == "ssh":
+            raise ValueError(
+                f'--island {asked.island}: its table says launcher = "ssh", so the launcher starts it; use launcher = "slurm"'
+            )
+        return [asked.island]
+    found = [k for k, launcher in launchers.items() if launcher in ("local", "slurm")]
+    if not found:
+        raise ValueError('no table [[islands.each]] leaves its island to Slurm; use launcher = "slurm" there, or dtrain run')
     return found
 
 
@@ -129,7 +150,14 @@ def _check_words(job: Job, job_file: Path, overrides: Sequence[str], asked: Aske
         raise ValueError(f"--meet {asked.meet}: use a port from 1 to 65534")
     if asked.island is not None and asked.meet is None:
         raise ValueError(f"--island {asked.island} joins a launcher that runs elsewhere; say where with --meet HOST:PORT")
-    words = (str(job_file), _run(job), os.getcwd(), *overrides, *asked.setup)
+    others = [] if asked.island is not None else job.elsewhere
+    over_ssh = [k for k in others if job.island(k).launcher == "ssh"]
+    for k in over_ssh:
+        if job.island(k).host is None:
+            raise ValueError(f'islands.each.{k}.launcher = "ssh" without a host; say islands.each.{k}.host')
+    if asked.ssh_config is not None and not over_ssh:
+        raise ValueError(f"--ssh-config {asked.ssh_config} has no effect: nothing here starts an island over ssh; leave it out")
+    words = (str(job_file), str(asked.ssh_config), _run(job), os.getcwd(), *overrides, *asked.setup, *asked.script)
     for text in words:
         if not text.isprintable():
             raise ValueError(f"{text!r} has characters that cannot stand in a line of a script; use others")
@@ -144,14 +172,17 @@ def _run(job: Job) -> str:
 
 
 def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, islands: Sequence[Where]) -> Iterator[str]:
-    words = ["dtrain", "slurm", str(job_file), *overrides, *_typed(asked)]
+    words = ["dtrain", "slurm", str(job_file), *overrides, *_typed(asked), *_script(asked)]
     yield f"# Written by: {shlex.join(words)}"
     yield "#"
     alike = len({(where.nodes, where.ranks_per_node, where.partition) for where in islands}) == 1
+    alike = alike and len(islands) == job.islands.count
     for where in islands[:1] if alike else islands:
         who = f"each of {len(islands)} islands" if alike and len(islands) > 1 else f"island {where.island}"
         nodes, ranks = _number(where.nodes, "node"), _number(where.ranks_per_node, "rank")
         yield f"# {who}: {nodes} with {ranks}{f', in partition {where.partition}' if where.partition else ''}"
+    if asked.island is None:
+        yield from (f"# island {k}: {_elsewhere(job.island(k))}" for k in job.elsewhere if job.island(k).launcher != "slurm")
     yield "#"
     if asked.island is None:
         yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
@@ -161,6 +192,14 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
         yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
         yield f"# {_run(job)}-island{asked.island}. Submitted again, it goes on with that."
     yield ""
+
+
+def _elsewhere(plan: IslandPlan) -> str:
+    return f"over ssh on {plan.host}" if plan.launcher == "ssh" else "at its site, by what the launcher prints into the log"
+
+
+def _script(asked: Asked) -> list[str]:
+    return ["--", *asked.script] if asked.script else []
 
 
 def _number(count: int, what: str) -> str:
@@ -175,6 +214,7 @@ def _typed(asked: Asked) -> list[str]:
         "--account": asked.account,
         "--meet": asked.meet,
         "--island": asked.island,
+        "--ssh-config": asked.ssh_config,
     }
     many = {"--partition": asked.partitions, "--setup": asked.setup}
     words = [word for option, values in many.items() for value in values for word in (option, value)]
@@ -237,13 +277,15 @@ def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> It
     """What ``dtrain run`` is given."""
     words = [str(job_file), *overrides]
     if asked.island is None:
-        words.append(each_override(job, "slurm"))
+        numbers = _of_slurm(job, asked)
+        words.append(each_override(job, "slurm", [k for k in range(job.islands.count) if k not in numbers]))
     yield "job=("
     yield from (f"    {shlex.quote(word)}" for word in words)
     if asked.island is None:
         yield '    "link.advertise=$head"'
         yield '    "link.port=$port"'
     yield ")"
+    yield f"script=({shlex.join(_script(asked))})    # what each rank runs; empty: the job's own model"
 
 
 def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) -> Iterator[str]:
@@ -261,11 +303,11 @@ def _starts(job: Job, asked: Asked, islands: Sequence[Where], *, apart: bool) ->
     first = [0, *accumulate(where.nodes for where in islands)]
     for k, where in enumerate(islands):
         n = where.nodes
-        placed = f"--het-group={where.island}" if apart else f'--nodelist="$(nodes {first[k]} {n})"'
+        placed = f"--het-group={k}" if apart else f'--nodelist="$(nodes {first[k]} {n})"'
         if n == 1:
             yield f"join {where.island} {placed}"
         elif apart:
-            yield f'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_{where.island}")'
+            yield f'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_{k}")'
             yield f'torchruns {where.island} "$first" {n} {where.ranks_per_node} {placed}'
         else:
             at = f'"$(nodes {first[k]} 1)"'

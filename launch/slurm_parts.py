@@ -24,7 +24,7 @@ before=$(newest)"""
 
 LAUNCHER = r"""# The launcher: it owns the meeting point, commits checkpoints (every @every steps), and ends when the run does.
 go_on "$run"
-dtrain run "${job[@]}" "${resume[@]}" &
+dtrain run "${job[@]}"@config "${resume[@]}" "${script[@]}" &
 main=$!
 pids+=("$main")"""
 
@@ -41,7 +41,7 @@ JOIN = r"""# An island of one node: dtrain joins the launcher from there, and st
 join() { # island, where
     go_on "$run-island$1"
     srun "${options[@]}" --nodes=1 --ntasks=1 "$2" --output="$logs/island$1-%N.log" \
-        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" &
+        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" "${script[@]}" &
     pids+=("$!")
 }"""
 
@@ -55,7 +55,7 @@ torchruns() { # island, its first node, its nodes, ranks a node, where
     )
     go_on "$run-island$1"
     DTRAIN_TORCHRUN=${words[*]@Q} \
-        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" >"$logs/island$1.log" 2>&1 &
+        dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" "${script[@]}" >"$logs/island$1.log" 2>&1 &
     pids+=("$!")
 }"""
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from dtrain.config import load_job
 from dtrain.errors import PeerLost, Regroup
+from dtrain.launch.islands import say_stdout
 from dtrain.launch.processes import die_with_parent
 from dtrain.metrics import ErrorKind, write_error
 
@@ -36,6 +37,9 @@ def run_script(script: str, arguments: list[str]) -> None:
     die_with_parent()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
+    run, island = os.environ.get("DTRAIN_RUN"), os.environ.get("DTRAIN_ISLAND")
+    if run is not None and island is not None and os.environ.get("RANK") == "0":
+        say_stdout(Path(run), int(island))
     with errors_left_for_the_launcher():
         try:
             runpy.run_path(script, run_name="__main__")

@@ -44,11 +44,11 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "_POLL_S", 0.001)
     write_job_file()
     Path("torchrun.py").write_text(TORCHRUN)
-    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, f"{sys.executable} -IS torchrun.py --node-rank=1")
 
 
 def test_each_start_is_followed_until_one_ends_well() -> None:
-    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "there:29400", tag="")
+    words = (sys.executable, "-IS", "torchrun.py", "--node-rank=1")
+    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "there:29400", tag="", torchruns=words)
     assert follow.follow(launch, 1, Told("1:40", "1:40", "1:40", "2:500")) == 0
     starts: list[tuple[list[str], dict[str, Any]]] = [json.loads(line) for line in Path("starts").read_text().splitlines()]
     told = [(said["DTRAIN_EPOCH"], said["DTRAIN_RESUME_STEP"]) for _, said in starts]

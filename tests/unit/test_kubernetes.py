@@ -262,6 +262,7 @@ def test_shellcheck_has_nothing_to_say(words: Sequence[str]) -> None:
         (("--image", "a b"), "--image 'a b' is no image; write REGISTRY/NAME:TAG"),
         (("model.factory=mine.py:make",), "model.factory = 'mine.py:make' is a file here, and pods have others"),
         (("data.source=text",), "data.source = 'text' is a file here, and pods have others; say where it lies in the image"),
+        (('islands.each=[{}, {launcher = "ssh", host = "b"}]',), 'islands.each.1.launcher = "ssh", and here each island'),
         (("link.transport=nccl",), 'link.transport = "nccl" is for islands that share a machine'),
         ((f"job.name={'a' * 51}",), f"job.name = '{'a' * 51}' makes host names longer than 63 characters"),
         (("islands.ranks=3", "train.batch=3", "--gpus-per-node", "2"), "3 ranks of island 0 do not divide by 2 nodes"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ STUB = Path(__file__).with_name("slurm_stub.py")
 ODD = "it's a \"folder\" of $HOME"  # each of these means something to a shell
 IB = "link.interface=ib0"
 RANKS = ("islands.ranks=4", "train.batch=4")
+FAR = 'islands.each=[{launcher = "ssh", host = "gate", ranks = 2}, {}, {launcher = "manual"}, {launcher = "slurm", ranks = 2}]'
+SSH = 'islands.each=[{}, {launcher = "ssh", host = "gate"}]'
+SCRIPT = ("--", "train.py", "--name", "it's $mine")
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,8 @@ def in_a_folder_of_an_odd_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("SUBMITTED", str(tmp_path / "submitted"))
     write_job_file()
+    for name in (SCRIPT[1], "it's mine"):
+        Path(name).touch()
 
 
 @pytest.fixture
@@ -50,7 +57,8 @@ def stubs(tmp_path: Path) -> Path:
 
 def written(*words: str) -> str:
     out = Path("job.sbatch")
-    assert run_command(["slurm", "job.toml", *words, "--output", str(out), "--force"]) == 0
+    at = words.index("--") if "--" in words else len(words)
+    assert run_command(["slurm", "job.toml", *words[:at], "--output", str(out), "--force", *words[at:]]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -65,6 +73,7 @@ JOBS = {
     "one of them": (IB, "--island", "1", "--meet", "login1:29400"),
     "one of them on several nodes": (IB, *RANKS, "--island", "1", "--meet", "login1:29400", "--nodes-per-island", "2"),
     "one in all": ("islands.count=1", "sync.recipe=local", "--setup", "module load 'cuda/12.4'"),
+    "beside others": (IB, FAR, "islands.count=4", *("--partition", "a"), *("--partition", "b"), *("--ssh-config", "it's mine")),
 }
 
 
@@ -160,6 +169,40 @@ def test_the_same_script_goes_on_with_the_run(stubs: Path) -> None:
     assert [call["arguments"][-1] for call in calls("dtrain")] == ["--resume"] * 3
 
 
+def test_every_rank_runs_somebodys_script(stubs: Path) -> None:
+    """With its arguments, after all that is dtrain's."""
+    text = written(IB, *at_stubs(stubs), *SCRIPT)
+    assert "sync.recipe" not in text, "the script may say that"
+    assert shlex.join(["--setup", at_stubs(stubs)[1], *SCRIPT]) in text, "what wrote it"
+    place = allocation(apart=False, nodes=[["n1"], ["n2"]])
+    assert ended(text, stubs, 2, place) == 0
+    assert ended(text, stubs, 2, place) == 0
+    found = [call["arguments"] for call in calls("dtrain")]
+    assert [words[-len(SCRIPT) :] for words in found] == [list(SCRIPT)] * 6
+    assert sum(words[-len(SCRIPT) - 1] == "--resume" for words in found) == 3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_islands_of_other_launchers_stay_theirs(stubs: Path, apart: bool) -> None:
+    """Slurm has nodes for two of four; the launcher starts the first over ssh, and says what the third's site types."""
+    partitions = ("--partition", "a", "--partition", "b") if apart else ()
+    text = written(IB, FAR, "islands.count=4", *partitions, "--ssh-config", "it's mine", *at_stubs(stubs))
+    nodes = [word for part in options(text) for word in part if word.startswith("--nodes=")]
+    assert nodes == (["--nodes=1"] * 2 if apart else ["--nodes=2"])
+    assert ended(text, stubs, 2, allocation(apart=apart, nodes=[["n1"], ["n2"]])) == 0
+    launcher, *joined = sorted(calls("dtrain"), key=lambda call: "--island" in call["arguments"])
+    each = launcher["arguments"][5]  # after the file and what was typed
+    assert each.startswith('islands.each=[{ranks = 2, launcher = "ssh", host = "gate"}, {launcher = "slurm"}, {launcher = "man')
+    assert load_job(Path("job.toml"), ("islands.count=4", each)).elsewhere == [0, 1, 2, 3], "none is the launcher's own child"
+    assert launcher["arguments"][-2:] == ["--ssh-config", "it's mine"]
+    at = {call["environment"]["SLURMD_NODENAME"]: call["arguments"] for call in joined}
+    assert [at[node][at[node].index("--island") + 1] for node in ("n1", "n2")] == ["1", "3"]
+    assert "--ssh-config" not in (*at["n1"], *at["n2"])
+    lines = text.splitlines()
+    assert "# island 0: over ssh on gate" in lines
+    assert "# island 2: at its site, by what the launcher prints into the log" in lines
+
+
 def torchrun_of(call: dict[str, Any]) -> Any:
     """What torch's own parser makes of it, with the end that ``islands.command`` gives it."""
     from torch.distributed.run import get_args_parser
@@ -192,11 +235,13 @@ def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path
 
 
 def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the one here; all else of the command stays."""
+    """In place of the one here, by who was told so; all else of the command stays."""
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
     launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
     alone = islands.command(launch, 1, 3)
-    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
-    several = islands.command(launch, 1, 3)
+    several = islands.command(replace(launch, torchruns=islands.take_torchruns()), 1, 3)
+    assert islands.TORCHRUN_VARIABLE not in os.environ, "what ranks start has other nodes"
+    assert islands.take_torchruns() == ()
     assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
     assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
     assert alone[5] == "--rdzv-id=epoch3-tag"
@@ -282,7 +327,7 @@ def test_a_file_is_never_overwritten_unasked(capsys: pytest.CaptureFixture[str])
     assert run_command(["slurm", "job.toml", IB, "--output", "mine.sh", "--force"]) == 0
     assert "written: mine.sh; submit it with: sbatch mine.sh" in capsys.readouterr().out
     assert Path("mine.sh").read_text().startswith("#!/usr/bin/env bash\n")
-    assert sorted(path.name for path in Path().iterdir()) == ["job.toml", "mine.sh"], "no temporary file is left"
+    assert sorted(path.name for path in Path().iterdir()) == ["it's mine", "job.toml", "mine.sh", "train.py"], "nothing else"
 
 
 @pytest.mark.parametrize(
@@ -307,6 +352,14 @@ def test_a_file_is_never_overwritten_unasked(capsys: pytest.CaptureFixture[str])
         ((IB, "job.dir=100%"), "the run folder"),
         ((IB, "link.port=65535"), "link.port = 65535: torchrun takes the port after it"),
         ((IB, "--setup", "a\nb"), r"'a\nb' has characters that cannot stand in a line of a script"),
+        ((IB, "--ssh-config", "none"), "--ssh-config none is no file"),
+        ((IB, "--ssh-config", "it's mine"), "--ssh-config it's mine has no effect: nothing here starts an island over ssh"),
+        ((IB, 'islands.each=[{}, {launcher = "ssh"}]'), 'islands.each.1.launcher = "ssh" without a host; say'),
+        ((IB, SSH, "--island", "1", "--meet", "h:1"), '--island 1: its table says launcher = "ssh", so the launcher starts it'),
+        ((IB, 'islands.each=[{launcher = "manual"}, {launcher = "manual"}]'), "no table [[islands.each]] leaves its island to"),
+        (("islands.count=2", SSH), "link.interface is empty, which is loopback, and island 0 is not on one node with all others"),
+        ((IB, "--", "none.py"), "no script at none.py"),
+        ((IB, "--", "train.py", "a\nb"), r"'a\nb' has characters that cannot stand in a line of a script"),
         ((IB, "--output", "no/such.sh"), "--output no/such.sh: there is no folder no; make it first"),
         ((IB, "--output", "."), "--output .: that is a folder; name a file in it"),
         ((IB, "--force"), "--force has no effect without --output FILE"),
