@@ -30,7 +30,7 @@ class ZeroInside:
         self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
         self._ranks = connection.ranks
         self._draws = bool(job.model.theirs)  # gpt has no dropout
-        self.parameters = sum(torch.Size(shape).numel() for shape in model.shapes.values())
+        self.parameters = model.num_elements
 
     def gradient(self, step: int) -> float:
         train, ranks, model = self._job.train, self._ranks, self._model
@@ -53,7 +53,7 @@ class ZeroInside:
         return self._ranks.total([share])[0] / self._heldout[1].numel()
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The master weights."""
+        """The master weights, and what has none."""
         return {name: x.cpu() for name, x in self._model.whole() if self._ranks.rank == 0}
 
 

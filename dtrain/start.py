@@ -56,7 +56,7 @@ def read(run: Path, connection: Connection, step: int, model: nn.Module) -> dict
     saved = checkpoint.load_island(run, step, connection.node, wanted)
     folder = checkpoint.island_folder(run, step, connection.node)
     if sharded:
-        shapes = model.shapes if isinstance(model, Zero) else {name: tuple(x.shape) for name, x in own.items()}
+        shapes = {name: tuple(x.shape) for name, x in (model.like if isinstance(model, Zero) else own).items()}
         checkpoint.check_same_shapes(checkpoint.shapes_of_island(folder), shapes, folder)
     else:
         checkpoint.check_same_model(_weights(saved), model, folder)
@@ -70,8 +70,8 @@ def restore(
     checkpoint are each island's own."""
     prefix, own = connection.ranks.prefix, model.state_dict()
     if isinstance(model, Zero):
-        for name, shape in model.shapes.items():  # one whole tensor at a time
-            checkpoint.load_parts(run, step, connection.node, {f"model.{name}": (whole := torch.empty(shape))})
+        for name, like in model.like.items():  # one whole tensor at a time
+            checkpoint.load_parts(run, step, connection.node, {f"model.{name}": (whole := torch.empty_like(like, device="cpu"))})
             model.put(name, whole)
     elif any(map(is_part, own.values())):
         checkpoint.load_parts(run, step, connection.node, {f"model.{name}": x for name, x in own.items()})
