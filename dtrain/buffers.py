@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.bucket import MAX_BUCKET_BYTES
-from dtrain.shards import first_element, is_part, local, whole
+from dtrain.shards import first_element, is_part, local, named_buffers, whole
 
 LARGEST_INTEGER = 2**24
 """Up to here fp32 holds every integer."""
@@ -23,7 +23,7 @@ LARGEST_INTEGER = 2**24
 def persistent_buffers(model: nn.Module) -> list[Tensor]:
     """Buffers that are saved with the model, in the model's order."""
     kept = set(model.state_dict().keys())
-    return [b for name, b in model.named_buffers() if name in kept]
+    return [b for name, b in named_buffers(model) if name in kept]
 
 
 @dataclass(frozen=True, slots=True)

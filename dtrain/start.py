@@ -13,7 +13,7 @@ from dtrain import checkpoint
 from dtrain.connect import Connection
 from dtrain.engine import Sync
 from dtrain.island.zero import Zero
-from dtrain.shards import is_part
+from dtrain.shards import is_part, named_buffers
 from dtrain.updates import Updates
 
 _OF_A_RANK = re.compile(r"(stage|shard)\d+\.")
@@ -87,7 +87,9 @@ def model_tensors(model: nn.Module, connection: Connection) -> dict[str, Tensor]
     """For a checkpoint: what this rank has of the model, and of master weights that rank 0 has gathered all."""
     if isinstance(model, Zero):
         return {f"model.{name}": x.cpu() for name, x in model.whole() if connection.ranks.rank == 0}
-    return {f"model.{name}": x for name, x in model.state_dict().items()}
+    # Of buffers rank 0's, which the others are given before their next forward pass.
+    others = set[str]() if connection.ranks.rank == 0 else {name for name, _ in named_buffers(model)}
+    return {f"model.{name}": x for name, x in model.state_dict().items() if name not in others}
 
 
 def _weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:

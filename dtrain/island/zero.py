@@ -42,7 +42,7 @@ class Zero(nn.Module):
         trained = [p for p in model.parameters() if p.requires_grad]
         stepped = {"model_parameters": trained} if optimizer is None else {"optimizer": optimizer}
         self.engine: Any = deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **stepped)[0]
-        self._gathered: Any = importlib.import_module("deepspeed.zero").GatheredParameters
+        self._gathered: Any = deepspeed.zero.GatheredParameters
         self._full: Any = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
         self._stage = int(self.engine.zero_optimization_stage())
         wrong = next((part.values.dtype for part in self.parts().values() if part.values.dtype != torch.float32), None)

@@ -118,10 +118,11 @@ def test_an_island_of_any_engine_trains_and_merges_as_one_of_ddp_ranks_and_resum
 def test_ddp_ranks_have_the_bits_of_one_rank_that_accumulates_their_micro_batches(
     source: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:
-    """Half of each of two gradients is exact, and so is the order of two in a sum."""
+    """Half of each of two gradients is exact, and so is the order of two in a sum. On one rank decent_adam has one pass,
+    and in it the gradient's norm in fp64."""
     results = launched(source, tmp_path, [("ddp", 2)] * 2, list(RECIPES), resumed=RESUMED)
     for name in RECIPES:
-        assert furthest(tmp_path / name, alone[name]) == 0, name
+        assert furthest(tmp_path / name, alone[name]) <= (SHARED if name == "decent_adam" else 0), name
     for name in RESUMED:
         assert [v["same"] for v in values(results, name)] == [True] * 4, name
 

@@ -17,7 +17,7 @@ from tests.dist.test_engines import SHARED, furthest, launched, zero_file
 from tests.unit.by_hand import part_of, write_texts
 
 pytestmark = pytest.mark.timeout(600)
-FACTORY = 'model.factory="tests.dist.adapted:Adapted"'
+ADAPTED = ('model.factory="tests.dist.adapted:Adapted"', "sync.rank=2")
 TIED = "model.arguments={tied=true}"
 
 
@@ -34,7 +34,7 @@ def ddp(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def run(ranks: int, *more: str) -> Path:
         if (ranks, more) not in runs:
             runs[ranks, more] = tmp_path_factory.mktemp("ddp")
-            launched(source, runs[ranks, more], [("ddp", ranks)] * 2, ["dilocox"], FACTORY, *more)
+            launched(source, runs[ranks, more], [("ddp", ranks)] * 2, ["dilocox"], *ADAPTED, *more)
         return runs[ranks, more] / "dilocox"
 
     return run
@@ -58,7 +58,7 @@ def test_unlike_islands_begin_with_the_frozen_parameters_of_island_0_and_keep_th
 
 def kept(source: Path, run: Path, *more: str) -> None:
     """Of the frozen parameters every bit, and of the others none."""
-    job = staged.engine_job(str(source), "ddp", 1, FACTORY, *more)
+    job = staged.engine_job(str(source), "ddp", 1, *ADAPTED, *more)
     begun = build_model(job, load_corpus(str(source)))
     ended = checkpoint.load_weights(run / "model.safetensors")
     assert ended.keys() == begun.state_dict().keys()
@@ -74,7 +74,7 @@ def kept(source: Path, run: Path, *more: str) -> None:
 def test_a_sharded_island_trains_beside_frozen_parameters_as_one_of_ddp_ranks(
     source: Path, tmp_path: Path, ddp: Callable[..., Path], ranks: int, changes: tuple[str, ...]
 ) -> None:
-    results = launched(source, tmp_path, [("fsdp", ranks)] * 2, ["dilocox"], FACTORY, *changes, resumed=["dilocox"])
+    results = launched(source, tmp_path, [("fsdp", ranks)] * 2, ["dilocox"], *ADAPTED, *changes, resumed=["dilocox"])
     assert furthest(tmp_path / "dilocox", ddp(ranks)) < SHARED
     assert [v["same"] for v in values(results, "dilocox")] == [True] * 2 * ranks
     if ranks == 2:
@@ -89,7 +89,7 @@ def test_deepspeed_ranks_train_beside_frozen_parameters_and_buffers_as_ddp_ranks
 ) -> None:
     pytest.importorskip("deepspeed")
     file = zero_file(tmp_path, stage)
-    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, ["dilocox"], FACTORY, *more, file, resumed=["dilocox"])
+    results = launched(source, tmp_path, [("deepspeed", 2)] * 2, ["dilocox"], *ADAPTED, *more, file, resumed=["dilocox"])
     assert furthest(tmp_path / "dilocox", ddp(2, *more)) < SHARED
     assert [v["same"] for v in values(results, "dilocox")] == [True] * 4
     kept(source, tmp_path / "dilocox", *more)
@@ -101,4 +101,4 @@ def test_what_deepspeed_would_round_is_refused(source: Path, tmp_path: Path) -> 
     pytest.importorskip("deepspeed")
     file = zero_file(tmp_path, 2, bf16={"enabled": True})
     with pytest.raises(AssertionError, match=r"leave bf16 out of its file, or use islands\.engine=fsdp"):
-        launched(source, tmp_path, [("deepspeed", 2)] * 2, ["diloco"], FACTORY, file)
+        launched(source, tmp_path, [("deepspeed", 2)] * 2, ["diloco"], *ADAPTED, file)

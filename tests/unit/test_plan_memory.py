@@ -171,7 +171,7 @@ def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> N
     whole, shared = (
         memory(
             counts, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
-            shards=Shards(*[ranks] * 3),
+            shards=Shards(ranks, ranks, ranks),
         )
         for ranks in (1, 4)
     )  # fmt: skip
