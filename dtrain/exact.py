@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dtrain import own
 from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
-from dtrain.buffers import averaged_buffers, frozen_parameters, pack, persistent_buffers, unpack
+from dtrain.buffers import averaged_buffers, pack, persistent_buffers, together, unpack
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.corrected import correct, moments
 from dtrain.errors import IslandsDiffer
 from dtrain.exchange import align, merge, tell
+from dtrain.held import frozen_of
 from dtrain.link import Link
 from dtrain.membership import Notice
 from dtrain.own_name import OWN_AXES, is_own
@@ -88,22 +89,21 @@ class Exact:
     def align(self, recipe: Recipe, seed: int, edges: Sequence[int]) -> None:
         """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all island 0's model
         where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
-        buffers, frozen = persistent_buffers(self._model), frozen_parameters(self._model)
+        buffers = persistent_buffers(self._model)
         flights: list[Flight] = []
         if self._connection.num_nodes > 1:
             self._compare(recipe, seed, edges)
             same = self._mine if recipe.start == "same" else []
             flights += [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
-            if self._ranks.replica == 0:  # apart, so that a statistic that differs does not send a frozen model along
-                for name, rest in ((_BUFFERS, buffers), (_FROZEN, frozen)):
-                    if rest:
-                        flights.append(self._flight(START, self._beyond(name), lambda link, rest=rest: align(rest, link)))
+            if buffers and self._ranks.replica == 0:
+                flights.append(self._flight(START, self._beyond(_BUFFERS), lambda link: align(buffers, link)))
         with self._ranks.at_hand(self._buckets, changes=True):
             if self._connection.num_nodes > 1:
                 self._run(0, flights)
         apart = [p.detach() for p in self._flat.apart if not is_part(p)]  # a part is its rank's alone
-        self._ranks.share([*frozen, *buffers, *apart])
+        self._ranks.share([*buffers, *apart])
         self._averaged = averaged_buffers(self._model)
+        self._align_frozen()
 
     @torch.no_grad()
     def keep(self, rounds: Rounds) -> Callable[[], None]:
@@ -172,6 +172,17 @@ class Exact:
         correct(parameters, told[:, :tensors].mean(dim=0), told[0, tensors:].view(tensors, 2))
         self.merges += 1
 
+    def _align_frozen(self) -> None:
+        """Apart, so that a statistic that differs does not send a frozen model along."""
+        for number, few in enumerate(together(frozen_of(self._model))):
+            values = [p.read() for p in few]
+            if self._connection.num_nodes > 1:
+                flight = self._flight(START, self._beyond(_FROZEN), lambda link, values=values: align(values, link), number)
+                self._run(0, [flight] if self._ranks.replica == 0 else [])
+            self._ranks.share(values)
+            for p, value in zip(few, values, strict=True):
+                p.write(value)
+
     def _compare_notes(self, step: int, apart: float) -> Averaged:
         told = self._tell(step, [apart, float(step)])
         return Averaged((sum(d for d, _ in told) / self._connection.num_nodes) ** 0.5, tuple(int(s) for _, s in told))
@@ -212,7 +223,7 @@ class Exact:
         model = [
             (str(b.x.dtype), b.lane, [(s.shape, s.global_offset, s.start, s.stop) for s in b.layout.spans]) for b in self._buckets
         ]
-        beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_parameters(self._model), *persistent_buffers(self._model)]]
+        beside = [(str(x.dtype), list(x.shape)) for x in [*frozen_of(self._model), *persistent_buffers(self._model)]]
         facts = ([answers, group], [model, beside], self._connection.num_lanes, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
@@ -224,7 +235,9 @@ class Exact:
         """The bucket number of what is no bucket."""
         return len(self._buckets) + name
 
-    def _flight(self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]]) -> Flight:
+    def _flight(
+        self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]], number: int | None = None
+    ) -> Flight:
         node, num_nodes = self._connection.node, self._connection.num_nodes
         link = Link(node, num_nodes, complete(0, node, num_nodes))
-        return Flight(generator(link), link, kind=kind, index=self.merges, bucket=bucket, step=0)
+        return Flight(generator(link), link, kind=kind, index=self.merges if number is None else number, bucket=bucket, step=0)

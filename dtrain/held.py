@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dtrain.bucket import Flat, Part, embeddings_of, flat_parts, flatten
+from dtrain.buffers import Frozen, frozen_parameters
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
 from dtrain.island.zero import Zero
@@ -28,15 +29,14 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
             )
         flat = flatten(named, include, exclude, embeddings=embeddings_of(model))
     else:
-        frozen = [name for name, p in named if not p.requires_grad and is_part(p)]
-        if frozen:
-            raise ValueError(
-                f"parameter {frozen[0]} is frozen, and frozen ones of a sharded model cannot be made equal on all islands yet; "
-                "leave it out of fully_shard's modules, or use an island of DDP ranks"
-            )
         held = {name: Part(local(p.detach()), first_element(p)) for name, p in named if p.requires_grad}
         flat = flat_parts(named, held, include, exclude, embeddings=embeddings_of(model))
     return ranks.hold(flat)
+
+
+def frozen_of(model: nn.Module) -> list[Frozen]:
+    """The others, in the model's order."""
+    return model.frozen() if isinstance(model, Zero) else frozen_parameters(model)
 
 
 def inside_of(model: nn.Module) -> Callable[[torch.device], Island]:

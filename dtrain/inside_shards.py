@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dtrain.buffers import persistent_buffers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.evaluate import nats_of_share
@@ -26,6 +27,7 @@ class Sharded:
         self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
         self._ranks, self._device = connection.ranks, heldout[0].device
         self._draws = bool(job.model.theirs)  # gpt has no dropout
+        self._buffers = persistent_buffers(model)
 
     @property
     def parameters(self) -> int:
@@ -35,6 +37,7 @@ class Sharded:
         train, ranks, model = self._job.train, self._ranks, self._model
         size = train.batch // (ranks.num_ranks * train.accumulate)
         total = 0.0
+        ranks.share(self._buffers)  # rank 0's, as DDP has them
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             adds_up(model, micro == train.accumulate - 1)
@@ -47,6 +50,7 @@ class Sharded:
         return total / ranks.num_ranks
 
     def evaluate(self) -> float:
+        self._ranks.share(self._buffers)
         share = nats_of_share(self._model, self._heldout, rank=self._ranks.rank, num_ranks=self._ranks.num_ranks)
         gathered_no_more(self._model)
         return self._ranks.total([share])[0] / self._heldout[1].numel()

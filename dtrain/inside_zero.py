@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain import checkpoint
+from dtrain.buffers import persistent_buffers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.engine import Sync
@@ -30,12 +31,14 @@ class ZeroInside:
         self._job, self._model, self._batches, self._heldout = job, model, batches, heldout
         self._ranks = connection.ranks
         self._draws = bool(job.model.theirs)  # gpt has no dropout
-        self.parameters = sum(torch.Size(shape).numel() for shape in model.shapes.values())
+        self._buffers = persistent_buffers(model)
+        self.parameters = model.num_elements
 
     def gradient(self, step: int) -> float:
         train, ranks, model = self._job.train, self._ranks, self._model
         size = train.batch // (ranks.num_ranks * train.accumulate)
         total = 0.0
+        ranks.share(self._buffers)  # rank 0's, as DDP has them
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             with span("forward_backward"):
@@ -49,11 +52,12 @@ class ZeroInside:
         return total / ranks.num_ranks
 
     def evaluate(self) -> float:
+        self._ranks.share(self._buffers)
         share = nats_of_share(self._model, self._heldout, rank=self._ranks.rank, num_ranks=self._ranks.num_ranks)
         return self._ranks.total([share])[0] / self._heldout[1].numel()
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The master weights."""
+        """The master weights, and what has none."""
         return {name: x.cpu() for name, x in self._model.whole() if self._ranks.rank == 0}
 
 

@@ -13,8 +13,16 @@ def is_part(x: Tensor) -> bool:
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Parameter]]:
     """By the names that they have without activation checkpointing, whose wrappers would stand among them."""
-    found = model.named_parameters(remove_duplicate=remove_duplicate)
-    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in found]
+    return [(_plain(name), p) for name, p in model.named_parameters(remove_duplicate=remove_duplicate)]
+
+
+def named_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """As ``named_parameters``."""
+    return [(_plain(name), b) for name, b in model.named_buffers()]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def local(x: Tensor) -> Tensor:

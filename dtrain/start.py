@@ -13,7 +13,7 @@ from dtrain import checkpoint
 from dtrain.connect import Connection
 from dtrain.engine import Sync
 from dtrain.island.zero import Zero
-from dtrain.shards import is_part
+from dtrain.shards import is_part, named_buffers
 from dtrain.updates import Updates
 
 _OF_A_RANK = re.compile(r"(stage|shard)\d+\.")
@@ -56,7 +56,7 @@ def read(run: Path, connection: Connection, step: int, model: nn.Module) -> dict
     saved = checkpoint.load_island(run, step, connection.node, wanted)
     folder = checkpoint.island_folder(run, step, connection.node)
     if sharded:
-        shapes = model.shapes if isinstance(model, Zero) else {name: tuple(x.shape) for name, x in own.items()}
+        shapes = {name: tuple(x.shape) for name, x in (model.like if isinstance(model, Zero) else own).items()}
         checkpoint.check_same_shapes(checkpoint.shapes_of_island(folder), shapes, folder)
     else:
         checkpoint.check_same_model(_weights(saved), model, folder)
@@ -70,8 +70,8 @@ def restore(
     checkpoint are each island's own."""
     prefix, own = connection.ranks.prefix, model.state_dict()
     if isinstance(model, Zero):
-        for name, shape in model.shapes.items():  # one whole tensor at a time
-            checkpoint.load_parts(run, step, connection.node, {f"model.{name}": (whole := torch.empty(shape))})
+        for name, like in model.like.items():  # one whole tensor at a time
+            checkpoint.load_parts(run, step, connection.node, {f"model.{name}": (whole := torch.empty_like(like, device="cpu"))})
             model.put(name, whole)
     elif any(map(is_part, own.values())):
         checkpoint.load_parts(run, step, connection.node, {f"model.{name}": x for name, x in own.items()})
@@ -87,7 +87,9 @@ def model_tensors(model: nn.Module, connection: Connection) -> dict[str, Tensor]
     """For a checkpoint: what this rank has of the model, and of master weights that rank 0 has gathered all."""
     if isinstance(model, Zero):
         return {f"model.{name}": x.cpu() for name, x in model.whole() if connection.ranks.rank == 0}
-    return {f"model.{name}": x for name, x in model.state_dict().items()}
+    # Of buffers rank 0's, which the others are given before their next forward pass.
+    others = set[str]() if connection.ranks.rank == 0 else {name for name, _ in named_buffers(model)}
+    return {f"model.{name}": x for name, x in model.state_dict().items() if name not in others}
 
 
 def _weights(saved: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,15 +40,15 @@ def of_job(job: Job) -> dict[str, Any]:
     assert job.islands.deepspeed is not None
     path = Path(job.islands.deepspeed)
     said = _read(path)
-    stage = _at(said, (ZERO, "stage"))
+    stage = at(said, (ZERO, "stage"))
     if stage not in (1, 2, 3):
         raise ValueError(f"{path}: {ZERO}.stage = {json.dumps(stage)} shards nothing; use 1, 2 or 3, or islands.engine=ddp")
     for key, why in _REFUSED.items():
-        value = _at(said, key)
+        value = at(said, key)
         if value not in (None, False, *_NOTHING.get(key, ())):
             raise ValueError(f"{path}: {'.'.join(key)} = {json.dumps(value)} does not go with dtrain: {why}; leave it out")
     for side in ("offload_optimizer", "offload_param"):
-        if _at(said, (ZERO, side, "device")) == "nvme":
+        if at(said, (ZERO, side, "device")) == "nvme":
             raise ValueError(f'{path}: {ZERO}.{side}.device = "nvme" is not known to dtrain; use "cpu"')
     train = job.train
     micro = train.batch // (job.islands.ranks * train.accumulate)
@@ -102,7 +102,8 @@ def _read(path: Path) -> dict[str, Any]:
     return said
 
 
-def _at(said: Mapping[str, Any], key: tuple[str, ...]) -> Any:
+def at(said: Mapping[str, Any], key: tuple[str, ...]) -> Any:
+    """What is said there, or None."""
     value: Any = said
     for name in key:
         value = value.get(name) if isinstance(value, dict) else None

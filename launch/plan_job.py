@@ -31,6 +31,7 @@ from dtrain.optim import hidden_matrices
 from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
+from dtrain.plan.memory import WHOLE, Shards
 from dtrain.plan.model import Carrying, Island
 from dtrain.plan.plans import Setting, time_text
 from dtrain.plan.sent import Shapes
@@ -85,7 +86,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stages = _stages(job, model)
+    stages, shards = _stages(job, model), _shards(job)
     if job.model.theirs:
         work = _own_work(job, model, vocab)
         notes.append(
@@ -118,13 +119,13 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         optimizer=job.train.optimizer,
         hidden=sum(p.numel() for p in hidden_matrices(model)) if not stages else _hidden(model, max(stages, key=_numel)),
         factors=lambda num_islands: unequal.factors_of(job, num_islands),
-        number_bytes=2 if job.train.precision == "bf16" else 4,
+        number_bytes=2 if job.train.precision == "bf16" else shards.number_bytes,
         gpu=said.gpu,
         stages=stages,
         gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
-        shards=_shards(job),
+        shards=shards,
         recomputes=job.islands.recompute,
         link=link,
         island=lambda codec: replace(
@@ -180,15 +181,35 @@ def _numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _shards(job: Job) -> int:
-    """Ranks that share weights, gradients and moments; of ZeRO's first stages, which share some of them, none."""
+def _shards(job: Job) -> Shards:
+    """Ranks that share weights, gradients and moments."""
     match job.islands.engine:
         case "fsdp":
-            return job.islands.shards or job.islands.ranks
-        case "deepspeed" if zero_config.of_job(job)["zero_optimization"]["stage"] == 3:
-            return job.islands.ranks
+            ranks = job.islands.shards or job.islands.ranks
+            return Shards(ranks, ranks, ranks)
+        case "deepspeed":
+            return _zero(job)
         case _:
-            return 1
+            return WHOLE
+
+
+def _zero(job: Job) -> Shards:
+    """ZeRO 1 shards the optimizer's state, 2 gradients too, 3 weights too. Only in 3 are fp32 weights that lie on the device their
+    own masters."""
+    said, ranks = zero_config.of_job(job), job.islands.ranks
+    stage, half = zero_config.at(said, ("zero_optimization", "stage")), bool(zero_config.at(said, ("bf16", "enabled")))
+    weights_away, state_away = (
+        zero_config.at(said, ("zero_optimization", side, "device")) == "cpu" for side in ("offload_param", "offload_optimizer")
+    )
+    return Shards(
+        weights=ranks if stage == 3 else 1,
+        gradients=ranks if stage >= 2 else 1,
+        state=ranks,
+        number_bytes=2 if half else 4,
+        masters=stage < 3 or half or state_away or weights_away,
+        weights_on_host=weights_away and stage == 3,
+        state_on_host=state_away,
+    )
 
 
 def _busy(job: Job) -> float:

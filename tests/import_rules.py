@@ -29,9 +29,9 @@ LAYERS = (
         *("recipe", "recipe_rows", "outer_rows", "recipes", "recipe_fits", "codec_fits", "landing_fits", "own", "own_codec"),
         *("own_topology", "levels"),
     ),
-    ("membership", "words", "island"),
+    ("membership", "words", "island", "buffers"),
     (
-        *("engine", "assemble", "buffers", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "held"),
+        *("engine", "assemble", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "held"),
         *("hooks", "loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
     ),
     (),

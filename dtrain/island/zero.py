@@ -3,7 +3,8 @@ which each rank has a part; what is computed with are copies of them, whole or s
 
 Stages 1 and 2 (arXiv 1910.02054) flatten the parameters of a group and give each rank a range of that: a rank has parts of some
 parameters. Stage 3 gives rank r elements r * size to (r + 1) * size of every parameter, padded. Buckets are cut from the master
-weights; copies that are older than these are made anew before the next forward pass."""
+weights; copies that are older than these are made anew before the next forward pass. Frozen parameters have no master weights:
+stage 3 shards them, the others leave them whole, as all do buffers."""
 
 from __future__ import annotations
 
@@ -20,15 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.bucket import Flat, Part, embeddings_of, flat_parts
-
-
-def _refuse(model: nn.Module) -> None:
-    """Raises ValueError for a model with what does not come back from ZeRO's parts."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    beside = model.state_dict().keys() - {name for name, _ in model.named_parameters()}
-    if frozen or beside:
-        what = f"{frozen[0]} is frozen" if frozen else f"{min(beside)} is a buffer, or tied to another parameter"
-        raise ValueError(f'islands.engine = "deepspeed": {what}, which is not carried yet; use islands.engine=fsdp, or ddp')
+from dtrain.buffers import Frozen
 
 
 class Zero(nn.Module):
@@ -36,22 +29,32 @@ class Zero(nn.Module):
 
     def __init__(self, model: nn.Module, device: torch.device, config: Mapping[str, Any], optimizer: Optimizer | None) -> None:
         """``config``: DeepSpeed's; ``optimizer``: None where the config names one. Raises ValueError where master weights are not
-        fp32."""
+        fp32, and where what has none would be rounded."""
         super().__init__()
-        _refuse(model)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.like = {name: x.to("meta") for name, x in model.state_dict().items()}
+        """Names, shapes and dtypes of what the whole model is saved as: of a parameter that is tied under each of its names."""
+        self.num_elements = sum(p.numel() for p in model.parameters())
         self._device, self._stale = device, False
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU that there is, also for a model on the CPU
         deepspeed = importlib.import_module("deepspeed")
         # What it may compile for its collectives: nothing. An all-reduce for the CPU takes minutes, and gloo has one.
         importlib.import_module("deepspeed.ops").__dict__["__compatible_ops__"] = {}
-        stepped = {"model_parameters": model.parameters()} if optimizer is None else {"optimizer": optimizer}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        stepped = {"model_parameters": trained} if optimizer is None else {"optimizer": optimizer}
         self.engine: Any = deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **stepped)[0]
+        self._gathered: Any = deepspeed.zero.GatheredParameters
         self._full: Any = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
         self._stage = int(self.engine.zero_optimization_stage())
         wrong = next((part.values.dtype for part in self.parts().values() if part.values.dtype != torch.float32), None)
         if wrong is not None:
             raise ValueError(f"DeepSpeed's master weights are {wrong}; islands share fp32 ones, so leave out what says otherwise")
+        for name, x in self._beside().items():
+            if x.dtype != self.like[name].dtype:
+                what = "frozen" if isinstance(x, nn.Parameter) else "a buffer"
+                raise ValueError(
+                    f"{name} is {what}, and DeepSpeed rounds it to {x.dtype} for good; leave bf16 out of its file, or use "
+                    "islands.engine=fsdp"
+                )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -71,8 +74,8 @@ class Zero(nn.Module):
         return changed
 
     def flat(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> Flat:
-        named = [(name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in self.shapes.items()]
-        own, rows = dict(self.engine.module.named_parameters()), embeddings_of(self.engine.module)
+        own, rows = self._trained(), embeddings_of(self.engine.module)
+        named = [(name, nn.Parameter(torch.empty(self.like[name].shape, device="meta"))) for name in own]
         looked_up = {id(p) for name, p in named if id(own[name]) in rows}
         flat = flat_parts(named, self.parts(), include, exclude, embeddings=looked_up)
         # What islands do not share the ranks have alike: they began alike, and ZeRO keeps them so.
@@ -80,23 +83,37 @@ class Zero(nn.Module):
 
     def parts(self) -> dict[str, Part]:
         """This rank's of the master weights."""
-        find = self._of_shards if self._stage == 3 else _of_fragments
-        return {name: find(p) for name, p in self.engine.module.named_parameters()}
+        return {name: self._part(p) for name, p in self._trained().items()}
+
+    def frozen(self) -> list[Frozen]:
+        """The other parameters."""
+
+        def of(name: str, p: Any) -> Frozen:
+            like = self.like[name]
+            return Frozen(like.dtype, tuple(like.shape), lambda: self._read(p), lambda value: self._write(p, value))
+
+        return [of(name, p) for name, p in self.engine.module.named_parameters() if not p.requires_grad]
 
     def changed(self) -> None:
         """The master weights have new values."""
         self._stale = True
 
     def put(self, name: str, whole: Tensor) -> None:
-        """Make ``whole`` a parameter's value."""
-        part = self.parts()[name]
+        """Make ``whole`` the value of what ``like`` names."""
+        beside = self._beside()
+        if name in beside:
+            self._write(beside[name], whole)
+            return
+        p = dict(self.engine.module.named_parameters(remove_duplicate=False))[name]
+        part = self._part(p)
         part.values.copy_(whole.reshape(-1)[part.first : part.first + part.values.numel()])
         self._stale = True
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's master weight, gathered on every rank, one after another."""
-        for name, p in self.engine.module.named_parameters():
-            yield name, self._full(p).detach()
+        """All that ``like`` names, of what is trained the master weights, gathered on every rank, one after another."""
+        beside, own = self._beside(), dict(self.engine.module.named_parameters(remove_duplicate=False))
+        for name in self.like:
+            yield name, self._read(beside[name]) if name in beside else self._full(own[name]).detach()
 
     @contextmanager
     def grouped(self) -> Iterator[Optimizer]:
@@ -106,6 +123,34 @@ class Zero(nn.Module):
         yield self.optimizer
         if self._stage == 3:
             self.engine.optimizer._clear_fp32_optimizer_param_groups()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What has no master weights, of that which is saved."""
+        module = self.engine.module
+        frozen = {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return frozen | {name: x for name, x in module.named_buffers(remove_duplicate=False) if name in self.like}
+
+    def _read(self, x: Any) -> Tensor:
+        """Of what has no master weights, all."""
+        if not hasattr(x, "ds_id"):
+            return x.detach()
+        with self._gathered([x]):
+            return x.detach().clone()
+
+    @torch.no_grad()
+    def _write(self, x: Any, value: Tensor) -> None:
+        if not hasattr(x, "ds_id"):
+            x.copy_(value)
+            return
+        with self._gathered([x], modifier_rank=0):
+            x.copy_(value)
+        self._stale = True  # small ones, which every rank has whole, are gathered again
+
+    def _part(self, p: Any) -> Part:
+        return self._of_shards(p) if self._stage == 3 else _of_fragments(p)
 
     def _of_shards(self, p: Any) -> Part:
         zero = self.engine.optimizer

@@ -18,7 +18,7 @@ class Memory:
 
     model: int
     """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
-    weights."""
+    weights. Of ZeRO: what is computed with, its gradients, and moments with master weights where these are apart."""
     kept: int
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
@@ -26,7 +26,7 @@ class Memory:
     """Buffers for wires under way, shared too."""
     activations: int
     host: int = 0
-    """What the recipe holds in the host's memory instead, wires under way among it."""
+    """What the recipe holds in the host's memory instead, wires under way among it, and what ZeRO offloads."""
 
     @property
     def sync(self) -> int:
@@ -37,30 +37,60 @@ class Memory:
         return self.model + self.sync + self.activations
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Over how many of its ranks an island spreads each of these; 1: each rank has all of it."""
+
+    weights: int = 1
+    """Those that are computed with."""
+    gradients: int = 1
+    state: int = 1
+    """The optimizer's: moments, and master weights where they are apart."""
+    number_bytes: int = 4
+    """Of a weight that is computed with, and of its gradient."""
+    masters: bool = False
+    """Whether fp32 weights are kept beside those."""
+    weights_on_host: bool = False
+    state_on_host: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the recipe's buckets are put together of parts."""
+        return self.state > 1
+
+
+WHOLE = Shards()
+
+
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
-    micro_batches: int, by_muon: int = 0, averages: bool = False, on_host: bool = False, shards: int = 1,
-    recomputes: bool = False,
+    micro_batches: int, by_muon: int = 0, averages: bool = False, on_host: bool = False,
+    shards: Shards = WHOLE, recomputes: bool = False,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
     steps; ``averages``: whether a third number is kept beside AdamW's two moments, as Schedule-Free's average is; ``on_host``:
-    whether the recipe's state lies there; ``shards``: ranks that share the model (FSDP), each of which has besides what is
-    gathered of it, and the buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is
+    whether the recipe's state lies there; ``shards``: a rank has besides what is gathered of weights that are sharded, and the
+    buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is
     kept."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * (1 if recomputes else _KEPT_PER_LAYER) * number_bytes
     layers += tokens * work.width * _KEPT_PER_LAYER * number_bytes if recomputes else 0  # of the one that is computed again
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
-    sharded = shards > 1
-    gradients = sent.gradient_bytes // (num_ranks if sharded else 1)
+    gradients = sent.gradient_bytes // (num_ranks if shards.in_parts else 1)
     kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + gradients, sent.wire_bytes // num_ranks
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
-    gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if sharded else 0
-    at_hand = 4 * work.parameters // num_ranks if sharded else 0
+    gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
+    at_hand = 4 * work.parameters // num_ranks if shards.in_parts else 0
+    weights = work.parameters * shards.number_bytes
+    state = work.parameters * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
+    held = (
+        (weights // shards.weights, shards.weights_on_host), (weights // shards.gradients, False),
+        (state // shards.state, shards.state_on_host),
+    )  # fmt: skip
     return Memory(
-        model=(work.parameters * (8 + 8 * moments + 4 * (accumulates + sam + averages)) - 4 * by_muon) // shards,
+        model=sum(number for number, away in held if not away),
         kept=0 if on_host else kept,
         wires=at_hand if on_host else wires + at_hand,
         activations=layers + logits + gathered,
-        host=kept + wires if on_host else 0,
+        host=(kept + wires if on_host else 0) + sum(number for number, away in held if away),
     )

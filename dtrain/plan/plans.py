@@ -12,7 +12,7 @@ from dtrain.own_topology import mixing_of
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
 from dtrain.plan.lateness import When
-from dtrain.plan.memory import Memory, memory
+from dtrain.plan.memory import WHOLE, Memory, Shards, memory
 from dtrain.plan.model import Island, StepTime, step_time
 from dtrain.plan.sent import Sent, Shapes, sent, together
 from dtrain.plan.write import answers
@@ -59,8 +59,8 @@ class Setting:
     """Memory of one; None where it is not known."""
     stages: Sequence[Shapes] = ()
     """The parts of ``shapes`` that each rank has, where they are stages of a pipeline; ``work`` is then that of the busiest."""
-    shards: int = 1
-    """Ranks that share the model's weights, gradients and moments (FSDP)."""
+    shards: Shards = WHOLE
+    """Ranks that share the model's weights, gradients and moments."""
     recomputes: bool = False
     """Whether a layer is computed again for its backward pass."""
 

@@ -75,8 +75,9 @@ def _too_large(setting: Setting, row: Row) -> str:
     if m.model >= room:
         larger = sorted(name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes > m.total - m.activations)
         gpus = f"a GPU that leaves some for activations ({', '.join(larger)})" if larger else "a larger GPU than all known"
-        if setting.shards > 1:
-            return f"{parts}. Each rank holds 1 / {setting.shards} of the model, whatever the batch: more shards, or {gpus}"
+        if setting.shards.weights > 1:
+            share = f"1 / {setting.shards.weights} of the model"
+            return f"{parts}. Each rank holds {share}, whatever the batch: more shards, or {gpus}"
         return (
             f"{parts}. Each rank holds the whole model, whatever their number and the batch: islands.engine=fsdp, which shards "
             f"it, a smaller model, or {gpus}"

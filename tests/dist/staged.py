@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import dtrain
 from dtrain import checkpoint, metrics
 from dtrain.bucket import Bucket
-from dtrain.config import Job
+from dtrain.config import Job, parse_job
 from dtrain.connect import connect, settings_of
 from dtrain.core import Core
 from dtrain.data.corpus import load_corpus
@@ -43,24 +43,29 @@ def staged_job(source: str, *changes: str) -> Job:
     )  # fmt: skip
 
 
-def engine_job(source: str, engine: str, ranks: int, *changes: str) -> Job:
-    """Four blocks, so that two or four stages are possible, and four sequences, of which four ranks or micro-batches have one."""
-    accumulate = ranks if engine == "pipeline" else 1
-    return job_of(
+def engine_job(source: str, engine: str, ranks: int, *changes: str, micro_batches: int = 0) -> Job:
+    """Four blocks, so that two or four stages are possible, and four sequences, which are in so many micro-batches, of all ranks
+    together; one a rank or stage where it is not said."""
+    accumulate = (micro_batches or ranks) // (1 if engine == "pipeline" else ranks)
+    theirs = [change for change in changes if change.startswith(("model.factory=", "model.arguments="))]
+    job = job_of(
         Path(source), f"islands.ranks={ranks}", f'islands.engine="{engine}"', "model.layers=4", "train.batch=4",
-        f"train.accumulate={accumulate}", "train.steps=20", *changes,
+        f"train.accumulate={accumulate}", "train.steps=20", *(change for change in changes if change not in theirs),
     )  # fmt: skip
+    if not theirs:
+        return job
+    return parse_job(job.model_dump(exclude_none=True, exclude={"model"}) | {"model": {"context": job.model.context}}, theirs)
 
 
 def with_engines(
-    *, source: str, name: str, changes: list[str], engines: list[tuple[str, int]], resume_step: int = 0
+    *, source: str, name: str, changes: list[str], engines: list[tuple[str, int]], micro_batches: int = 0, resume_step: int = 0
 ) -> dict[str, Any]:
     """Train to the end, each island with an engine and a number of ranks of its own; with ``resume_step`` as ``trained``."""
     torch.set_num_threads(1)
     engine, ranks = engines[place_from_env().island]
     run = Path(os.environ["DTRAIN_RUN"], name)
     said = [change for change in changes if engine == "deepspeed" or not change.startswith("islands.deepspeed=")]
-    return _once_and_again(engine_job(source, engine, ranks, *said), run, resume_step)
+    return _once_and_again(engine_job(source, engine, ranks, *said, micro_batches=micro_batches), run, resume_step)
 
 
 def trained(*, source: str, name: str, changes: list[str], resume_step: int = 0) -> dict[str, Any]:

@@ -6,17 +6,21 @@ wires under way, of which there are none between two steps that have settled."""
 from __future__ import annotations
 
 import gc
+import json
 import types
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dtrain import units
+from dtrain.config import parse_job
 from dtrain.connect import Connection
 from dtrain.engine import Sync, join
+from dtrain.launch import plan_job
 from dtrain.launch.plan_table import _memory
 from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
@@ -24,7 +28,7 @@ from dtrain.optim import SAM, AccumAdamW, muon_adamw
 from dtrain.plan.accelerators import Work
 from dtrain.plan.candidates import candidates
 from dtrain.plan.company import everyone
-from dtrain.plan.memory import Memory, memory
+from dtrain.plan.memory import Memory, Shards, memory
 from dtrain.plan.model import Island
 from dtrain.plan.plans import Planner, as_json
 from dtrain.plan.sent import Sent, sent
@@ -167,14 +171,44 @@ def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> N
     whole, shared = (
         memory(
             counts, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
-            shards=shards,
+            shards=Shards(ranks, ranks, ranks),
         )
-        for shards in (1, 4)
+        for ranks in (1, 4)
     )  # fmt: skip
     assert shared.model == WORK.parameters * 16 // 4 == whole.model // 4
     assert (shared.kept, whole.kept) == (1024 + 128, 1024 + 512)
     assert shared.wires == whole.wires + WORK.parameters
     assert shared.activations - whole.activations == 4 * (48 * WORK.width**2 + 4 * 256 * WORK.width)
+
+
+@pytest.mark.parametrize(
+    ("said", "on_device", "on_host"),
+    [
+        ({"stage": 1}, 4 + 4 + 12 / 4, 0),  # weights, gradients; of masters and moments a quarter
+        ({"stage": 2}, 4 + 4 / 4 + 12 / 4, 0),
+        ({"stage": 3}, (4 + 4 + 8) / 4, 0),  # weights are their own masters
+        ({"stage": 1, "bf16": True}, 2 + 2 + 12 / 4, 0),
+        ({"stage": 3, "bf16": True}, (2 + 2 + 12) / 4, 0),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 4 + 4 / 4, 12 / 4),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, 4 + 4 / 4 + 12 / 4, 0),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 4 / 4, 4 / 4 + 12 / 4),
+    ],
+)
+def test_a_stage_of_zero_counts_what_it_shards(
+    tmp_path: Path, said: dict[str, object], on_device: float, on_host: float
+) -> None:
+    """Bytes of a parameter, of 4 ranks."""
+    zero = {key: value for key, value in said.items() if key != "bf16"}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "bf16" in said}}), encoding="utf-8")
+    job = parse_job({}, ["islands.engine=deepspeed", "islands.ranks=4", f'islands.deepspeed="{file}"'])
+    counts = Sent((), 0.0, state_bytes=4096, wire_bytes=1024, company=everyone(2, 1), room_bytes=0, gradient_bytes=0)
+    held = memory(
+        counts, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
+        shards=plan_job._shards(job),
+    )  # fmt: skip
+    assert (held.model, held.host) == (on_device * NUMEL, on_host * NUMEL)
+    assert (held.kept, held.wires) == (1024, 256 + NUMEL), "of the recipe's state a quarter, of buckets while they are at hand"
 
 
 def test_of_a_layer_that_is_computed_again_only_the_input_is_kept() -> None:
