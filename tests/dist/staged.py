@@ -45,7 +45,7 @@ def staged_job(source: str, *changes: str) -> Job:
 
 def engine_job(source: str, engine: str, ranks: int, *changes: str) -> Job:
     """Four blocks, so that two or four stages are possible, and four sequences, of which four ranks or micro-batches have one."""
-    accumulate = ranks if engine == "pipeline" else 1
+    accumulate = {"pipeline": ranks, "fsdp+pipeline": 2}.get(engine, 1)
     return job_of(
         Path(source), f"islands.ranks={ranks}", f'islands.engine="{engine}"', "model.layers=4", "train.batch=4",
         f"train.accumulate={accumulate}", "train.steps=20", *changes,
