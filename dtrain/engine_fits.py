@@ -39,9 +39,11 @@ def check_fsdp(islands: Islands, train: Train, shapes: Sequence[Shape]) -> None:
             raise ValueError(_of_another(key, "fsdp", islands))
     for shape in sharded:
         if islands.shards is not None and shape.ranks % islands.shards:
+            fitting = f", as {shape.ranks}"
+            if shape.engine == "fsdp+pipeline":
+                fitting = f", or {shape.key}={islands.shards * max(2, shape.ranks // islands.shards)}"
             raise ValueError(
-                f"islands.shards = {islands.shards} does not divide {shape.key} = {shape.ranks}; use a divisor of it, as "
-                f"{shape.ranks}"
+                f"islands.shards = {islands.shards} does not divide {shape.key} = {shape.ranks}; use a divisor of it{fitting}"
             )
     if any(shape.ranks > 1 for shape in sharded):
         _refuse_corrected(train, sharded[0].engine)

@@ -87,8 +87,14 @@ def furthest(a: Path, b: Path) -> float:
         pytest.param("fsdp", 4, ("islands.shards=2", "islands.recompute=true"), marks=pytest.mark.slow),  # HSDP
         pytest.param("ddp", 2, (), marks=pytest.mark.slow),
         pytest.param("pipeline", 2, (), marks=pytest.mark.slow),
+        pytest.param("pipeline", 2, ("islands.stages_per_rank=2",), marks=pytest.mark.slow),
+        pytest.param("fsdp+pipeline", 4, ("islands.shards=2",), marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp+pipeline", 4, ("islands.shards=2", "islands.stages_per_rank=2", "islands.recompute=true"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fsdp", "hsdp", "ddp", "pipeline"],
+    ids=["fsdp", "hsdp", "ddp", "pipeline", "interleaved", "fsdp+pipeline", "fsdp+interleaved"],
 )
 def test_an_island_of_ranks_trains_resumes_and_merges_as_one_of_one_rank(
     source: Path, tmp_path: Path, alone: dict[str, Path], engine: str, ranks: int, changes: tuple[str, ...]
@@ -156,6 +162,18 @@ def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
         even = train(staged.engine_job(str(source), "ddp", 1, *RECIPES[name], "islands.count=3"), tmp_path / "even" / name)
         assert furthest(tmp_path / "uneven" / name, even) < SHARED, name
     assert [v["same"] for v in values(results, "diloco")] == [True] * 5
+
+
+@pytest.mark.slow
+def test_islands_of_unlike_pipelines_work_together(
+    source: Path, tmp_path: Path, alone: dict[str, Path]
+) -> None:
+    unlike, names = [("pipeline", 2), ("fsdp+pipeline", 4)], ["diloco", "dilocox"]
+    changes = ("islands.stages_per_rank=2", "islands.shards=2")
+    results = launched(source, tmp_path, unlike, names, *changes, resumed=["diloco"])
+    for name in names:
+        assert furthest(tmp_path / name, alone[name]) < ADDED, name
+    assert [v["same"] for v in values(results, "diloco")] == [True] * 6
 
 
 @pytest.mark.slow
