@@ -177,6 +177,22 @@ def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> N
     assert shared.activations - whole.activations == 4 * (48 * WORK.width**2 + 4 * 256 * WORK.width)
 
 
+def test_ranks_that_share_a_stage_gather_all_of_it() -> None:
+    """A mesh of two stages x two shards: weights and gradients of a stage lie whole on each rank until the last micro-batch, and
+    of what is at hand each owns a quarter of the whole model, twice as much as a stage."""
+    counts = Sent((), 0.0, state_bytes=4096, wire_bytes=1024, company=everyone(2, 1), room_bytes=0, gradient_bytes=512)
+    whole, shared = (
+        memory(
+            counts, WORK, vocab=256, number_bytes=2, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
+            shards=shards, model_parameters=2 * WORK.parameters,
+        )
+        for shards in (1, 2)
+    )  # fmt: skip
+    assert shared.model == WORK.parameters * 16 // 2 == whole.model // 2
+    assert shared.activations - whole.activations == (2 + 4) * WORK.parameters
+    assert shared.wires == whole.wires + 4 * 2 * WORK.parameters // 4
+
+
 def test_of_a_layer_that_is_computed_again_only_the_input_is_kept() -> None:
     counts = Sent((), 0.0, state_bytes=0, wire_bytes=0, company=everyone(2, 1), room_bytes=0, gradient_bytes=0)
     kept, again = (
