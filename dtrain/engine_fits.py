@@ -105,7 +105,8 @@ def _check_cut(islands: Islands, layers: int, micro_batches: int, shape: Shape) 
         if each > 1:
             of, fewer = f"{said} x islands.stages_per_rank = {each}, {ranks * each}", "of either"
         raise ValueError(
-            f"{of} stages of a pipeline need a block each, and there are model.layers = {layers}; use fewer {fewer}, or more layers"
+            f"{of} stages of a pipeline need a block each, and there are model.layers = {layers}; use fewer {fewer}, or more "
+            "layers"
         )
     if micro_batches < ranks:
         raise ValueError(

@@ -44,8 +44,8 @@ class Islands(Section):
     )
     stages_per_rank: int = Field(
         1, ge=1, le=1024,
-        description="of engine pipeline: stages of each rank; 1: the schedule is 1F1B; more: interleaved 1F1B, which idles less and "
-        "sends more",
+        description="of engine pipeline: stages of each rank; 1: the schedule is 1F1B; more: interleaved 1F1B, which idles less "
+        "and sends more",
     )
     recompute: bool = Field(
         False, description="of engine fsdp: activation checkpointing: keep of each block its input alone, and compute it again"

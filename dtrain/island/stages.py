@@ -1,9 +1,9 @@
 """How do the ranks of an island that each hold a part of the layers work as one?
 
-Of n ranks, rank r holds stage r, or where a rank has several (the interleaved schedule) the stages r, r + n, r + 2n, ...: it keeps
-parameters, inner and outer optimizer state of its own layers, carries these and nothing else over the link, to the same rank of
-the other islands, and refreshes nobody (DiLoCoX, arXiv 2506.21263: its dual optimizer policy). What the stages do as one is to
-wait with one outcome, and to find what is a whole model's: its gradient's norm, its weights."""
+Of n ranks, rank r holds stage r, or, where a rank has several, the stages r, r + n, r + 2n, ...: it keeps parameters, inner and
+outer optimizer state of its own layers, carries these and nothing else over the link, to the same rank of the other islands, and
+refreshes nobody (DiLoCoX, arXiv 2506.21263: its dual optimizer policy). What the stages do as one is to wait with one outcome,
+and to find what is a whole model's: its gradient's norm, its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StagesOfRank(nn.Module):
     """The stages that one rank trains, as one model: by the names that their modules have in the whole model."""
 
     def __init__(self, stages: Mapping[int, nn.Module], group: dist.ProcessGroup | None = None) -> None:
-        """``stages``: by their numbers, in order. ``group``: the ranks that pass a batch on, each the next stage; None: all of the
+        """``stages``: by their numbers, in order. ``group``: the ranks that pass a batch on, each to the next; None: all of the
         island's."""
         super().__init__()
         self.stages, self.group = dict(stages), group  # in a dict, which torch does not look into: each module has one name

@@ -46,8 +46,8 @@ def memory(
     steps; ``averages``: whether a third number is kept beside AdamW's two moments, as Schedule-Free's average is; ``on_host``:
     whether the recipe's state lies there; ``shards``: ranks that share the model (FSDP), each of which has besides what is
     gathered of it, and the buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is
-    kept; ``model_parameters``: of the whole model, where ``work``'s are those of a pipeline's stage: ranks that share one have all of
-    it gathered, and its gradients, until the last micro-batch."""
+    kept; ``model_parameters``: of the whole model, where ``work``'s are those of a pipeline's stage: ranks that share one have
+    all of it gathered, and its gradients, until the last micro-batch."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * (1 if recomputes else _KEPT_PER_LAYER) * number_bytes
     layers += tokens * work.width * _KEPT_PER_LAYER * number_bytes if recomputes else 0  # of the one that is computed again

@@ -132,9 +132,9 @@ class Planner:
             s = self.setting
             if s.stages and s.shards == 1:
                 first = {_alike(shapes): shapes for shapes in s.stages}
-                whole = s.shapes if s.stages_per_rank > 1 else None
+                model = s.shapes if s.stages_per_rank > 1 else None
                 each = {
-                    of: sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host, whole=whole)
+                    of: sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host, model=model)
                     for of, shapes in first.items()
                 }
                 self._sent[key] = together([each[_alike(shapes)] for shapes in s.stages])

@@ -126,26 +126,26 @@ class Sent:
         return self.state_bytes + self.room_bytes + self.gradient_bytes
 
 
-def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None, whole: Shapes | None = None) -> Flat:
-    """Of the parameters that the recipe lets islands share; None: of all. ``whole``: the model of which these are a rank's, where
-    they are stages that lie apart."""
+def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None, model: Shapes | None = None) -> Flat:
+    """Of the parameters that the recipe lets islands share; None: of all. ``model``: of which these are a rank's, where they are
+    stages that lie apart."""
     named = ((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
     flat = flatten(named) if recipe is None else flatten(named, recipe.include, recipe.exclude)
-    if whole is None:
+    if model is None:
         return flat
-    starts = dict(zip(whole, accumulate(map(math.prod, whole.values()), initial=0), strict=False))
+    starts = dict(zip(model, accumulate(map(math.prod, model.values()), initial=0), strict=False))
     return in_runs(flat, [starts[name] for name in flat.names])
 
 
 def sent(
     recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1, num_ranks: int = 1,
-    whole: Shapes | None = None,
+    model: Shapes | None = None,
 ) -> Sent:
-    """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay. ``whole``: as
+    """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay. ``model``: as
     ``model_flat`` has it."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
-    flat = model_flat(shapes, device, recipe, whole)
+    flat = model_flat(shapes, device, recipe, model)
     buckets = cut(recipe, flat, num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
     if recipe.moments is not None:
         buckets = [replace(b, moments=Unmade(len(b.layout.spans))) for b in buckets]

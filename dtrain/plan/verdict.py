@@ -91,14 +91,15 @@ def _too_large(setting: Setting, row: Row) -> str:
         if sequences % micro_batches == 0 and m.activations * setting.micro_batches / micro_batches <= left:
             times = f"{micro_batches / setting.micro_batches:.3g} times"
             ranks = "" if setting.stages else f", or {times} the ranks for the same batch,"
+            fitting = _whole_rounds(setting, micro_batches)
             return (
-                f"{parts}. Activations can shrink: train.accumulate={_whole_rounds(setting, micro_batches)} fits; a train.batch {times} "
+                f"{parts}. Activations can shrink: train.accumulate={fitting} fits; a train.batch {times} "
                 f"smaller{ranks} shrink{'s' if setting.stages else ''} them as much"
             )
     return f"{parts}. A single sequence's activations are too large: a shorter model.context, or a smaller model"
 
 
 def _whole_rounds(setting: Setting, micro_batches: int) -> int:
-    """train.accumulate of which a rank holds 1 / micro_batches at once: a multiple of the stages' ranks, as interleaving has it."""
+    """train.accumulate of which a rank holds 1 / micro_batches at once; a multiple of the ranks, as interleaving has it."""
     ranks = max(1, len(setting.stages))
     return -(-micro_batches * setting.in_flight // ranks) * ranks

@@ -33,8 +33,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "model.layers=5", "train.accumulate=4", "islands.stages_per_rank=2", "train.eval_every=4",
     ),
 }  # fmt: skip
-"""At step 5, where "delayed" is resumed, its second fragment's round flies. Clips are below every norm. "interleaved" has stages of
-two, one, one and one block."""
+"""At step 5, where "delayed" is resumed, its second fragment's round flies. Clips are below every norm. "interleaved" has four
+stages, the first of two blocks."""
 RESUMED = ("delayed", "interleaved")
 
 
@@ -109,7 +109,7 @@ def test_the_plan_counts_what_stages_send(ranks: list[Result], source: Path) -> 
     for name in RESUMED:
         job = staged.staged_job(str(source), *CHANGES[name])
         whole, *stages = ({n: tuple(p.shape) for n, p in part.named_parameters()} for part in _parts(job))
-        found = together([sent(build_recipe(job), of, ISLANDS, whole=whole) for of in stages])
+        found = together([sent(build_recipe(job), of, ISLANDS, model=whole) for of in stages])
         assert [v["stats"][0]["wire_bytes_sent"] for v in values(ranks, name)] == [round(2 * found.mean_round_bytes)] * 4, name
 
 
