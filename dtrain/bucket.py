@@ -184,8 +184,11 @@ class Flat:
     """All that require a gradient, in the model's order, each once."""
     embeddings: frozenset[str] = frozenset()
     """Names of those that are embeddings, heads that are tied to one too."""
-    first: int = 0
-    """Elements of the whole model that lie before these, where a rank holds some of its layers."""
+    begins: tuple[int, ...] = ()
+    """Per storage, the elements of the whole model that lie before it, where a rank holds some of its layers; empty: storages
+    follow each other."""
+    stages: tuple[int, ...] = ()
+    """The number of the stage that each parameter is of, where ranks hold stages of the model."""
     in_parts: bool = False
     """Whether ranks hold parts of the parameters (``island/parts.py``): storages are this one's, and buckets no views of them."""
     firsts: tuple[int, ...] = ()
@@ -301,9 +304,7 @@ _Shared = tuple[tuple[str, ...], tuple[nn.Parameter, ...], tuple[nn.Parameter, .
 """Names, the parameters that are shared, and all that are trained."""
 
 
-def _shared(
-    named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> _Shared:
+def _shared(named: Iterable[tuple[str, nn.Parameter]], include: Sequence[str] | None, exclude: Sequence[str] | None) -> _Shared:
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -319,9 +320,7 @@ def _shared(
     names = [name for name in names if name in kept]
     for name, p in zip(names, parameters, strict=True):
         if not p.dtype.is_floating_point:
-            raise ValueError(
-                f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised"
-            )
+            raise ValueError(f"parameter {name} has dtype {p.dtype}; only floating-point parameters can be synchronised")
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise ValueError(
@@ -342,9 +341,9 @@ def make_buckets(
     otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
     largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
     pieces: list[tuple[int, Layout, Tensor]] = []
-    global_base = flat.first
+    global_base = 0
     for kind, members in enumerate(flat.order):
-        layout = _layout(flat, members, global_base)
+        layout = _layout(flat, members, flat.begins[kind] if flat.begins else global_base)
         global_base += layout.numel
         fragments = layout.cuts(num_fragments, GRAIN, keeps_whole)
         for f in range(num_fragments):

@@ -18,7 +18,7 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dtrain import units
-from dtrain.engine_fits import Shape, check_deepspeed, check_fsdp, check_uneven
+from dtrain.engine_fits import Shape, check_deepspeed, check_fsdp, check_stages, check_uneven, sharing_batch
 from dtrain.section import Section
 from dtrain.sections import Data, Islands, JobSection, LinkSection, ModelSection, Sim, Train
 from dtrain.sections_each import Each, IslandPlan
@@ -76,11 +76,11 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Job:
-        for ranks_key, ranks, engine in self._shapes():
-            shared = engine != "pipeline"  # all of it passes through each stage of a pipeline
-            parts = (ranks if shared else 1) * self.train.accumulate
+        for shape in self._shapes():
+            sharing, keys = sharing_batch(self.islands, shape)
+            parts = sharing * self.train.accumulate
             if self.train.batch % parts:
-                by = f"{ranks_key} x train.accumulate" if shared else "train.accumulate"
+                by = " x ".join((*keys, "train.accumulate"))
                 raise ValueError(f"train.batch = {self.train.batch} does not divide by {by} = {parts}; use a multiple of {parts}")
         return self
 
@@ -90,43 +90,8 @@ class Job(Section):
         check_fsdp(self.islands, self.train, shapes)
         check_deepspeed(self.islands, self.train, shapes)
         check_uneven(self.train, shapes)
+        check_stages(self.islands, self.model, self.train, self.sync, shapes)
         return self
-
-    @model_validator(mode="after")
-    def _stages_fit(self) -> Job:
-        for ranks_key, ranks, engine in self._shapes():
-            if engine == "pipeline":
-                self._check_stages(ranks_key, ranks)
-        return self
-
-    def _check_stages(self, ranks_key: str, ranks: int) -> None:
-        layers, micro_batches, engine_key = self.model.layers, self.train.accumulate, ranks_key.replace("ranks", "engine")
-        if ranks < 2:
-            raise ValueError(
-                f'{engine_key} = "pipeline" with {ranks_key} = 1 is one stage, which is no pipeline; use {ranks_key}=2 or '
-                f"more, or {engine_key}=ddp"
-            )
-        if self.model.theirs:
-            raise ValueError(
-                f'model.{self.model.theirs} with islands.engine = "pipeline", whose stages are cut from gpt only; use '
-                "islands.engine=ddp"
-            )
-        if self.sync.include is not None or self.sync.exclude is not None:
-            axis = "include" if self.sync.include is not None else "exclude"
-            raise ValueError(
-                f'sync.{axis} with {engine_key} = "pipeline": a stage may have none of those parameters; leave it out, or use '
-                f"{engine_key}=ddp"
-            )
-        if ranks > layers:
-            raise ValueError(
-                f"{ranks_key} = {ranks} stages of a pipeline need a block each, and there are model.layers = {layers}; use "
-                "fewer ranks, or more layers"
-            )
-        if micro_batches < ranks:
-            raise ValueError(
-                f"train.accumulate = {micro_batches} micro-batches leave some of {ranks_key} = {ranks} stages of a pipeline "
-                f"without work all the time; use train.accumulate={ranks} or more"
-            )
 
     def island(self, k: int) -> IslandPlan:
         """What is said of one island: by its table [[islands.each]], else by [islands] and [link]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from dtrain.bucket import Flat, Part, embeddings_of, flat_parts, flatten
 from dtrain.buffers import Frozen, frozen_parameters
 from dtrain.island.parts import Parts
 from dtrain.island.replicas import Island, Replicas
+from dtrain.island.stages import StagesOfRank
 from dtrain.island.zero import Zero
 from dtrain.shards import first_element, is_part, local, named_parameters
 
@@ -31,6 +33,9 @@ def flat_of(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
     else:
         held = {name: Part(local(p.detach()), first_element(p)) for name, p in named if p.requires_grad}
         flat = flat_parts(named, held, include, exclude, embeddings=embeddings_of(model))
+    if isinstance(model, StagesOfRank):
+        numbers = model.numbers
+        flat = replace(flat, stages=tuple(numbers[name] for name in flat.names))
     return ranks.hold(flat)
 
 

@@ -31,14 +31,21 @@ class Islands(Section):
     engine: Engine = Field(
         "ddp",
         description="inside an island: ddp, each rank has the whole model; fsdp, a part of every parameter (FSDP2); pipeline, a "
-        "stage of its layers; deepspeed, a part of what its ZeRO shards",
+        "stage of its layers; fsdp+pipeline, a part of each parameter of a stage; deepspeed, a part of what its ZeRO shards",
     )
     deepspeed: str | None = Field(
         None, min_length=1, examples=["zero2.json"],
         description="of engine deepspeed: its JSON file, which says stage (1, 2 or 3), bf16 and offload",
     )
     shards: int | None = Field(
-        None, ge=1, description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all"
+        None, ge=1,
+        description="of engine fsdp: ranks that share a copy of the model (HSDP where they are fewer); left out: all; of "
+        "fsdp+pipeline: ranks that share a stage",
+    )
+    stages_per_rank: int = Field(
+        1, ge=1, le=1024,
+        description="of engine pipeline: stages of each rank; 1: the schedule is 1F1B; more: interleaved 1F1B, which idles less "
+        "and sends more",
     )
     recompute: bool = Field(
         False, description="of engine fsdp: activation checkpointing: keep of each block its input alone, and compute it again"
@@ -60,6 +67,11 @@ class Islands(Section):
         description="a table [[islands.each]] an island, island 0's first, where they differ or are not all here; count is their "
         "number",
     )
+
+    @property
+    def shards_of_stage(self) -> int:
+        """Ranks that share the parameters of a stage."""
+        return self.shards or 1 if self.engine == "fsdp+pipeline" else 1
 
     @model_validator(mode="before")
     @classmethod

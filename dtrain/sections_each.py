@@ -11,7 +11,9 @@ from pydantic import Field, model_validator
 
 from dtrain.section import Section
 
-Engine = Literal["ddp", "fsdp", "pipeline", "deepspeed"]
+Engine = Literal["ddp", "fsdp", "pipeline", "deepspeed", "fsdp+pipeline"]
+PIPELINES = ("pipeline", "fsdp+pipeline")
+"""Of these the ranks of an island are stages."""
 LauncherName = Literal["local", "ssh", "slurm", "manual"]
 OF_SSH = ("host", "workdir", "python")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtrain import checkpoint
 from dtrain.connect import Connection
 from dtrain.engine import Sync
+from dtrain.island.stages import StagesOfRank
 from dtrain.island.zero import Zero
 from dtrain.shards import is_part, named_buffers
 from dtrain.updates import Updates
@@ -57,7 +58,10 @@ def read(run: Path, connection: Connection, step: int, model: nn.Module) -> dict
     folder = checkpoint.island_folder(run, step, connection.node)
     if sharded:
         shapes = {name: tuple(x.shape) for name, x in (model.like if isinstance(model, Zero) else own).items()}
-        checkpoint.check_same_shapes(checkpoint.shapes_of_island(folder), shapes, folder)
+        found = checkpoint.shapes_of_island(folder)
+        if isinstance(model, StagesOfRank):  # other ranks look at the other stages
+            found = {name: shape for name, shape in found.items() if name in shapes}
+        checkpoint.check_same_shapes(found, shapes, folder)
     else:
         checkpoint.check_same_model(_weights(saved), model, folder)
     return saved

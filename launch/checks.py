@@ -20,6 +20,7 @@ from dtrain.matrices import check_rank
 from dtrain.own_name import OWN_AXES, is_own
 from dtrain.recipe_fits import check_ranks, check_trains
 from dtrain.recipes import AXES, Recipe, answer_of, moments_of, of_section, optimizer_of, rho_of, with_speeds, with_start
+from dtrain.sections_each import PIPELINES
 from dtrain.sections_sync import Answers
 
 How = Literal["run", "script", "sim"]
@@ -186,9 +187,10 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
         plans = [job.island(k) for k in range(job.islands.count)]
         for plan in plans:
             check_ranks(recipe, plan.ranks)
-        if any(plan.engine == "pipeline" for plan in plans) and (recipe.include or recipe.exclude):
+        staged = next((plan.engine for plan in plans if plan.engine in PIPELINES), None)
+        if staged is not None and (recipe.include or recipe.exclude):
             raise ValueError(
-                f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "pipeline" '
+                f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "{staged}" '
                 "may have none of them; use islands.engine=ddp"
             )
         if how == "run":

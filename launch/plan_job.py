@@ -16,14 +16,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dtrain import metrics, units, zero_config
+from dtrain import metrics, units
 from dtrain.build import model_of_shapes
 from dtrain.config import Job, load_job
 from dtrain.connect import settings_of
 from dtrain.data.corpus import corpus_of
+from dtrain.engine_fits import Shape, sharing_batch
+from dtrain.island.stages import StagesOfRank
 from dtrain.launch.checks import STEPS_ALONE
 from dtrain.launch.local import run_local
 from dtrain.launch.plan_room import check_room
+from dtrain.launch.plan_shards import shards_of
 from dtrain.launch.run_folder import Choice, open_run
 from dtrain.models.gpt import GPT
 from dtrain.models.gpt_stage import GPTStage
@@ -31,11 +34,11 @@ from dtrain.optim import hidden_matrices
 from dtrain.plan import accelerators, unequal
 from dtrain.plan.accelerators import Work
 from dtrain.plan.company import LinkSpeed
-from dtrain.plan.memory import WHOLE, Shards
 from dtrain.plan.model import Carrying, Island
 from dtrain.plan.plans import Setting, time_text
 from dtrain.plan.sent import Shapes
 from dtrain.recipes import of_section, optimizer_of
+from dtrain.sections_each import PIPELINES
 
 _WARM_STEPS, _STEPS = 10, 40
 JITTER = 0.02
@@ -86,7 +89,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stages, shards = _stages(job, model), _shards(job)
+    stages, in_flight, shards = _stages(job, model), _in_flight(job), shards_of(job)
     if job.model.theirs:
         work = _own_work(job, model, vocab)
         notes.append(
@@ -100,10 +103,10 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
     step_s, jitter_s, island = _computes(job_file, overrides, job, said, work, console, notes)
     if stages:
         notes.append(
-            f"an island's ranks are {len(stages)} stages, busy {_busy(job):.0%} of a step where one is as long as another; what "
+            f"an island's ranks are {_stages_said(job)}, busy {_busy(job):.0%} of a step where one is as long as another; what "
             "passes between them is not counted"
         )
-    elif job.islands.ranks > 1:
+    if len(stages) < job.islands.ranks > 1:
         notes.append(_intra_note(said, intra_bytes_per_s))
     link = unequal.with_links(job, _link(job, said, notes))
     notes += unequal.note(job)
@@ -113,7 +116,8 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         vocab=vocab,
         tokens_per_step=job.train.batch * job.model.context,
         num_ranks=job.islands.ranks,
-        micro_batches=job.train.accumulate // max(1, len(stages)),  # 1F1B holds as many at once as there are stages
+        micro_batches=max(1, job.train.accumulate // in_flight),
+        in_flight=in_flight,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
         optimizer=job.train.optimizer,
@@ -122,6 +126,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         number_bytes=2 if job.train.precision == "bf16" else shards.number_bytes,
         gpu=said.gpu,
         stages=stages,
+        stages_per_rank=job.islands.stages_per_rank,
         gpu_bytes=None if said.gpu is None else accelerators.accelerator(said.gpu).memory_bytes,
         per_host=said.per_host,
         seed=job.job.seed,
@@ -142,10 +147,38 @@ def _model(job: Job) -> tuple[nn.Module, int]:
 
 def _stages(job: Job, model: nn.Module) -> list[Shapes]:
     """What each rank has of the model, where they are stages of a pipeline."""
-    if job.islands.engine != "pipeline":
+    if job.islands.engine not in PIPELINES:
         return []
-    parts = [GPTStage(cast(GPT, model), stage, job.islands.ranks) for stage in range(job.islands.ranks)]
+    ranks = _stage_ranks(job)
+    num_stages = ranks * job.islands.stages_per_rank
+    cut = [GPTStage(cast(GPT, model), stage, num_stages) for stage in range(num_stages)]
+    parts = [StagesOfRank({stage: cut[stage] for stage in range(rank, num_stages, ranks)}) for rank in range(ranks)]
     return [{name: tuple(p.shape) for name, p in part.named_parameters()} for part in parts]
+
+
+def _stage_ranks(job: Job) -> int:
+    """Ranks that pass a batch on, each of which has stages of its own; 1 without a pipeline."""
+    return job.islands.ranks // job.islands.shards_of_stage if job.islands.engine in PIPELINES else 1
+
+
+def _stages_said(job: Job) -> str:
+    ranks, each, shards = _stage_ranks(job), job.islands.stages_per_rank, job.islands.shards_of_stage
+    return f"{ranks * each} stages{f', {each} a rank' * (each > 1)}{f', each shared by {shards} ranks' * (shards > 1)}"
+
+
+def _in_flight(job: Job) -> int:
+    """Micro-batches of which the first rank holds the activations at once: 1F1B's are as many as there are stages; interleaved,
+    where a stage is a part of what a rank has, those of the warm-up and one more (torch's ScheduleInterleaved1F1B)."""
+    ranks, each, micro_batches = _stage_ranks(job), job.islands.stages_per_rank, job.train.accumulate
+    if each == 1:
+        return ranks
+    a_round = micro_batches // (micro_batches // ranks)
+    return min(micro_batches, math.ceil(((each - 1) * a_round + 2 * (ranks - 1) + 1) / each))
+
+
+def _sharing(job: Job) -> int:
+    """Ranks among which an island's batch is divided."""
+    return sharing_batch(job.islands, Shape("", job.islands.ranks, job.islands.engine))[0]
 
 
 def _work(job: Job, shapes: Shapes) -> Work:
@@ -153,7 +186,7 @@ def _work(job: Job, shapes: Shapes) -> Work:
     m, total = job.model, _numel(shapes)
     layers = sum(name.endswith(".qkv.weight") for name in shapes)
     looked_up = math.prod(shapes.get("embedding.weight", (0,)))
-    tokens = job.train.batch * m.context // (1 if layers < m.layers else job.islands.ranks)
+    tokens = job.train.batch * m.context // _sharing(job)
     return Work(tokens, total, total - looked_up, layers, m.width, m.context)
 
 
@@ -181,41 +214,9 @@ def _numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _shards(job: Job) -> Shards:
-    """Ranks that share weights, gradients and moments."""
-    match job.islands.engine:
-        case "fsdp":
-            ranks = job.islands.shards or job.islands.ranks
-            return Shards(ranks, ranks, ranks)
-        case "deepspeed":
-            return _zero(job)
-        case _:
-            return WHOLE
-
-
-def _zero(job: Job) -> Shards:
-    """ZeRO 1 shards the optimizer's state, 2 gradients too, 3 weights too. Only in 3 are fp32 weights that lie on the device their
-    own masters."""
-    said, ranks = zero_config.of_job(job), job.islands.ranks
-    stage, half = zero_config.at(said, ("zero_optimization", "stage")), bool(zero_config.at(said, ("bf16", "enabled")))
-    weights_away, state_away = (
-        zero_config.at(said, ("zero_optimization", side, "device")) == "cpu" for side in ("offload_param", "offload_optimizer")
-    )
-    return Shards(
-        weights=ranks if stage == 3 else 1,
-        gradients=ranks if stage >= 2 else 1,
-        state=ranks,
-        number_bytes=2 if half else 4,
-        masters=stage < 3 or half or state_away or weights_away,
-        weights_on_host=weights_away and stage == 3,
-        state_on_host=state_away,
-    )
-
-
 def _busy(job: Job) -> float:
     """Of a step, that a rank computes: the first stage has work before the last, and the last before the first is done."""
-    micro_batches, stages = job.train.accumulate, job.islands.ranks if job.islands.engine == "pipeline" else 1
-    return micro_batches / (micro_batches + stages - 1)
+    return job.train.accumulate / (job.train.accumulate + (_stage_ranks(job) - 1) / job.islands.stages_per_rank)
 
 
 def _computes(
@@ -237,8 +238,7 @@ def _computes(
     if said.gpu is not None:
         gpu, mfu = accelerators.accelerator(said.gpu), said.mfu or accelerators.MFU
         flop_per_s = accelerators.peak(gpu, said.gpu, job.train.precision)
-        replicas = 1 if job.islands.engine == "pipeline" else job.islands.ranks
-        step_s = accelerators.step_s(work, gpu, mfu * flop_per_s * _busy(job), replicas, _intra(job, said))
+        step_s = accelerators.step_s(work, gpu, mfu * flop_per_s * _busy(job), _sharing(job), _intra(job, said))
         notes.append(
             f"a step takes {time_text(step_s)}{_without_sam(job)}, not measured: {said.gpu} at {mfu:.0%} of "
             f"{flop_per_s / 1e12:.4g} TFLOP/s in {job.train.precision} ({gpu.source}); small models reach less, --mfu says "

@@ -64,10 +64,15 @@ class Parts:
         return flat
 
     def _of_island(self, flat: Flat) -> Flat:
-        """All ranks' parameters, in the order of the ranks, each once."""
+        """All ranks' parameters, in the order of their stages, where there are such, and of the ranks, each once."""
         own = {name: i for i, name in enumerate(flat.names)}
-        said = [(name, p.shape, p.dtype, name in flat.embeddings) for name, p in zip(flat.names, flat.parameters, strict=True)]
-        found = {name: (shape, dtype, looked_up) for told in self._tell(said) for name, shape, dtype, looked_up in told}
+        stages = flat.stages or (0,) * len(flat.names)
+        said = [
+            (stage, name, p.shape, p.dtype, name in flat.embeddings)
+            for stage, name, p in zip(stages, flat.names, flat.parameters, strict=True)
+        ]
+        ordered = sorted((each for told in self._tell(said) for each in told), key=lambda each: each[0])
+        found = {name: (shape, dtype, looked_up) for _, name, shape, dtype, looked_up in ordered}
         if len(found) == len(own):
             return flat
         parameters = tuple(

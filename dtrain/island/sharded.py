@@ -6,6 +6,8 @@ that many has the whole model, and gradients are averaged over the groups (HSDP)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,6 +31,23 @@ def shard(
     for module in [*_blocks(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=half)
     return model
+
+
+def shard_stages(
+    stages: Sequence[nn.Module], device: torch.device, *, shards: int, bf16: bool, recompute: bool
+) -> dist.ProcessGroup:
+    """As ``shard``, the stages of a rank, of ranks that are a mesh of stages x ``shards``: its neighbours of the same stage share
+    their parameters. Returns the ranks that pass a batch on. What is gathered of a stage stays so until a step's last backward
+    pass: of many micro-batches each would gather it again."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size() // shards, shards), mesh_dim_names=("stage", "shard"))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    for stage in stages:
+        if recompute:
+            blocks = {id(block) for block in _blocks(stage)}
+            apply_activation_checkpointing(stage, check_fn=lambda module, blocks=blocks: id(module) in blocks)
+        for module in [*_blocks(stage), stage]:
+            fully_shard(module, mesh=mesh["shard"], mp_policy=half, reshard_after_forward=False)
+    return mesh["stage"].get_group()
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,5 @@
 """Which part of a GPT does stage s of S compute? Whole blocks: the embedding before the first, the head behind the last.
+Which stages a rank has, and how many, is not known here (``island/stages.py``).
 
 The parts' parameters are the whole model's, under its names and in its order, so that weights, checkpoints, decay groups and
 recipes do not know of stages. Nothing is tied between embedding and head, so that no gradient crosses stages but the stream's.

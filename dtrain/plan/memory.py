@@ -65,13 +65,14 @@ WHOLE = Shards()
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
     micro_batches: int, by_muon: int = 0, averages: bool = False, on_host: bool = False,
-    shards: Shards = WHOLE, recomputes: bool = False,
+    shards: Shards = WHOLE, recomputes: bool = False, model_parameters: int | None = None,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
     steps; ``averages``: whether a third number is kept beside AdamW's two moments, as Schedule-Free's average is; ``on_host``:
     whether the recipe's state lies there; ``shards``: a rank has besides what is gathered of weights that are sharded, and the
-    buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is
-    kept."""
+    buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is kept;
+    ``model_parameters``: of the whole model, where ``work``'s are those of a pipeline's stage: ranks that share one have
+    all of it gathered, and its gradients, until the last micro-batch."""
     tokens = work.tokens // micro_batches
     layers = tokens * work.layers * work.width * (1 if recomputes else _KEPT_PER_LAYER) * number_bytes
     layers += tokens * work.width * _KEPT_PER_LAYER * number_bytes if recomputes else 0  # of the one that is computed again
@@ -80,7 +81,9 @@ def memory(
     kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + gradients, sent.wire_bytes // num_ranks
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
-    at_hand = 4 * work.parameters // num_ranks if shards.in_parts else 0
+    if shards.weights > 1 and model_parameters is not None:
+        gathered = work.parameters * (number_bytes + 4)
+    at_hand = 4 * (model_parameters or work.parameters) // num_ranks if shards.in_parts else 0
     weights = work.parameters * shards.number_bytes
     state = work.parameters * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
     held = (

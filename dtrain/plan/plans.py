@@ -59,8 +59,12 @@ class Setting:
     """Memory of one; None where it is not known."""
     stages: Sequence[Shapes] = ()
     """The parts of ``shapes`` that each rank has, where they are stages of a pipeline; ``work`` is then that of the busiest."""
+    stages_per_rank: int = 1
+    """Of each of ``stages``, which then lie apart in the model."""
+    in_flight: int = 1
+    """Micro-batches whose activations a stage holds at once."""
     shards: Shards = WHOLE
-    """Ranks that share the model's weights, gradients and moments."""
+    """Ranks that share the model's, or a stage's, weights, gradients and moments."""
     recomputes: bool = False
     """Whether a layer is computed again for its backward pass."""
 
@@ -115,6 +119,7 @@ class Planner:
             num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
             averages=inner == "schedule_free",
             on_host=recipe.outer_state == "host", shards=s.shards, recomputes=s.recomputes,
+            model_parameters=s.parameters if s.stages else None,
         )  # fmt: skip
         speed = num_islands * s.tokens_per_step / time.step_s
         return Row(recipe, num_islands, counted, time, held, speed, self._mixes(recipe, num_islands))
@@ -125,9 +130,13 @@ class Planner:
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting
-            if s.stages:
+            if s.stages and s.shards == 1:
                 first = {_alike(shapes): shapes for shapes in s.stages}
-                each = {of: sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host) for of, shapes in first.items()}
+                model = s.shapes if s.stages_per_rank > 1 else None
+                each = {
+                    of: sent(recipe, shapes, num_islands, seed=s.seed, per_host=s.per_host, model=model)
+                    for of, shapes in first.items()
+                }
                 self._sent[key] = together([each[_alike(shapes)] for shapes in s.stages])
             else:
                 self._sent[key] = sent(recipe, s.shapes, num_islands, seed=s.seed, per_host=s.per_host, num_ranks=s.num_ranks)

@@ -6,11 +6,13 @@ own runs on zeros in memory, because it may look at values."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from dtrain import spans
 from dtrain.assemble import Plan, assemble, columns, cut
 from dtrain.bucket import GRAIN, Bucket, Flat, flatten
 from dtrain.core import Core, Flight
+from dtrain.island.stages import in_runs
 from dtrain.link import Peers
 from dtrain.moments import Unmade
 from dtrain.own_name import is_own
@@ -123,19 +126,27 @@ class Sent:
         return self.state_bytes + self.room_bytes + self.gradient_bytes
 
 
-def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None) -> Flat:
-    """Of the parameters that the recipe lets islands share; None: of all."""
+def model_flat(shapes: Shapes, device: torch.device, recipe: Recipe | None = None, model: Shapes | None = None) -> Flat:
+    """Of the parameters that the recipe lets islands share; None: of all. ``model``: of which these are a rank's, where they are
+    stages that lie apart."""
     named = ((name, nn.Parameter(torch.zeros(shape, device=device))) for name, shape in shapes.items())
-    return flatten(named) if recipe is None else flatten(named, recipe.include, recipe.exclude)
+    flat = flatten(named) if recipe is None else flatten(named, recipe.include, recipe.exclude)
+    if model is None:
+        return flat
+    starts = dict(zip(model, accumulate(map(math.prod, model.values()), initial=0), strict=False))
+    return in_runs(flat, [starts[name] for name in flat.names])
 
 
 def sent(
-    recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1, num_ranks: int = 1
+    recipe: Recipe, shapes: Shapes, num_islands: int, *, seed: int = 0, per_host: int = 1, num_ranks: int = 1,
+    model: Shapes | None = None,
 ) -> Sent:
-    """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay."""
+    """Count a recipe's bytes; ``per_host`` islands with neighbouring numbers share a host, where their wires stay. ``model``: as
+    ``model_flat`` has it."""
     plan = assemble(recipe, seed, num_islands)
     device = torch.device("cpu" if recipe.algorithm == "own" or is_own(recipe.codec) else "meta")
-    buckets = cut(recipe, model_flat(shapes, device, recipe), num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
+    flat = model_flat(shapes, device, recipe, model)
+    buckets = cut(recipe, flat, num_ranks=num_ranks, with_grad=plan.rewrites_gradients)
     if recipe.moments is not None:
         buckets = [replace(b, moments=Unmade(len(b.layout.spans))) for b in buckets]
     alike = _Alike(buckets, recipe)

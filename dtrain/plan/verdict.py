@@ -69,9 +69,10 @@ def _too_large(setting: Setting, row: Row) -> str:
         f"{units.show_bytes(room)}: weights, gradients and moments are {units.show_bytes(m.model)}, activations "
         f"{units.show_bytes(m.activations)}, the recipe's state and wires {units.show_bytes(m.sync)}"
     )
-    left, stages = room - m.model - m.sync, max(1, len(setting.stages))
+    left = room - m.model - m.sync
     if setting.stages and left <= 0:
-        return f"{parts}. Each rank holds a stage of the model: more of them, islands.ranks, or a larger GPU"
+        of = "a part of " if setting.shards > 1 else ""
+        return f"{parts}. Each rank holds {of}a stage of the model: more of them, islands.ranks, or a larger GPU"
     if m.model >= room:
         larger = sorted(name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes > m.total - m.activations)
         gpus = f"a GPU that leaves some for activations ({', '.join(larger)})" if larger else "a larger GPU than all known"
@@ -91,8 +92,15 @@ def _too_large(setting: Setting, row: Row) -> str:
         if sequences % micro_batches == 0 and m.activations * setting.micro_batches / micro_batches <= left:
             times = f"{micro_batches / setting.micro_batches:.3g} times"
             ranks = "" if setting.stages else f", or {times} the ranks for the same batch,"
+            fitting = _whole_rounds(setting, micro_batches)
             return (
-                f"{parts}. Activations can shrink: train.accumulate={micro_batches * stages} fits; a train.batch {times} "
+                f"{parts}. Activations can shrink: train.accumulate={fitting} fits; a train.batch {times} "
                 f"smaller{ranks} shrink{'s' if setting.stages else ''} them as much"
             )
     return f"{parts}. A single sequence's activations are too large: a shorter model.context, or a smaller model"
+
+
+def _whole_rounds(setting: Setting, micro_batches: int) -> int:
+    """train.accumulate of which a rank holds 1 / micro_batches at once; a multiple of the ranks, as interleaving has it."""
+    ranks = max(1, len(setting.stages))
+    return -(-micro_batches * setting.in_flight // ranks) * ranks

@@ -27,10 +27,15 @@ from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
 from dtrain.optim import SAM
 from dtrain.profiled import Observe, unobserved
+from dtrain.sections_each import PIPELINES
 from dtrain.shards import local, whole
 from dtrain.train import train_island
 from tests.unit.by_hand import job_of
 
+_OF_ENGINES = {
+    "islands.deepspeed": ("deepspeed",), "islands.shards": ("fsdp", "fsdp+pipeline"), "islands.stages_per_rank": PIPELINES,
+}  # fmt: skip
+"""Keys that jobs of other engines are refused with."""
 _LATER_EPOCHS = 1000
 """For links beyond the one that the harness gives each scenario."""
 
@@ -46,7 +51,7 @@ def staged_job(source: str, *changes: str) -> Job:
 def engine_job(source: str, engine: str, ranks: int, *changes: str, micro_batches: int = 0) -> Job:
     """Four blocks, so that two or four stages are possible, and four sequences, which are in so many micro-batches, of all ranks
     together; one a rank or stage where it is not said."""
-    accumulate = (micro_batches or ranks) // (1 if engine == "pipeline" else ranks)
+    accumulate = (micro_batches or ranks) // {"pipeline": 1, "fsdp+pipeline": 2}.get(engine, ranks)
     theirs = [change for change in changes if change.startswith(("model.factory=", "model.arguments="))]
     job = job_of(
         Path(source), f"islands.ranks={ranks}", f'islands.engine="{engine}"', "model.layers=4", "train.batch=4",
@@ -64,7 +69,8 @@ def with_engines(
     torch.set_num_threads(1)
     engine, ranks = engines[place_from_env().island]
     run = Path(os.environ["DTRAIN_RUN"], name)
-    said = [change for change in changes if engine == "deepspeed" or not change.startswith("islands.deepspeed=")]
+    others = [key for key, engines in _OF_ENGINES.items() if engine not in engines]
+    said = [change for change in changes if change.partition("=")[0] not in others]
     return _once_and_again(engine_job(source, engine, ranks, *said, micro_batches=micro_batches), run, resume_step)
 
 

@@ -100,8 +100,14 @@ def furthest(a: Path, b: Path) -> float:
         ("fsdp", 2, ()),
         pytest.param("fsdp", 4, ("islands.shards=2", "islands.recompute=true"), marks=pytest.mark.slow),  # HSDP
         pytest.param("pipeline", 2, (), marks=pytest.mark.slow),  # of two micro-batches, which are those of two ranks
+        pytest.param("pipeline", 2, ("islands.stages_per_rank=2",), marks=pytest.mark.slow),
+        pytest.param("fsdp+pipeline", 4, ("islands.shards=2",), marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp+pipeline", 4, ("islands.shards=2", "islands.stages_per_rank=2", "islands.recompute=true"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fsdp", "hsdp", "pipeline"],
+    ids=["fsdp", "hsdp", "pipeline", "interleaved", "fsdp+pipeline", "fsdp+interleaved"],
 )
 def test_an_island_of_any_engine_trains_and_merges_as_one_of_ddp_ranks_and_resumes(
     source: Path, tmp_path: Path, ddp: Callable[[int], Path], engine: str, ranks: int, changes: tuple[str, ...]
@@ -184,6 +190,16 @@ def test_unlike_islands_work_together(source: Path, tmp_path: Path) -> None:
         even = train(job, tmp_path / "even" / name)
         assert furthest(tmp_path / "uneven" / name, even) < SHARED, name
     assert [v["same"] for v in values(results, "dilocox")] == [True] * 5
+
+
+@pytest.mark.slow
+def test_islands_of_unlike_pipelines_work_together(source: Path, tmp_path: Path, ddp: Callable[[int], Path]) -> None:
+    unlike, names = [("pipeline", 2), ("fsdp+pipeline", 4)], ["diloco", "dilocox"]
+    changes = ("islands.stages_per_rank=2", "islands.shards=2")
+    results = launched(source, tmp_path, unlike, names, *changes, micro_batches=4, resumed=["dilocox"])
+    for name in names:
+        assert furthest(tmp_path / name, ddp(4) / name) < SHARED, name
+    assert [v["same"] for v in values(results, "dilocox")] == [True] * 6
 
 
 @pytest.mark.slow

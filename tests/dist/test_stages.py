@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dtrain import checkpoint, metrics
 from dtrain.build import build_recipe
 from dtrain.config import Job
+from dtrain.island.stages import StagesOfRank
 from dtrain.models.gpt import GPT, GPTConfig
 from dtrain.models.gpt_stage import GPTStage
 from dtrain.plan.sent import sent, together
@@ -26,8 +28,14 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "stochastic": ('sync.recipe="dpsgd"', 'sync.codec="int4:64:stochastic"', "train.moments_every=2", "train.clip=0"),
     "fused": ('sync.recipe="dpsgd"', 'sync.codec="int8:64"', "train.accumulate=4", "train.clip=0.3"),
     "gradients": ('sync.recipe="allreduce"', 'train.precision="bf16"'),
-}
-"""At step 5, where "delayed" is resumed, its second fragment's round flies. Clips are below every norm."""
+    "interleaved": (
+        'sync.recipe="delayed_diloco"', 'sync.codec="int4:64:stochastic"', *_ROUNDS, "train.checkpoint_every=5", "train.clip=0.3",
+        "model.layers=5", "train.accumulate=4", "islands.stages_per_rank=2", "train.eval_every=4",
+    ),
+}  # fmt: skip
+"""At step 5, where "delayed" is resumed, its second fragment's round flies. Clips are below every norm. "interleaved" has four
+stages, the first of two blocks."""
+RESUMED = ("delayed", "interleaved")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def ranks(source: Path, run: Path) -> list[Result]:
     scenarios = {
         name: functools.partial(
             staged.trained, source=str(source), name=name, changes=list(changes),
-            resume_step=RESUMED_AT if name == "delayed" else 0,
+            resume_step=RESUMED_AT if name in RESUMED else 0,
         )
         for name, changes in CHANGES.items()
     }  # fmt: skip
@@ -98,20 +106,24 @@ def test_what_stages_report_is_what_one_rank_reports(ranks: list[Result], alone:
 
 def test_the_plan_counts_what_stages_send(ranks: list[Result], source: Path) -> None:
     """Rounds start after steps 3 and 6."""
-    job = staged.staged_job(str(source), *CHANGES["delayed"])
-    shapes = [[(name, tuple(p.shape)) for name, p in stage.named_parameters()] for stage in _stages(job)]
-    found = together([sent(build_recipe(job), dict(of), ISLANDS) for of in shapes])
-    assert [v["stats"][0]["wire_bytes_sent"] for v in values(ranks, "delayed")] == [round(2 * found.mean_round_bytes)] * 4
+    for name in RESUMED:
+        job = staged.staged_job(str(source), *CHANGES[name])
+        whole, *stages = ({n: tuple(p.shape) for n, p in part.named_parameters()} for part in _parts(job))
+        found = together([sent(build_recipe(job), of, ISLANDS, model=whole) for of in stages])
+        assert [v["stats"][0]["wire_bytes_sent"] for v in values(ranks, name)] == [round(2 * found.mean_round_bytes)] * 4, name
 
 
-def _stages(job: Job) -> list[GPTStage]:
-    m = job.model
+def _parts(job: Job) -> list[nn.Module]:
+    """The model, and of it what each of two ranks has."""
+    m, each = job.model, job.islands.stages_per_rank
     model = GPT(GPTConfig(layers=m.layers, width=m.width, heads=m.heads, context=m.context))
-    return [GPTStage(model, stage, 2) for stage in range(2)]
+    ranks = [range(rank, 2 * each, 2) for rank in range(2)]
+    return [model, *(StagesOfRank({n: GPTStage(model, n, 2 * each) for n in numbers}) for numbers in ranks)]
 
 
 def test_a_run_resumed_with_a_round_in_flight_ends_with_the_same_bits(ranks: list[Result]) -> None:
-    assert [v["same"] for v in values(ranks, "delayed")] == [True] * 4
+    for name in RESUMED:
+        assert [v["same"] for v in values(ranks, name)] == [True] * 4, name
 
 
 @pytest.mark.slow

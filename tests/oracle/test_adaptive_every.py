@@ -260,7 +260,7 @@ class Stages:
         return torch.cat(self._all(values))
 
     def hold(self, flat: Flat) -> Flat:
-        return replace(flat, first=sum(self._all(flat.numel)[: self.rank]))
+        return replace(flat, begins=(sum(self._all(flat.numel)[: self.rank]),))
 
     def at_hand(self, buckets: object, *, changes: bool) -> AbstractContextManager[None]:
         return nullcontext()

@@ -94,6 +94,36 @@ def test_stages_send_what_is_their_own_and_wait_for_each_other(job: Path) -> Non
     assert two.memory.model == 16 * parameters
 
 
+def test_stages_that_lie_apart_are_busier_and_hold_more_micro_batches(job: Path) -> None:
+    """Two ranks with two of four stages each and four micro-batches: idle for half of a stage's time, 4 / (4 + 1 / 2). The first
+    rank begins two micro-batches of its first stage, and two of its second, before the first backward pass, and one more."""
+    stages = ("islands.ranks=2", "islands.engine=pipeline", "islands.stages_per_rank=2", "train.accumulate=4", "model.layers=4")
+    cut, notes = setting(job, SAID, *stages)
+    assert "an island's ranks are 4 stages, 2 a rank, busy 89% of a step" in notes
+    assert [[name for name in part if "qkv" in name or "blocks" not in name] for part in cut.stages] == [
+        ["embedding.weight", "blocks.0.qkv.weight", "blocks.2.qkv.weight"],
+        ["blocks.1.qkv.weight", "blocks.3.qkv.weight", "head.weight"],
+    ]
+    assert (cut.in_flight, cut.micro_batches) == (3, 1), "five of stages that are half of a rank's"
+    row = Planner(cut).row(resolve("diloco", {"codec": "identity", "reduce": "gather", "bucket_bytes": 100_000_000}, 2), 2)
+    assert [f.rank for f in row.sent.period[0].rounds] == [0, 0, 1, 1], "a bucket a stage"
+
+
+def test_a_mesh_of_stages_and_shards_sends_the_buckets_of_the_whole_model(job: Path) -> None:
+    gpu = Said(gpu="h100", bits_per_s=1e10, rtt_s=0.04)
+    same = ("model.layers=4", "train.accumulate=2", "islands.ranks=4")
+    mesh, notes = setting(job, gpu, *same, "islands.engine=fsdp+pipeline", "islands.shards=2")
+    fsdp, _ = setting(job, gpu, *same, "islands.engine=fsdp", "train.batch=8")
+    assert "an island's ranks are 2 stages, each shared by 2 ranks, busy 67% of a step" in notes
+    assert "ranks exchange 315 GB/s" in notes
+    recipe = resolve("diloco", {"codec": "identity"}, 2)
+    one, other = (Planner(s).row(recipe, 2) for s in (mesh, fsdp))
+    assert one.sent == other.sent
+    stage = 256 * 64 + 2 * 12 * 64**2
+    assert (mesh.work.tokens, mesh.work.parameters, mesh.parameters) == (4 * 128 // 2, stage, fsdp.work.parameters)
+    assert one.memory.model == 16 * stage // 2
+
+
 SIM = (
     "islands.count=4", "sim.step_s=0.03", "sim.step_noise=0.1",
     "sim.stragglers=1", "sim.straggler_factor=3", "sim.links=0-1:1mbit/80ms",

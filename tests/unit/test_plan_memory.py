@@ -20,7 +20,7 @@ from dtrain import units
 from dtrain.config import parse_job
 from dtrain.connect import Connection
 from dtrain.engine import Sync, join
-from dtrain.launch import plan_job
+from dtrain.launch.plan_shards import shards_of
 from dtrain.launch.plan_table import _memory
 from dtrain.methods import RULES
 from dtrain.models.gpt import GPT, GPTConfig
@@ -28,7 +28,7 @@ from dtrain.optim import SAM, AccumAdamW, muon_adamw
 from dtrain.plan.accelerators import Work
 from dtrain.plan.candidates import candidates
 from dtrain.plan.company import everyone
-from dtrain.plan.memory import Memory, Shards, memory
+from dtrain.plan.memory import WHOLE, Memory, Shards, memory
 from dtrain.plan.model import Island
 from dtrain.plan.plans import Planner, as_json
 from dtrain.plan.sent import Sent, sent
@@ -205,10 +205,26 @@ def test_a_stage_of_zero_counts_what_it_shards(
     counts = Sent((), 0.0, state_bytes=4096, wire_bytes=1024, company=everyone(2, 1), room_bytes=0, gradient_bytes=0)
     held = memory(
         counts, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
-        shards=plan_job._shards(job),
+        shards=shards_of(job),
     )  # fmt: skip
     assert (held.model, held.host) == (on_device * NUMEL, on_host * NUMEL)
     assert (held.kept, held.wires) == (1024, 256 + NUMEL), "of the recipe's state a quarter, of buckets while they are at hand"
+
+
+def test_ranks_that_share_a_stage_gather_all_of_it() -> None:
+    """A mesh of two stages x two shards: weights and gradients of a stage lie whole on each rank until the last micro-batch, and
+    of what is at hand each owns a quarter of the whole model, twice as much as a stage."""
+    counts = Sent((), 0.0, state_bytes=4096, wire_bytes=1024, company=everyone(2, 1), room_bytes=0, gradient_bytes=512)
+    whole, shared = (
+        memory(
+            counts, WORK, vocab=256, number_bytes=2, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
+            shards=shards, model_parameters=2 * WORK.parameters,
+        )
+        for shards in (WHOLE, Shards(2, 2, 2))
+    )  # fmt: skip
+    assert shared.model == WORK.parameters * 16 // 2 == whole.model // 2
+    assert shared.activations - whole.activations == (2 + 4) * WORK.parameters
+    assert shared.wires == whole.wires + 4 * 2 * WORK.parameters // 4
 
 
 def test_of_a_layer_that_is_computed_again_only_the_input_is_kept() -> None:
