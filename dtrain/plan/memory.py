@@ -23,7 +23,8 @@ class Memory:
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
     wires: int
-    """Buffers for wires under way, shared too."""
+    """Buffers for wires under way, shared too; where ranks share the model all that a round needs beside State, of the buckets that
+    fly at once (``waves.py``)."""
     activations: int
     host: int = 0
     """What the recipe holds in the host's memory instead, wires under way among it."""
@@ -53,10 +54,12 @@ def memory(
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     sharded = shards > 1
     gradients = sent.gradient_bytes // (num_ranks if sharded else 1)
-    kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + gradients, sent.wire_bytes // num_ranks
+    stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make what they need for a round each time
+    kept = (sent.state_bytes + stays) // num_ranks + gradients
+    wires = int((sent.wire_bytes + flies) // num_ranks * (sent.under_way if sharded else 1))
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if sharded else 0
-    at_hand = 4 * work.parameters // num_ranks if sharded else 0
+    at_hand = int(4 * work.parameters // num_ranks * sent.at_hand) if sharded else 0
     return Memory(
         model=(work.parameters * (8 + 8 * moments + 4 * (accumulates + sam + averages)) - 4 * by_muon) // shards,
         kept=0 if on_host else kept,
