@@ -48,7 +48,8 @@ def hierarchical(within: Reduce, islands: int, owner: int) -> Reduce:
             yield
             wires = [sent if node == link.node else link.received(node) for node in range(first, first + islands)]
             mean(out, wires, [1] * islands, codec)
-            far = Link(across.node, across.num_nodes, complete(0, across.node, across.num_nodes), link.round, keeps_nothing=link.keeps_nothing)
+            row = complete(0, across.node, across.num_nodes)
+            far = Link(across.node, across.num_nodes, row, link.round, keeps_nothing=link.keeps_nothing)
             yield from carried(path.run(out, out, state, far), far, link, owners)
             result = encode(out, {}, link)
             for node in others:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Pool:
-    """Byte buffers by length, those that are all but as long together: wires of buckets that were cut evenly. One is free again when no tensor but the pool's own shares its memory: a view, a slice or a
+    """Byte buffers by length, those that are all but as long together. One is free again when no tensor but the pool's own shares its memory: a view, a slice or a
     transfer under way keeps it, and nobody has to say that they are done. (numpy arrays and raw addresses do not count: keep the
     tensor beside them.)"""
 

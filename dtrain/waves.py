@@ -1,4 +1,4 @@
-"""Which buckets of a round are at hand at once, and which under way? All of them where a rank has the parameters anyway. Where ranks
+"""Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks
 hold parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
 that is waited for a few waves fly: what a rank needs for a round is as much as they are, not as the model.
 
@@ -23,8 +23,8 @@ Wave = Sequence[Bucket]
 FLYING = 2
 """Waves at least, so that the link has one while another lands and the next is gathered."""
 FLYING_BYTES = 8 * 2**20
-"""Of parameters, on the rank that has the least, at least: small waves do not wait for each other's round trip. In 100 ms a rank's
-share of 0.7 Gbit/s carries as much, and 32 MiB on an island of 4."""
+"""Of parameters, on the rank that has the least, at least: small waves do not wait for each other's round trip. In 100 ms a
+rank's share of 0.7 Gbit/s carries as much, and 32 MiB on an island of 4."""
 
 
 def waves(buckets: Sequence[Bucket]) -> list[Wave]:
@@ -48,7 +48,7 @@ def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[
 
 
 def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, float]:
-    """The largest share of a rank's elements that are at hand at once, and of those that are under way, where ranks hold parts."""
+    """The largest share of a rank's elements at hand at once, and of those under way, where ranks hold parts."""
     held = defaultdict[int, int](int)
     for b in buckets:
         held[b.owner] += b.layout.numel

@@ -23,8 +23,8 @@ class Memory:
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
     wires: int
-    """Buffers for wires under way, shared too; where ranks share the model all that a round needs beside State, of the buckets that
-    fly at once (``waves.py``)."""
+    """Buffers for wires under way, shared too; where ranks share the model all that a round needs beside State, of the buckets
+    that fly at once (``waves.py``)."""
     activations: int
     host: int = 0
     """What the recipe holds in the host's memory instead, wires under way among it."""
@@ -54,7 +54,7 @@ def memory(
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
     sharded = shards > 1
     gradients = sent.gradient_bytes // (num_ranks if sharded else 1)
-    stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make what they need for a round each time
+    stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make it for each round
     kept = (sent.state_bytes + stays) // num_ranks + gradients
     wires = int((sent.wire_bytes + flies) // num_ranks * (sent.under_way if sharded else 1))
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
