@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Pool:
-    """Byte buffers by length, those that are all but as long together. One is free again when no tensor but the pool's own shares its memory: a view, a slice or a
-    transfer under way keeps it, and nobody has to say that they are done. (numpy arrays and raw addresses do not count: keep the
-    tensor beside them.)"""
+    """Byte buffers by length, those that are all but as long together. One is free again when no tensor but the pool's own shares
+    its memory: a view, a slice or a transfer under way keeps it, and nobody has to say that they are done. (numpy arrays and raw
+    addresses do not count: keep the tensor beside them.)"""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -206,7 +206,7 @@ SHARDED_STATE: dict[str, tuple[str, ...]] = {
 @pytest.mark.slow
 def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
     """203 MB of parameters over 4 ranks. Beside a quarter of what the rounds keep a rank has the wires that fly and the
-    buckets that are at hand: of a round that lands later all wires, coded, and of one that is waited for a few buckets of each, in fp32."""
+    buckets that are at hand: of a round that lands later all wires, coded, and of one that is waited for a few, in fp32."""
     engines = [("fsdp", 4)] * 2
     big = ("model.width=1024", "model.heads=8", "train.steps=4", "train.eval_every=0")
     wanted = {"alone": ('sync.recipe="local"', *big)} | {name: (*said, *big) for name, said in SHARDED_STATE.items()}
