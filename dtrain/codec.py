@@ -37,6 +37,10 @@ class BoundCodec(Protocol):
 
     def new_wire(self, device: torch.device) -> Tensor: ...
 
+    def fresh_wire(self, device: torch.device) -> Tensor:
+        """``new_wire`` for one round: nothing is kept of it, nor for it."""
+        ...
+
     def encode(self, x: Tensor, wire: Tensor, state: State) -> None:
         """x -> wire (uint8, wire_bytes). On a CPU inf or NaN raise NonFinite here, on a GPU where the bytes are taken."""
         ...
@@ -124,6 +128,9 @@ class BoundBlocks:
 
     def new_wire(self, device: torch.device) -> Tensor:
         return self._wire.new(device)
+
+    def fresh_wire(self, device: torch.device) -> Tensor:
+        return self._wire.fresh(device)
 
     def check(self, wire: Tensor) -> None:
         self._wire.check(wire)
@@ -252,7 +259,7 @@ class _BoundErrorFeedback:
     def __init__(self, inner: BoundPlain, numel: int, decay: float) -> None:
         self._inner, self._numel, self._decay = inner, numel, decay
         self.wire_bytes = inner.wire_bytes
-        self.new_wire, self.check = inner.new_wire, inner.check
+        self.new_wire, self.fresh_wire, self.check = inner.new_wire, inner.fresh_wire, inner.check
         self.decode_add, self.mix = inner.decode_add, inner.mix
 
     def init(self, device: torch.device) -> State:

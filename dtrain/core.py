@@ -110,6 +110,8 @@ class Core:
         self.plan, self.control = plan, plan.control
         self.peers = peers
         self.step = 0
+        self.keeps_nothing = False
+        """Whether rounds make what they need beside State, and let it go (``Link.keeps_nothing``)."""
         self._islands = islands
         self.lanes = [Lane(b, plan.methods[b.index % len(plan.methods)](b.layout, peers)) for b in buckets]
         if not plan.rewrites_gradients and any(lane.algorithm.grad is not None for lane in self.lanes):
@@ -218,6 +220,7 @@ class Core:
         return self._fly(lane, step, lane.algorithm.fused(lane.bucket, lane.state, link, update, landing), link)
 
     def _fly(self, lane: Lane, step: int, generator: Iterator[None], link: Link) -> Flight:
+        link.keeps_nothing = self.keeps_nothing
         generator, link = self._over(generator, link)
         lane.flight = Flight(generator, link, kind=ROUND, index=lane.round, bucket=lane.bucket.index, step=step)
         lane.flight.undecided = self.plan.quorum is not None

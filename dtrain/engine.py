@@ -41,6 +41,7 @@ from dtrain.rounds import Level, Rounds, cut_levels, flights_of, group_of
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import Stats, Wait
+from dtrain.waves import Waves
 
 log = logging.getLogger("dtrain")
 
@@ -75,6 +76,7 @@ class Sync:
         self._gradients = gradients_of(self.buckets, self._flat, self._ranks) if plan.rewrites_gradients else None
         self._traffic = Traffic(connection.transport, self.buckets[0].x.device, group_of(recipe, connection.node))
         self._wait = Wait(connection, self._traffic)
+        self._waves = Waves(self._ranks, self._launch, self._wait_for, lambda: self._wait.peer_left)
         self._exact = Exact(model, self._flat, self.buckets, connection, self._traffic, self._wait)
         self._prepared = self._closed = False
         self._merged_at: tuple[int, ...] = ()
@@ -153,9 +155,8 @@ class Sync:
         self._rounds.step += 1
         started = self._rounds.first if self._starts_in_pass(self.step) and not skipped else None
         for level in self._rounds.starting():
-            if level.core is not started:
-                self._start(level)
-            if level.core.delay_steps == 0:
+            landed = level.core is not started and self._start(level)
+            if level.core.delay_steps == 0 and not landed:
                 self._land(level, self.step)
 
     # ---- what a loop may ask for
@@ -280,13 +281,13 @@ class Sync:
         """Whether the optimizer's step number ``step`` starts the nearest level's rounds too."""
         return self._fused is not None and not self._rounds.replaced(step)
 
-    def _start(self, level: Level) -> None:
-        """Start the rounds of a level that begin now."""
+    def _start(self, level: Level) -> bool:
+        """Start the rounds of a level that begin now. Returns whether they were waited for, and have landed."""
         if self._wait.peer_left:
-            return
-        begun = level.core.begun(self.step) if self._ranks.num_ranks > 1 else set[int]()
-        with self._ranks.at_hand([b for b in level.buckets if b.fragment in begun], changes=level.core.plan.moves):
-            self._launch(level.core.start_rounds() if self._agreement is None else self._agreement.after_step())
+            return False
+        begun = level.core.begun(self.step) if level.core.plan.sends else set[int]()
+        flights = level.core.start_rounds() if self._agreement is None else self._agreement.after_step()
+        return bool(begun) and self._waves.fly(level, [b for b in level.buckets if b.fragment in begun], flights)
 
     def _launch(self, flights: Sequence[Flight]) -> None:
         if flights:
@@ -322,12 +323,9 @@ class Sync:
             return
         lanes = level.core.due(step)
         self._wait_for(flights_of(lanes))
-        with span("land"):
-            # After a drop ranks may differ in which rounds landed; its end makes them equal again.
-            with self._ranks.at_hand([b for b in level.buckets if b.fragment in fragments], changes=True):
-                for lane in lanes:
-                    level.core.land(lane)
-            level.core.adapt(step)
+        # After a drop ranks may differ in which rounds landed; that makes them equal again.
+        self._waves.land(level, [b for b in level.buckets if b.fragment in fragments], lanes)
+        level.core.adapt(step)
 
     def _exchange_gradients(self) -> None:
         assert self._gradients is not None

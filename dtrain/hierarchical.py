@@ -42,21 +42,22 @@ def hierarchical(within: Reduce, islands: int, owner: int) -> Reduce:
             return path.init(device) if place == owner else {}
 
         def own(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            sent = encode(x, {})
+            sent = encode(x, {}, link)
             for node in others:
                 link.expect(node, codec.wire_bytes, codec.check)
             yield
             wires = [sent if node == link.node else link.received(node) for node in range(first, first + islands)]
             mean(out, wires, [1] * islands, codec)
-            far = Link(across.node, across.num_nodes, complete(0, across.node, across.num_nodes), link.round)
+            row = complete(0, across.node, across.num_nodes)
+            far = Link(across.node, across.num_nodes, row, link.round, keeps_nothing=link.keeps_nothing)
             yield from carried(path.run(out, out, state, far), far, link, owners)
-            result = encode(out, {})
+            result = encode(out, {}, link)
             for node in others:
                 link.post(node, result)
             codec.decode_add(result, out.zero_(), weight=1.0)
 
         def follow(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            link.post(first + owner, encode(x, {}))
+            link.post(first + owner, encode(x, {}, link))
             yield
             for _ in range(path.phases):  # the owner's, whose wires are numbered by them
                 yield

@@ -76,6 +76,10 @@ class Link:
     """Where wires that come are to lie; None: where the parameters are."""
     members: frozenset[int] | None = None
     """Whose wires the round takes, once that is decided; None: all that are expected."""
+    keeps_nothing: bool = False
+    """Whether what the round needs beside State is made for it and let go with it; else it is made once, and stays."""
+    fresh: list[Tensor] = field(default_factory=list)
+    """Wires of this phase that nobody writes again, and that may go as they are."""
 
     @property
     def left_out(self) -> bool:
@@ -115,7 +119,11 @@ class Link:
         return self.rooms.keep(self.inbox.pop(peer), room)
 
     def new_phase(self) -> None:
-        self.outbox, self.expected, self.checks = [], {}, {}
+        self.outbox, self.expected, self.checks, self.fresh = [], {}, {}, []
+
+    def let_go(self) -> None:
+        """The wires that came were read, and those that go are others' to keep."""
+        self.outbox, self.inbox, self.fresh = [], {}, []
 
 
 def carried(part: Iterator[None], own: Link, over: Link, nodes: Sequence[int]) -> Iterator[None]:
@@ -126,6 +134,8 @@ def carried(part: Iterator[None], own: Link, over: Link, nodes: Sequence[int]) -
         flies = next(part, over) is not over
         for peer, wire in own.outbox:
             over.post(nodes[peer], wire)
+        over.fresh += own.fresh
+        own.let_go()
         for peer, wire_bytes in own.expected.items():
             over.expect(nodes[peer], wire_bytes, own.checks.get(peer))
         if flies:

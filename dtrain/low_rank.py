@@ -148,8 +148,8 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             of = split(state)
             cut, first, second = laid(tuple(state["ranks"].tolist()) if adapts else at_first)
-            values = room.on(x.device)[: cut.first.numel]
-            kept = state["residual"] if feedback_decay is not None else unsent.on(x.device).zero_()
+            values = room.on(x.device, link)[: cut.first.numel]
+            kept = state["residual"] if feedback_decay is not None else unsent.on(x.device, link).zero_()
             with moving("encode", x, kept, kept):
                 if feedback_decay not in (None, 1.0):
                     kept.mul_(feedback_decay)
@@ -172,7 +172,7 @@ def low_rank(codec: Codec, rank_of: RankOf, *, feedback_decay: float | None, ada
                 return
             with cut.passing("encode", 1):
                 bases = [orthonormal(a.p_of(values)) for a in cut.matrices]
-                values = room.on(x.device)[: cut.second.numel]
+                values = room.on(x.device, link)[: cut.second.numel]
                 for a, p in zip(cut.matrices, bases, strict=True):
                     product(p, a.of(kept), a.q_of(values))
             second.post(values, of["second"], link)
@@ -210,7 +210,7 @@ class _Wire:
         self._posted = torch.empty(0)
 
     def post(self, values: Tensor, state: State, link: Link) -> None:
-        self._posted = self._encode(values, state)
+        self._posted = self._encode(values, state, link)
         for peer in link.others():
             link.post(peer, self._posted)
             link.expect(peer, self.codec.wire_bytes, self.codec.check)
@@ -224,6 +224,7 @@ class _Wire:
         """values <- the mean over islands of what they posted."""
         wires = [self._posted if j == link.node else link.received(j) for j in range(link.num_nodes)]
         mean(values, wires, self._shares, self.codec)
+        self._posted = torch.empty(0)  # what is made once has others who keep it
 
 
 class _Told:
@@ -240,7 +241,7 @@ class _Told:
         if link.node != _TELLS:
             link.expect(_TELLS, self._codec.wire_bytes, self._codec.check)
             return
-        wire = self._encode(numbers[self._places].to(device, torch.float32), {})
+        wire = self._encode(numbers[self._places].to(device, torch.float32), {}, link)
         for peer in link.others():
             link.post(peer, wire)
 

@@ -49,7 +49,7 @@ def gather(codec: Codec, combined: Callable[[Layout], Combine] = lambda layout: 
         takes_back = isinstance(codec, ErrorFeedback)
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
-            wires = {link.node: encode(x, state)} if link.row.self_weight else {}
+            wires = {link.node: encode(x, state, link)} if link.row.self_weight else {}
             told, heard = set(link.row.sends), {peer for peer, _ in link.row.recvs}
             for peer in link.others():
                 if peer in told:
@@ -92,15 +92,15 @@ def all_to_all(codec: Codec) -> Reduce:
 
         def run(x: Tensor, out: Tensor, state: State, link: Link) -> Iterator[None]:
             of = split(state)
-            wires = [encode(x[p], of[f"to{j}"]) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))]
+            wires = [encode(x[p], of[f"to{j}"], link) for j, (encode, p) in enumerate(zip(encoders, parts, strict=True))]
             for peer in link.others():
                 link.post(peer, wires[peer])
                 link.expect(peer, mine.wire_bytes, mine.check)
             yield
-            combined = part.on(out.device)
-            parts_here = [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)]
-            mean(combined, parts_here, shares, mine)
-            result = encode_mine(combined, of["owner"])
+            combined = part.on(out.device, link)
+            mean(combined, [wires[j] if j == link.node else link.received(j) for j in range(link.num_nodes)], shares, mine)
+            result = encode_mine(combined, of["owner"], link)
+            del wires, combined  # the second phase keeps none of the first's memory
             for peer in link.others():
                 link.post(peer, result)
                 link.expect(peer, bound[peer].wire_bytes, bound[peer].check)
@@ -114,27 +114,34 @@ def all_to_all(codec: Codec) -> Reduce:
     return bind
 
 
-def encoder(codec: BoundCodec) -> Callable[[Tensor, State], Tensor]:
-    """Encode into a wire that is made once and written again each round."""
+def encoder(codec: BoundCodec) -> Callable[[Tensor, State, Link], Tensor]:
+    """Encode into a wire that is made once and written again each round; into a fresh one where the link keeps nothing."""
     made: list[Tensor] = []
 
-    def encode(x: Tensor, state: State) -> Tensor:
-        if not made:
-            made.append(room(codec.new_wire(x.device)))
-        codec.encode(x, made[0], state)
-        return made[0]
+    def encode(x: Tensor, state: State, link: Link) -> Tensor:
+        if link.keeps_nothing:
+            wire = codec.fresh_wire(x.device)
+            link.fresh.append(wire)
+        else:
+            if not made:
+                made.append(room(codec.new_wire(x.device)))
+            wire = made[0]
+        codec.encode(x, wire, state)
+        return wire
 
     return encode
 
 
 class Scratch:
-    """fp32 that no one reads after the round, made once."""
+    """fp32 that no one reads after the round, made once, or each time where the link keeps nothing."""
 
     def __init__(self, numel: int) -> None:
         self._numel = numel
         self._made: Tensor | None = None
 
-    def on(self, device: torch.device) -> Tensor:
+    def on(self, device: torch.device, link: Link) -> Tensor:
+        if link.keeps_nothing:
+            return torch.empty(self._numel, device=device)
         if self._made is None:
             self._made = room(torch.empty(self._numel, device=device))
         return self._made

@@ -54,6 +54,9 @@ class Rounds:
             for plan, buckets, (peers, islands) in zip(plans, cuts, of_level, strict=True)
         )
 
+        for level in self.levels:  # ranks that hold parts have room for a part of a round alone
+            level.core.keeps_nothing = not self._ranks.whole
+
     @property
     def first(self) -> Core:
         """The nearest level's: the only one that may rewrite gradients, or share the optimizer's pass."""

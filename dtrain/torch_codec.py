@@ -46,6 +46,9 @@ class BoundTorch:
         wire[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
         return wire.to(device)
 
+    def fresh_wire(self, device: torch.device) -> Tensor:
+        return self.new_wire(device)
+
     def encode(self, x: Tensor, wire: Tensor, state: dict[str, Tensor]) -> None:
         self._encoded(x, wire)
 

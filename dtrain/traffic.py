@@ -166,16 +166,16 @@ class Traffic:
                 received_bytes = sum(w.numel() for w in link.inbox.values())
                 self._count(self.bytes.received, flight.kind, received_bytes)
                 flight.advance()
+                sent_bytes = sum(wire.numel() for _, wire in link.outbox)
                 self._post(flight)
+                link.let_go()
                 for peer, wire_bytes in link.expected.items():
                     self._transport.expect(peer, flight.tag(), wire_bytes)
                 if flight.matched:
                     mark(
                         *(flight.kind, flight.index, flight.bucket),
-                        sent_bytes=sum(wire.numel() for _, wire in link.outbox),
-                        received_bytes=received_bytes,
-                        done=flight.done,
-                    )
+                        sent_bytes=sent_bytes, received_bytes=received_bytes, done=flight.done,
+                    )  # fmt: skip
                 if link.expected or not flight.matched:
                     return
         except Exception as e:  # noqa: BLE001  (raised again by who waits for the flight; a dead thread would hang it)
@@ -199,12 +199,15 @@ class Traffic:
         return there.copy_(wire)
 
     def _post(self, flight: Flight) -> None:
-        """Send copies, so that a wire can be written again while an earlier one still leaves; one copy serves all peers."""
+        """Send copies, so that a wire can be written again while an earlier one still leaves; one copy serves all peers. What is
+        not written again goes as it is, if it lies where the transport takes it."""
         copies: dict[int, Tensor] = {}
+        as_they_are = {id(wire) for wire in flight.link.fresh if wire.device == self._transport.wires_on}
         for peer, wire in flight.link.outbox:
             if id(wire) not in copies:
                 # Exchanges beside the rounds are as long as the model and rare: no buffer is kept for them.
-                copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire) if flight.kind == ROUND else wire
+                copied = flight.kind == ROUND and id(wire) not in as_they_are
+                copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire) if copied else wire
                 refuse_non_finite(copies[id(wire)])
             self._transport.post(peer, flight.tag(), copies[id(wire)])
             self._count(self.bytes.sent, flight.kind, wire.numel())

@@ -100,13 +100,18 @@ class WireFormat:
         return int(out)
 
     def new(self, device: torch.device) -> Tensor:
-        """A wire to write into, its header in place; zeros, so that it can be a part of State. On the meta device a length."""
-        if device.type == "meta":
-            return torch.empty(self.wire_bytes, dtype=torch.uint8, device=device)
-        wire = torch.zeros(self.wire_bytes, dtype=torch.uint8)
-        wire[:_CHECKED] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
-        wire = wire.to(device)
-        self._made[wire.data_ptr()] = self._cut(wire)
+        """A wire to write into again and again, its header in place; zeros, so that it can be a part of State. On the meta device
+        a length."""
+        wire = self.fresh(device)
+        if not wire.is_meta:
+            self._made[wire.data_ptr()] = self._cut(wire)
+        return wire
+
+    def fresh(self, device: torch.device) -> Tensor:
+        """``new`` for a wire that is written once: its memory is free as soon as nobody has it."""
+        wire = torch.zeros(self.wire_bytes, dtype=torch.uint8, device=device)
+        if not wire.is_meta:
+            wire[:_CHECKED] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8).to(device)
         return wire
 
     def operations(self, near: Tensor) -> ModuleType:

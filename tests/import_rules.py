@@ -32,7 +32,7 @@ LAYERS = (
     ("membership", "words", "island", "buffers"),
     (
         *("engine", "assemble", "connect", "core", "corrected", "exact", "exchange", "fused", "gradients", "held"),
-        *("hooks", "loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait"),
+        *("hooks", "loop_fits", "meetings", "moments", "roll_call", "rounds", "traffic", "wait", "waves"),
     ),
     (),
     ("launch",),

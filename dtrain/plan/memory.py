@@ -23,7 +23,8 @@ class Memory:
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
     wires: int
-    """Buffers for wires under way, shared too."""
+    """Buffers for wires under way, shared too; where ranks share the model all that a round needs beside State, of the buckets
+    that fly at once (``waves.py``)."""
     activations: int
     host: int = 0
     """What the recipe holds in the host's memory instead, wires under way among it, and what ZeRO offloads."""
@@ -77,13 +78,16 @@ def memory(
     layers = tokens * work.layers * work.width * (1 if recomputes else _KEPT_PER_LAYER) * number_bytes
     layers += tokens * work.width * _KEPT_PER_LAYER * number_bytes if recomputes else 0  # of the one that is computed again
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
-    gradients = sent.gradient_bytes // (num_ranks if shards.in_parts else 1)
-    kept, wires = (sent.state_bytes + sent.room_bytes) // num_ranks + gradients, sent.wire_bytes // num_ranks
+    sharded = shards.in_parts
+    gradients = sent.gradient_bytes // (num_ranks if sharded else 1)
+    stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make it for each round
+    kept = (sent.state_bytes + stays) // num_ranks + gradients
+    wires = int((sent.wire_bytes + flies) // num_ranks * (sent.under_way if sharded else 1))
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
     if shards.weights > 1 and model_parameters is not None:
         gathered = work.parameters * (number_bytes + 4)
-    at_hand = 4 * (model_parameters or work.parameters) // num_ranks if shards.in_parts else 0
+    at_hand = int(4 * (model_parameters or work.parameters) // num_ranks * sent.at_hand) if sharded else 0
     weights = work.parameters * shards.number_bytes
     state = work.parameters * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
     held = (

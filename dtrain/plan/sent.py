@@ -29,6 +29,7 @@ from dtrain.own_topology import mixing_of
 from dtrain.plan.company import Company, Talks, everyone, neighbours
 from dtrain.plan.kinds import Degrees, Kind, Seen, kinds_of
 from dtrain.recipes import Recipe
+from dtrain.waves import at_once
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameters of fp32 by name, in the model's order."""
@@ -119,6 +120,10 @@ class Sent:
     """Of buffers beside State that are made once and stay: encoded wires, parts and factors that are combined."""
     gradient_bytes: int = 0
     """Of the buckets' gradients, of which each rank has all."""
+    at_hand: float = 1.0
+    """Share of a rank's buckets that are gathered at once, where ranks hold parts of the parameters."""
+    under_way: float = 1.0
+    """Share of them that fly at once there."""
 
     @property
     def kept_bytes(self) -> int:
@@ -175,6 +180,7 @@ def sent(
         far = kind.mean(lambda seen: sum(exchange(seen, turn).far_load for turn in turns))
         return far / plan.turns, kind.mean(lambda seen: sum(exchange(seen, turn).sent_bytes for turn in turns)) / plan.turns
 
+    at_hand, under_way = at_once(buckets, waited_for=plan.delay_steps == 0 and plan.sends) if num_ranks > 1 else (1.0, 1.0)
     busiest = max(kinds, key=load)
     whole = sum(kind.how_many * load(kind)[1] for kind in kinds)
     return Sent(
@@ -185,6 +191,8 @@ def sent(
         company=_company(recipe, talks, num_islands, per_host),
         room_bytes=max(_rooms(e for (node, _, _), e in done.items() if node == one) for one in {node for node, _, _ in done}),
         gradient_bytes=sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0,
+        at_hand=at_hand,
+        under_way=under_way,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import dtrain
-from dtrain import checkpoint, metrics
+from dtrain import checkpoint, metrics, waves
 from dtrain.bucket import Bucket
 from dtrain.config import Job, parse_job
 from dtrain.connect import connect, settings_of
@@ -67,6 +68,7 @@ def with_engines(
 ) -> dict[str, Any]:
     """Train to the end, each island with an engine and a number of ranks of its own; with ``resume_step`` as ``trained``."""
     torch.set_num_threads(1)
+    waves.FLYING_BYTES = 0  # the model's buckets are small, and not all of a round that is waited for are to fly at once
     engine, ranks = engines[place_from_env().island]
     run = Path(os.environ["DTRAIN_RUN"], name)
     others = [key for key, engines in _OF_ENGINES.items() if engine not in engines]
@@ -94,18 +96,19 @@ def _once_and_again(job: Job, run: Path, resume_step: int) -> dict[str, Any]:
 
 
 def most_bytes(*, source: str, name: str, changes: list[str], engines: list[tuple[str, int]]) -> dict[str, int]:
-    """Train, and count the bytes of all tensors of this rank before each step, when gradients are still there, and whenever
-    buckets are at hand: the most of it, and the bytes that the rounds' state had."""
+    """Train, and count the bytes of all tensors of this rank before each step, when gradients are still there, and at each
+    fifth time that buckets are at hand: the most of it, and the bytes that the rounds' state had."""
     torch.set_num_threads(1)
     engine, ranks = engines[place_from_env().island]
     counted: list[int] = []
+    times = itertools.count()
     at_hand = Parts.at_hand
 
     @contextmanager
     def counting(self: Parts, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
         with at_hand(self, buckets, changes=changes):
             yield
-            if dist.is_initialized():
+            if dist.is_initialized() and next(times) % 5 == 0:  # a count takes a second, and waves of a round are alike
                 counted.append(tensor_bytes())
 
     states: list[int] = []

@@ -240,31 +240,34 @@ def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
             assert a == pytest.approx(b, abs=SHARED), name
 
 
+SHARDED_STATE: dict[str, tuple[str, ...]] = {
+    "late": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1"),
+    "waited": ('sync.recipe="diloco"', "sync.every=2", "sync.bucket_bytes=4194304"),  # 13 a rank, of which 3 fly
+}
+
+
 @pytest.mark.slow
 def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tmp_path: Path) -> None:
-    """203 MB of parameters over 4 ranks. Beside a quarter of what the rounds keep and send, a rank has its buckets while they are
-    at hand, a quarter of the parameters."""
+    """203 MB of parameters over 4 ranks. Beside a quarter of what the rounds keep a rank has the wires that fly and the
+    buckets that are at hand: of a round that lands later all wires, coded, and of one that is waited for a few, in fp32."""
     engines = [("fsdp", 4)] * 2
-    big = ("model.width=1024", "model.heads=8", "train.steps=6", "train.eval_every=0")
-    wanted = {
-        "alone": ('sync.recipe="local"', *big),
-        "diloco": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1", *big),
-    }
+    big = ("model.width=1024", "model.heads=8", "train.steps=4", "train.eval_every=0")
+    wanted = {"alone": ('sync.recipe="local"', *big)} | {name: (*said, *big) for name, said in SHARDED_STATE.items()}
     scenarios = {
         name: functools.partial(staged.most_bytes, source=str(source), name=name, engines=engines, changes=list(changes))
         for name, changes in wanted.items()
     }
     results = run_islands(scenarios, 2, 4, run=tmp_path, timeout_s=550)
     assert [r.status for r in results] == [0] * 8, show(results)
-    sharded = staged.engine_job(str(source), "fsdp", 4, *wanted["diloco"])
-    shapes = {name: p.shape for name, p in _model(sharded).named_parameters()}
-    assert sum(math.prod(shape) for shape in shapes.values()) * 4 > 200e6
-    counts = sent(build_recipe(sharded), shapes, 2, num_ranks=4)
-    rounds = (counts.state_bytes + counts.wire_bytes) // 4
-    for alone, diloco in zip(values(results, "alone"), values(results, "diloco"), strict=True):
-        assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
-        assert diloco["state"] <= 1.01 * counts.state_bytes / 4 + 1e6
-        assert diloco["most"] <= 1.15 * (alone["most"] + rounds), (alone, diloco, rounds)
+    for name in SHARDED_STATE:
+        sharded = staged.engine_job(str(source), "fsdp", 4, *wanted[name])
+        shapes = {key: p.shape for key, p in _model(sharded).named_parameters()}
+        assert sum(math.prod(shape) for shape in shapes.values()) * 4 > 200e6
+        state = sent(build_recipe(sharded), shapes, 2, num_ranks=4).state_bytes // 4
+        for alone, found in zip(values(results, "alone"), values(results, name), strict=True):
+            assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
+            assert found["state"] <= 1.01 * state + 1e6, name
+            assert found["most"] <= 1.15 * (alone["most"] + state), (name, alone, found, state)
 
 
 def _model(of: Job) -> GPT:

@@ -33,4 +33,13 @@ def test_views_slices_and_other_types_keep_it() -> None:
 
 def test_lengths_do_not_mix() -> None:
     pool = Pool(CPU)
-    assert {pool.take(n).numel() for n in (1, 32, 33)} == {1, 32, 33}
+    assert {pool.take(n).numel() for n in (0, 1, 32, 33)} == {0, 1, 32, 33}
+
+
+def test_one_that_is_hardly_longer_serves_too() -> None:
+    pool = Pool(CPU)
+    address = pool.take(1_000_000).data_ptr()
+    assert pool.take(1_010_000).data_ptr() == address
+    longer = pool.take(1_100_000)
+    assert longer.data_ptr() != address
+    assert longer.untyped_storage().nbytes() <= 1_100_000 * 17 / 16

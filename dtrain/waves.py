@@ -1,0 +1,133 @@
+"""Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks
+hold parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
+that is waited for a few waves fly: what a rank needs for a round is as much as they are, not as the model.
+
+Waves are launched in an order that all islands share, whatever their ranks, as lanes are the same everywhere, and no island waits
+for a wave before it has launched all that come before. So whatever it waits for others have launched, or are about to: of the
+waves that are not through yet the first is waited for by nobody who has not launched it."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+
+from dtrain.bucket import Bucket
+from dtrain.core import Flight, Lane
+from dtrain.island.replicas import Island
+from dtrain.rounds import Level, flights_of
+from dtrain.spans import span
+
+Wave = Sequence[Bucket]
+
+FLYING = 2
+"""Waves at least, so that the link has one while another lands and the next is gathered."""
+FLYING_BYTES = 8 * 2**20
+"""Of parameters, on the rank that has the least, at least: small waves do not wait for each other's round trip. In 100 ms a
+rank's share of 0.7 Gbit/s carries as much, and 32 MiB on an island of 4."""
+
+
+def waves(buckets: Sequence[Bucket]) -> list[Wave]:
+    """One bucket of each lane at a time."""
+    lanes = defaultdict[int, list[Bucket]](list)
+    for b in buckets:
+        lanes[b.lane].append(b)
+    return [[b for b in wave if b is not None] for wave in zip_longest(*(lanes[lane] for lane in sorted(lanes)))]
+
+
+def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[[Wave], None]) -> None:
+    """Begin each wave, and end the oldest as soon as enough others fly."""
+    flying = deque[Wave]()
+    for wave in order:
+        while len(flying) >= FLYING and _least_bytes(flying) >= FLYING_BYTES:
+            end(flying.popleft())
+        begin(wave)
+        flying.append(wave)
+    for wave in flying:
+        end(wave)
+
+
+def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, float]:
+    """The largest share of a rank's elements at hand at once, and of those under way, where ranks hold parts."""
+    held = defaultdict[int, int](int)
+    for b in buckets:
+        held[b.owner] += b.layout.numel
+    flying, most = defaultdict[int, int](int), [0.0, 0.0]
+
+    def begin(wave: Wave) -> None:
+        at_hand = defaultdict[int, int](int)
+        for b in wave:
+            at_hand[b.owner] += b.layout.numel
+            flying[b.owner] += b.layout.numel
+        for k, elements in enumerate((at_hand, flying)):
+            most[k] = max(most[k], *(n / held[owner] for owner, n in elements.items()))
+
+    def end(wave: Wave) -> None:
+        for b in wave:
+            flying[b.owner] -= b.layout.numel
+
+    in_turn(waves(buckets), begin, end)
+    return most[0], most[1] if waited_for else 1.0
+
+
+def _least_bytes(flying: Iterable[Wave]) -> int:
+    each = defaultdict[int, int](int)
+    for wave in flying:
+        for b in wave:
+            each[b.owner] += 4 * b.layout.numel
+    return min(each.values())
+
+
+Launch = Callable[[Sequence[Flight]], None]
+
+
+class Waves:
+    """Starts and lands one rank's rounds; the island's ranks call each method together."""
+
+    def __init__(self, ranks: Island, launch: Launch, wait_for: Launch, left: Callable[[], bool]) -> None:
+        """``wait_for``: returns when these flights of all ranks are done; ``left``: whether a peer has left, so that nothing more
+        is launched, as all ranks know after they waited."""
+        self._ranks, self._launch, self._wait_for, self._left = ranks, launch, wait_for, left
+
+    def fly(self, level: Level, buckets: Sequence[Bucket], flights: Sequence[Flight]) -> bool:
+        """Launch the flights, which are of these buckets, and land them where they are waited for; returns whether they are."""
+        core = level.core
+
+        def begin(wave: Wave) -> None:
+            numbers = {b.index for b in wave}
+            own = [flight for flight in flights if flight.bucket in numbers]
+            if self._left():
+                for flight in own:
+                    flight.drop()
+                return
+            with self._ranks.at_hand(wave, changes=core.plan.moves):
+                self._launch(own)
+
+        def end(wave: Wave) -> None:
+            lanes = _in(wave, core.due(core.step))
+            self._wait_for(flights_of(lanes))
+            self.land(level, wave, lanes)
+
+        if core.delay_steps > 0 or core.plan.graph is not None:
+            for wave in self._of(buckets):
+                begin(wave)
+            return False
+        in_turn(self._of(buckets), begin, end)
+        core.adapt(core.step)
+        return True
+
+    def land(self, level: Level, buckets: Sequence[Bucket], lanes: Sequence[Lane]) -> None:
+        """Land what is here, of these buckets."""
+        with span("land"):
+            for wave in self._of(buckets):
+                with self._ranks.at_hand(wave, changes=True):
+                    for lane in _in(wave, lanes):
+                        level.core.land(lane)
+
+    def _of(self, buckets: Sequence[Bucket]) -> list[Wave]:
+        return [buckets] if self._ranks.whole else waves(buckets)
+
+
+def _in(wave: Wave, lanes: Sequence[Lane]) -> list[Lane]:
+    numbers = {b.index for b in wave}
+    return [lane for lane in lanes if lane.bucket.index in numbers]

@@ -1,0 +1,78 @@
+"""Is no more of a round at hand and under way than has to be, and is each island's order the same?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain import waves
+from dtrain.bucket import Bucket, flatten, make_buckets
+from dtrain.codec import by_name
+from dtrain.link import Link, Peers
+from dtrain.reduce import all_to_all
+from dtrain.topology.static import complete
+from tests.oracle.test_reduce import layout_of
+
+
+def buckets(num_ranks: int, num_lanes: int = 4, count: int = 11) -> list[Bucket]:
+    flat = flatten([("x", nn.Parameter(torch.zeros(4096 * count)))])
+    return make_buckets(
+        flat, num_fragments=1, bucket_bytes=4 * 4096, num_ranks=num_ranks, num_lanes=num_lanes, with_grad=False
+    )
+
+
+def test_waves_have_each_bucket_once_and_of_each_lane_one() -> None:
+    order = waves.waves(buckets(4))
+    assert sorted(b.index for wave in order for b in wave) == list(range(11))
+    assert all(len({b.lane for b in wave}) == len(wave) for wave in order)
+
+
+def test_islands_of_any_ranks_launch_in_one_order() -> None:
+    """Else one would wait for what another launches after what it waits for itself."""
+    assert len({tuple(tuple(b.index for b in wave) for wave in waves.waves(buckets(ranks))) for ranks in (1, 2, 4)}) == 1
+
+
+def said(order: list[waves.Wave]) -> list[tuple[str, int]]:
+    heard: list[tuple[str, int]] = []
+    waves.in_turn(
+        order, lambda wave: heard.append(("begin", wave[0].index)), lambda wave: heard.append(("end", wave[0].index))
+    )
+    return heard
+
+
+def test_two_waves_fly_while_the_next_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = [[b] for b in buckets(1, 1, count=4)]
+    assert [word for word, _ in said(order)] == ["begin"] * 4 + ["end"] * 4, "small ones do not wait for each other"
+    monkeypatch.setattr(waves, "FLYING_BYTES", 0)
+    begin, end = "begin", "end"
+    assert said(order) == [(begin, 0), (begin, 1), (end, 0), (begin, 2), (end, 1), (begin, 3), (end, 2), (end, 3)]
+    monkeypatch.setattr(waves, "FLYING_BYTES", 3 * 4 * 4096)
+    assert [word for word, _ in said(order)] == [begin, begin, begin, end, begin, end, end, end]
+
+
+def test_the_plan_knows_what_share_is_at_hand_and_flies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waves, "FLYING_BYTES", 0)
+    of = buckets(2, 2, count=16)  # 8 a rank
+    assert waves.at_once(of, waited_for=True) == (1 / 8, 2 / 8)
+    assert waves.at_once(of, waited_for=False) == (1 / 8, 1.0)
+
+
+@pytest.mark.parametrize("codec", ["identity", "int4:64"])
+def test_a_link_that_keeps_nothing_brings_the_same_bytes_in_wires_that_nobody_writes_again(codec: str) -> None:
+    layout, cpu = layout_of((4096, 300)), torch.device("cpu")
+    kept, fresh = (all_to_all(by_name(codec, error_feedback=False))(layout, Peers(0, 2)) for _ in range(2))
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for number in range(2):
+        x, sent = torch.randn(layout.numel, generator=torch.Generator().manual_seed(number)), []
+        for path, keeps_nothing in ((kept, False), (fresh, True)):
+            link = Link(0, 2, complete(0, 0, 2), keeps_nothing=keeps_nothing)
+            next(path.run(x.clone(), x.clone(), path.init(cpu), link))
+            wire = link.outbox[0][1]
+            assert any(wire is own for own in link.fresh) == keeps_nothing
+            sent.append(wire)
+        assert torch.equal(*sent)
+        before.append((sent[1], sent[1].clone()))
+    for wire, then in before:
+        assert torch.equal(wire, then)
+    assert before[0][0].data_ptr() != before[1][0].data_ptr()
