@@ -76,8 +76,8 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor | None:
-        """The outputs for some (N, T) tokens, whatever their number, without autocast (FSDP casts as ever); None but where the last
-        stage is."""
+        """The outputs for some (N, T) tokens, whatever their number, without autocast (FSDP casts as ever); None but where the
+        last stage is."""
         out, group = None, self._part.group
         for number, stage in self._part.stages.items():
             x = tokens
