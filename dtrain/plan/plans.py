@@ -130,7 +130,7 @@ class Planner:
         key = (same, num_islands)
         if key not in self._sent:
             s = self.setting
-            if s.stages and s.shards == 1:
+            if s.stages and not s.shards.in_parts:
                 first = {_alike(shapes): shapes for shapes in s.stages}
                 model = s.shapes if s.stages_per_rank > 1 else None
                 each = {

@@ -71,7 +71,7 @@ def _too_large(setting: Setting, row: Row) -> str:
     )
     left = room - m.model - m.sync
     if setting.stages and left <= 0:
-        of = "a part of " if setting.shards > 1 else ""
+        of = "a part of " if setting.shards.weights > 1 else ""
         return f"{parts}. Each rank holds {of}a stage of the model: more of them, islands.ranks, or a larger GPU"
     if m.model >= room:
         larger = sorted(name for name, gpu in ACCELERATORS.items() if gpu.memory_bytes > m.total - m.activations)

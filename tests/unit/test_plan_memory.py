@@ -180,8 +180,9 @@ def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> N
     assert shared.wires == whole.wires + WORK.parameters
     few = replace(counts, room_bytes=2048, at_hand=1 / 16, under_way=1 / 4)  # a round that is waited for
     waited = memory(
-        few, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1, shards=4
-    )
+        few, WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4, micro_batches=1,
+        shards=Shards(4, 4, 4),
+    )  # fmt: skip
     assert (waited.kept, waited.wires) == (shared.kept, (256 + 512) // 4 + WORK.parameters // 16)
     assert shared.activations - whole.activations == 4 * (48 * WORK.width**2 + 4 * 256 * WORK.width)
 

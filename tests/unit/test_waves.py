@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ def test_islands_of_any_ranks_launch_in_one_order() -> None:
     assert len({tuple(tuple(b.index for b in wave) for wave in waves.waves(buckets(ranks))) for ranks in (1, 2, 4)}) == 1
 
 
-def said(order: list[waves.Wave]) -> list[tuple[str, int]]:
+def said(order: Sequence[waves.Wave]) -> list[tuple[str, int]]:
     heard: list[tuple[str, int]] = []
     waves.in_turn(
         order, lambda wave: heard.append(("begin", wave[0].index)), lambda wave: heard.append(("end", wave[0].index))
