@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from dtrain import codec_name, comparison, schedule
-from dtrain.config import Job
+from dtrain.config import Job, load_job
 from dtrain.launch.bench_recipes import JOB, JOBS
 from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
@@ -113,6 +113,7 @@ def test_nothing_is_left_to_be_filled_in() -> None:
 def test_what_recipes_reach_is_what_the_rows_say(column: str, family: str) -> None:
     digest = comparison.digest(JOBS[family].read_text(encoding="utf-8"))
     rows = [row for row in comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl") if row.job == digest]
+    rows = [row for row in rows if row.islands == load_job(JOBS[family]).islands.count]
     shown = [[ticked(entry)[0], *numbers] for entry, *numbers in table(column)]
     assert shown
     assert shown == comparison.table(rows, list(dict.fromkeys(entry for entry, *_ in shown)))
@@ -120,6 +121,18 @@ def test_what_recipes_reach_is_what_the_rows_say(column: str, family: str) -> No
     assert f"{best.parameters:,} parameters" in README
     slow = [row.bits_per_byte for row in rows if row.entry == "diloco+train.lr=1.5e-3"]
     assert all(f"({bits:.4f} with 1.5e-3)" in README.replace("\n", " ") for bits in slow)
+
+
+def test_what_recipes_reach_with_other_numbers_of_islands_is_what_the_rows_say() -> None:
+    digest = comparison.digest(JOBS["diloco"].read_text(encoding="utf-8"))
+    rows = comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl")
+    rows = [row for row in rows if (row.job, row.budget, row.seed) == (digest, 1, 0)]
+    bits = {(row.entry, row.islands): row.bits_per_byte for row in rows}
+    shown = {ticked(entry)[0]: cells for entry, *cells in table("by islands")}
+    assert len(shown) >= 3
+    for entry, cells in shown.items():
+        each = [(bits[entry, islands], bits["allreduce", islands]) for islands in (2, 4, 8)]
+        assert cells == [f"{ours:.4f}, {100 * (ours / best - 1):+.2f} %" for ours, best in each if ours and best]
 
 
 def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
