@@ -17,6 +17,7 @@ that left at t0 was received at t1 = t0 + theta + d1, and the answer left at t2 
 
 from __future__ import annotations
 
+import math
 import shlex
 import socket
 import struct
@@ -110,8 +111,6 @@ def _answer(connection: socket.socket, places: threading.BoundedSemaphore, clock
     try:
         with connection, suppress(OSError, EOFError):  # whoever asks may go away at any time
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(_ANSWER_S)
-            connection.sendall(GREETING)
             _Answers(connection, clock).until_the_end()
     finally:
         places.release()
@@ -124,8 +123,10 @@ class _Answers:
         self._open: socket.socket | None = None
 
     def until_the_end(self) -> None:
+        """Raises OSError and EOFError where time is up, or the other side goes away."""
         try:
-            while time.monotonic() < self._ends and self._one(self._connection.recv(1)):
+            self._say(GREETING)
+            while self._one(_some(self._connection, 1, self._ends)):
                 pass
         finally:
             if self._open is not None:
@@ -136,55 +137,79 @@ class _Answers:
         received = self._clock()
         match word:
             case b"T":
-                self._connection.sendall(struct.pack("!qq", received, self._clock()))
+                self._say(struct.pack("!qq", received, self._clock()))
             case b"D":
-                _send(self._connection, self._allowed())
+                _send(self._connection, self._allowed(), self._ends)
             case b"U":
-                _skip(self._connection, self._allowed())
-                self._connection.sendall(b"\x01")
+                _skip(self._connection, self._allowed(), self._ends)
+                self._say(b"\x01")
             case b"P" if self._open is None:
                 self._open = socket.create_server((self._connection.getsockname()[0], 0))
-                self._connection.sendall(struct.pack("!H", self._open.getsockname()[1]))
+                self._say(struct.pack("!H", self._open.getsockname()[1]))
             case b"C":
-                (port,) = struct.unpack("!H", _read(self._connection, 2))
+                (port,) = struct.unpack("!H", _read(self._connection, 2, self._ends))
                 how = closed(reach(self._connection.getpeername()[0], port))
-                self._connection.sendall(bytes([_HOW.index(how)]))
+                self._say(bytes([_HOW.index(how)]))
             case _:
                 return False
         return True
 
     def _allowed(self) -> int:
         """The number of bytes that is asked for. Raises EOFError where it is too many."""
-        (count,) = struct.unpack("!I", _read(self._connection, 4))
+        (count,) = struct.unpack("!I", _read(self._connection, 4, self._ends))
         self._left -= count
         if self._left < 0:
             raise EOFError
         return count
 
+    def _say(self, data: bytes) -> None:
+        _say(self._connection, data, self._ends)
 
-def _read(connection: socket.socket, count: int) -> bytes:
-    """Raises EOFError where the other side has closed before."""
+
+# ---- all that is sent and received, until ``ends`` of time.monotonic(); EOFError past it, or where the other side has closed
+
+
+def _lasts(connection: socket.socket, ends: float) -> None:
+    """How long the next call may: without this before each, many short ones would outlast any end."""
+    left_s = ends - time.monotonic()
+    if left_s <= 0:
+        raise EOFError("time is up")
+    connection.settimeout(min(_ANSWER_S, left_s))
+
+
+def _say(connection: socket.socket, data: bytes | memoryview, ends: float) -> None:
+    _lasts(connection, ends)
+    connection.sendall(data)
+
+
+def _some(connection: socket.socket, most: int, ends: float) -> bytes:
+    """Nothing where the other side has closed."""
+    _lasts(connection, ends)
+    return connection.recv(most)
+
+
+def _read(connection: socket.socket, count: int, ends: float) -> bytes:
     got = b""
     while len(got) < count:
-        part = connection.recv(count - len(got))
+        part = _some(connection, count - len(got), ends)
         if not part:
-            raise EOFError
+            raise EOFError("closed")
         got += part
     return got
 
 
-def _send(connection: socket.socket, count: int) -> None:
+def _send(connection: socket.socket, count: int, ends: float) -> None:
     while count:
         part = _NOTHING[: min(count, _AT_ONCE)]
-        connection.sendall(part)
+        _say(connection, part, ends)
         count -= len(part)
 
 
-def _skip(connection: socket.socket, count: int) -> None:
+def _skip(connection: socket.socket, count: int, ends: float) -> None:
     while count:
-        part = len(connection.recv(min(count, _AT_ONCE)))
+        part = len(_some(connection, min(count, _AT_ONCE), ends))
         if not part:
-            raise EOFError
+            raise EOFError("closed")
         count -= part
 
 
@@ -193,53 +218,54 @@ def _skip(connection: socket.socket, count: int) -> None:
 
 def greeted(connection: socket.socket) -> bool:
     """Whether a doctor answers; a store, say, waits for others to speak first."""
-    connection.settimeout(_GREETING_S)
     try:
-        return _read(connection, len(GREETING)) == GREETING
+        return _read(connection, len(GREETING), time.monotonic() + _GREETING_S) == GREETING
     except (OSError, EOFError):
         return False
 
 
-def compare_clocks(connection: socket.socket, *, clock: Clock = time.time_ns, questions: int = _QUESTIONS) -> Clocks:
-    asked = [_ask_time(connection, clock) for _ in range(questions)]
+def compare_clocks(
+    connection: socket.socket, *, clock: Clock = time.time_ns, questions: int = _QUESTIONS, ends: float = math.inf
+) -> Clocks:
+    asked = [_ask_time(connection, clock, ends) for _ in range(questions)]
     return min(asked, key=lambda clocks: clocks.rtt_s)
 
 
-def _ask_time(connection: socket.socket, clock: Clock) -> Clocks:
+def _ask_time(connection: socket.socket, clock: Clock, ends: float) -> Clocks:
     t0 = clock()
-    connection.sendall(b"T")
-    t1, t2 = struct.unpack("!qq", _read(connection, 16))
+    _say(connection, b"T", ends)
+    t1, t2 = struct.unpack("!qq", _read(connection, 16, ends))
     t3 = clock()
     rtt_ns = max(0, (t3 - t0) - (t2 - t1))
     return Clocks(((t1 - t0) + (t2 - t3)) / 2e9, rtt_ns / 2e9, rtt_ns / 1e9)
 
 
 def look_over(connection: socket.socket) -> Way:
-    """All that there is to ask. Raises OSError and EOFError where the other side goes away."""
-    connection.settimeout(_ANSWER_S)
+    """All that there is to ask. Raises OSError and EOFError where time is up, or the other side goes away."""
+    ends = time.monotonic() + MOST_S
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    clocks = compare_clocks(connection)
-    up = _rate(lambda count: _up(connection, count), clocks.rtt_s)
-    down = _rate(lambda count: _down(connection, count), clocks.rtt_s)
-    connection.sendall(b"P")
-    (port,) = struct.unpack("!H", _read(connection, 2))
+    clocks = compare_clocks(connection, ends=ends)
+    up = _rate(lambda count: _up(connection, count, ends), clocks.rtt_s)
+    down = _rate(lambda count: _down(connection, count, ends), clocks.rtt_s)
+    _say(connection, b"P", ends)
+    (port,) = struct.unpack("!H", _read(connection, 2, ends))
     there = reach(connection.getpeername()[0], port)
     closed(there)
     with socket.create_server((connection.getsockname()[0], 0)) as listener:
-        connection.sendall(b"C" + struct.pack("!H", listener.getsockname()[1]))
-        back = _HOW[_read(connection, 1)[0]]
+        _say(connection, b"C" + struct.pack("!H", listener.getsockname()[1]), ends)
+        back = _HOW[_read(connection, 1, ends)[0]]
     return Way(clocks, up, down, there, back)
 
 
-def _up(connection: socket.socket, count: int) -> None:
-    connection.sendall(b"U" + struct.pack("!I", count))
-    _send(connection, count)
-    _read(connection, 1)
+def _up(connection: socket.socket, count: int, ends: float) -> None:
+    _say(connection, b"U" + struct.pack("!I", count), ends)
+    _send(connection, count, ends)
+    _read(connection, 1, ends)
 
 
-def _down(connection: socket.socket, count: int) -> None:
-    connection.sendall(b"D" + struct.pack("!I", count))
-    _skip(connection, count)
+def _down(connection: socket.socket, count: int, ends: float) -> None:
+    _say(connection, b"D" + struct.pack("!I", count), ends)
+    _skip(connection, count, ends)
 
 
 def _rate(move: Callable[[int], None], rtt_s: float) -> float:
@@ -272,7 +298,7 @@ def meet(host: str, port: int, asked: Asked | None) -> Iterator[Finding]:
             try:
                 way = look_over(connection)
             except (OSError, EOFError) as e:
-                yield Finding("link", "fail", f"{place} broke off: {e or 'closed'}", serve_there)
+                yield Finding("link", "fail", f"{place} broke off: {e}", serve_there)
             else:
                 yield from _of_way(way, host, asked)
     if asked is not None and not host.startswith(("127.", "localhost")) and not asked.job.link.interface:

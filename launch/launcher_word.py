@@ -86,7 +86,12 @@ def goes_on(word: Word) -> bool:
     container, only its own last word counts."""
     if word.exit_status is not None:
         return False
-    return word.machine != _machine() or _started(word.process) == word.started
+    return not is_seen_here(word) or _started(word.process) == word.started
+
+
+def is_seen_here(word: Word) -> bool:
+    """Whether its process, if it is there, is one of this boot of this machine, and of this container."""
+    return word.machine == _machine()
 
 
 def _machine() -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dtrain.config import Job, load_job, runs_a_script
 from dtrain.launch.islands import folder
-from dtrain.launch.launcher_word import Word, goes_on, path_of, read_word
+from dtrain.launch.launcher_word import Word, goes_on, is_seen_here, path_of, read_word
 from dtrain.launch.progress import IslandView, Progress
 from dtrain.launch.status_links import Level, Link, links
 
@@ -22,6 +22,8 @@ RATE_OVER_S = 30.0
 """A link's rate is a mean over so many seconds of the island's clock."""
 STOPPED, LOST, ELSEWHERE = "stopped", "lost", "elsewhere"
 """What is said of islands that had not finished when their run ended; and of those of which a site is told nothing."""
+LATELY_S = 600.0
+"""A run that goes on writes more often, also while islands wait."""
 Point = tuple[int, float]
 
 
@@ -248,17 +250,26 @@ class Track:
 
 
 def newest_run(runs: Path) -> Path:
-    """The newest run below a folder of those that go on, a launcher's first; of all, where none does. ValueError without one."""
-    found = [path.parent for path in runs.glob("*/job.toml")]
+    """The newest run below a folder of those that go on, a launcher's first; of all, where none does. One whose launcher's word
+    cannot be read, as another version's, is left out. ValueError where none is left."""
+    found: list[tuple[int, float, str, Path]] = []
+    why = ValueError(f"there is no run in {runs}; start one with dtrain run JOB.toml, or name its folder: dtrain status RUN")
+    for run in (path.parent for path in runs.glob("*/job.toml")):
+        try:
+            changed = max(_changed(run))
+            found.append((_goes_on(run, time.time() - changed), changed, run.name, run))
+        except ValueError as e:
+            why = e
     if not found:
-        raise ValueError(f"there is no run in {runs}; start one with dtrain run JOB.toml, or name its folder: dtrain status RUN")
-    return max(found, key=lambda run: (_goes_on(run), max(_changed(run)), run.name))
+        raise why
+    return max(found)[-1]
 
 
-def _goes_on(run: Path) -> int:
-    """2 where its launcher does; 1 where a part does, whose launcher's run may be beside it; else 0."""
+def _goes_on(run: Path, quiet_s: float) -> int:
+    """2 where its launcher does; 1 where a part does, whose launcher's run may be beside it; else 0. Of a process that cannot be
+    seen from here, which may have died with its machine, only where the run changed lately."""
     word = read_word(run)
-    if word is None or not goes_on(word):
+    if word is None or not goes_on(word) or (quiet_s > LATELY_S and not is_seen_here(word)):
         return 0
     return 2 if word.part is None else 1
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from dtrain.launch.cli import run_command
 from dtrain.launch.cli_status import heads, page, watch
 from dtrain.launch.launcher_word import goes_on, path_of, read_word
 from dtrain.launch.progress import Tail
-from dtrain.launch.status import MOST_POINTS, Curve, Reader, newest_run
+from dtrain.launch.status import LATELY_S, MOST_POINTS, Curve, Reader, newest_run
 from dtrain.launch.status_links import Link, links
 from dtrain.metrics import cut_back
 from tests.unit.small_run import contents, finish, refused
-from tests.unit.watched import launcher_gone, make_run, record, status_file, training_run, write_lines
+from tests.unit.watched import launcher_gone, make_run, record, site_run, status_file, training_run, write_lines
 
 TWO_LEVELS = {"sync": {"level": [{"islands": 2, "recipe": "dpsgd"}, {"recipe": "diloco"}]}}
 
@@ -251,14 +252,18 @@ def test_a_run_that_was_replaced_is_read_anew() -> None:
     assert len(reader.read().islands) == 5
 
 
+def quiet_since(run: Path, time_s: float) -> None:
+    for path in (path_of(run), run / "job.toml"):
+        os.utime(path, (time_s, time_s))
+
+
 def test_left_out_it_is_the_newest_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "status").startswith("there is no run in runs; start one with dtrain run JOB.toml")
     for second, name in enumerate(("first", "second", "third", "last")):
         make_run(Path("runs", name))
         if name in ("third", "last"):
             launcher_gone(Path("runs", name))
-        for path in (path_of(Path("runs", name)), Path("runs", name, "job.toml")):
-            os.utime(path, (second, second))
+        quiet_since(Path("runs", name), second)
     assert newest_run(Path("runs")).name == "second"
     for name in ("first", "second"):
         launcher_gone(Path("runs", name))
@@ -266,6 +271,31 @@ def test_left_out_it_is_the_newest_run_that_goes_on(capsys: pytest.CaptureFixtur
     assert newest_run(Path("runs")).name == "last"
     assert run_command(["status"]) == 0
     assert capsys.readouterr().out.startswith("runs/last: the launcher (process ")
+
+
+def test_a_launcher_that_nobody_can_see_counts_as_long_as_its_run_changes() -> None:
+    """On a shared disk it may be alive on another machine; one that died with its machine would count for ever."""
+    make_run(Path("runs/lost"))
+    word = json.loads(path_of(Path("runs/lost")).read_text())
+    path_of(Path("runs/lost")).write_text(json.dumps(word | {"machine": "an earlier boot"}))
+    site_run(Path("runs/site-island1"), 1)
+    quiet_since(Path("runs/lost"), time.time() - LATELY_S / 2)
+    assert newest_run(Path("runs")).name == "lost"
+    quiet_since(Path("runs/lost"), time.time() - 2 * LATELY_S)
+    assert newest_run(Path("runs")).name == "site-island1"
+    make_run(Path("runs/quiet"))  # by this process, which can be seen
+    quiet_since(Path("runs/quiet"), 0)
+    assert newest_run(Path("runs")).name == "quiet"
+
+
+def test_a_run_of_another_version_is_no_obstacle(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("runs/good"))
+    make_run(Path("runs/old"))
+    path_of(Path("runs/old")).write_text('{"pid": 1}')
+    assert newest_run(Path("runs")).name == "good"
+    assert refused(capsys, "status", "runs/old").startswith("runs/old/logs/launcher.json is no word of this launcher")
+    Path("runs/good/job.toml").unlink()
+    assert refused(capsys, "status").startswith("runs/old/logs/launcher.json is no word of this launcher"), "there is no other"
 
 
 @pytest.mark.parametrize(
