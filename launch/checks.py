@@ -160,12 +160,11 @@ def _with_levels(job: Job, levels: Sequence[Answers]) -> Job:
     return job.model_copy(update={"sync": sync})
 
 
-def check_input(job: Job, how: How, part: int | None = None) -> None:
-    """Raises ValueError for what would make every island fail; writes nothing. ``part``: the one island that is
-    started here, of a launcher elsewhere."""
+def check_input(job: Job, how: How, part: int | None = None) -> str:
+    """The hash of what is trained on, empty where a script reads data of its own. Raises ValueError for what would make every
+    island fail; writes nothing. ``part``: the one island that is started here, of a launcher elsewhere."""
     check_answers(job, how, part)
-    if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
-        check_text(job)
+    return check_text(job) if how != "script" and job.sim.problem == "gpt" else ""
 
 
 def check_answers(job: Job, how: How, part: int | None = None) -> None:
@@ -238,7 +237,8 @@ def _check_factory(job: Job) -> None:
     factory_of(job.model)
 
 
-def check_text(job: Job) -> None:
+def check_text(job: Job) -> str:
+    """The hash of what is trained on, which takes long to make; raises ValueError where that does not fit the job."""
     from dtrain.data.corpus import check_fits, corpus_of
 
     corpus = corpus_of(job.data)
@@ -247,6 +247,7 @@ def check_text(job: Job) -> None:
         from dtrain.hf_model import check_config  # torch
 
         check_config(job.model.hf, corpus, job.model.context)
+    return corpus.hash
 
 
 def _refuse_barriers(job: Job) -> None:

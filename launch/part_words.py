@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,24 @@ _SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("
 """What may name a file: it lies where a site says, and holds the same everywhere."""
 _OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
 """Of one that is a folder. Weights beside it are not compared: islands begin with island 0's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Of a file, or of the text."""
+
+    digest: str
+    """sha256, in hex."""
+    place: str
+    """HOST:PATH."""
+
+    @property
+    def name(self) -> str:
+        return self.place.partition(":")[2]
+
+
+Contents = Mapping[str, Content]
+"""By what names the file in a job: ``data.tokenizer``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +98,7 @@ class Report:
     """Of an island that failed: where its log is, and the end of it."""
 
 
-_JOINED, _ORDER, _REPORT = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report)
+_JOINED, _ORDER, _REPORT, _CONTENT = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report), TypeAdapter(Content)
 
 
 class Line:
@@ -140,16 +158,16 @@ def forget_joined(store: Store, island: int) -> None:
     store.delete_key(_joined(island))
 
 
-def text_hash(job: Job, script: Sequence[str]) -> str:
-    """Of what the job trains on, where its files lie here; empty where a script reads data of its own."""
-    from dtrain.data.corpus import corpus_of
+def contents(job: Job, text: str = "") -> Contents:
+    """What the files of a job hold here. ``text``: the hash of what it trains on; empty where a script reads data of its own."""
+    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
+    found += [("data.source", job.data.source, text)] if text else []
+    return {key: Content(digest, f"{socket.gethostname()}:{name}") for key, name, digest in found}
 
-    return "" if script else corpus_of(job.data).hash
 
-
-def say_job(store: Store, job: Job, text: str = "") -> None:
-    """``text``: its ``text_hash``, where sites are to have the same."""
-    _check_contents(store, job, text)
+def say_job(store: Store, job: Job, held: Contents | None = None) -> None:
+    """``held``: the ``contents`` that sites are to have, too."""
+    _check_contents(store, held or {})
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -157,7 +175,7 @@ def has_job(store: Store) -> bool:
     return store.check(["part/job"])
 
 
-def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
+def check_job(store: Store, job: Job, island: int, held: Contents | None = None) -> None:
     """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job, or
     its text, holds something else here."""
     said = json.loads(store.get("part/job"))
@@ -171,21 +189,17 @@ def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
             )
-    _check_contents(store, job, text)
+    _check_contents(store, held or {})
 
 
-def _check_contents(store: Store, job: Job, text: str) -> None:
+def _check_contents(store: Store, held: Contents) -> None:
     """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
-    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
-    for key, name, digest in [*found, ("data.source", job.data.source, text)]:
-        if not digest:
-            continue
-        mine = {"digest": digest, "place": f"{socket.gethostname()}:{name}"}
-        first = json.loads(store.compare_set(f"part/file/{key}", "", json.dumps(mine)))
-        if first["digest"] != digest:
+    for key, mine in held.items():
+        first = _read(_CONTENT, store.compare_set(f"part/file/{key}", "", _CONTENT.dump_json(mine).decode()).decode())
+        if first.digest != mine.digest:
             raise ValueError(
-                f"{key}: {name} is not what {first['place']} is (sha256 {digest[:8]} and {first['digest'][:8]}); copy that one "
-                f"here, or name one that is the same, {key}=PATH"
+                f"{key}: {mine.name} is not what {first.place} is (sha256 {mine.digest[:8]} and {first.digest[:8]}); copy that "
+                f"one here, or name one that is the same, {key}=PATH"
             )
 
 

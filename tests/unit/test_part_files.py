@@ -11,6 +11,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from dtrain.config import Job, dump_job, parse_job
+from dtrain.data.corpus import corpus_of
 from dtrain.launch import part_words
 from dtrain.launch.elsewhere import job_sent
 from dtrain.launch.islands import Launch
@@ -30,10 +31,20 @@ def with_files(folder: Path, **contents: str) -> Job:
     return parse_job({"islands": islands, "data": data, "model": theirs, "train": {"batch": 4}})
 
 
+def says(store: HashStore, job: Job) -> None:
+    """The launcher."""
+    part_words.say_job(store, job, part_words.contents(job))
+
+
+def has(store: HashStore, job: Job) -> None:
+    """The site of island 1."""
+    part_words.check_job(store, job, 1, part_words.contents(job))
+
+
 def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
     store = HashStore()
-    part_words.say_job(store, with_files(tmp_path / "here"))
-    part_words.check_job(store, with_files(tmp_path / "alike"), 1)
+    says(store, with_files(tmp_path / "here"))
+    has(store, with_files(tmp_path / "alike"))
     for key, named, name in (
         ("tokenizer", "data.tokenizer", "tokenizer.json"),
         ("config", "model.hf", "config.json"),
@@ -42,14 +53,14 @@ def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
         words = f"{named}: {tmp_path}/{key}/{name} is not what {socket.gethostname()}:{tmp_path}/here/{name} is (sha256 "
         said = rf"^{re.escape(words)}\w{{8}} and \w{{8}}\); copy that one here, or .*{named}=PATH$"
         with pytest.raises(ValueError, match=said):
-            part_words.check_job(store, with_files(tmp_path / key, **{key: "other"}), 1)
+            has(store, with_files(tmp_path / key, **{key: "other"}))
     hub = with_files(tmp_path / "hub").model_copy(update={"model": ModelSection.model_validate({"hf": "an/owner"})})
     with pytest.raises(ValueError, match=re.escape("model.hf = 'an/owner' differs from the launcher's '(a file)'")):
-        part_words.check_job(store, hub, 1)
+        has(store, hub)
     own = HashStore()
-    part_words.say_job(own, with_files(tmp_path / "own", factory=""))
+    says(own, with_files(tmp_path / "own", factory=""))
     with pytest.raises(ValueError, match=r"^model\.factory: .*/theirs/model\.py is not what "):
-        part_words.check_job(own, with_files(tmp_path / "theirs", factory="", model="other"), 1)
+        has(own, with_files(tmp_path / "theirs", factory="", model="other"))
 
 
 def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
@@ -62,22 +73,22 @@ def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
         data = {"source": f"{tmp_path}/{name}/text.txt"}
         jobs[name] = parse_job({"islands": {"each": [{}, {"launcher": "manual"}]}, "data": data})
     store = HashStore()
-    part_words.say_job(store, jobs["here"], part_words.text_hash(jobs["here"], ()))
-    part_words.check_job(store, jobs["alike"], 1, part_words.text_hash(jobs["alike"], ()))
+    held = {name: part_words.contents(job, corpus_of(job.data).hash) for name, job in jobs.items()}
+    part_words.say_job(store, jobs["here"], held["here"])
+    part_words.check_job(store, jobs["alike"], 1, held["alike"])
     with pytest.raises(ValueError, match=r"^data\.source: .*/other/text\.txt is not what .*/here/text\.txt is \(sha256 "):
-        part_words.check_job(store, jobs["other"], 1, part_words.text_hash(jobs["other"], ()))
-    assert part_words.text_hash(jobs["other"], ("train.py",)) == ""
-    part_words.check_job(store, jobs["other"], 1)
+        part_words.check_job(store, jobs["other"], 1, held["other"])
+    assert part_words.contents(jobs["other"]) == {}, "a script reads data of its own"
 
 
 def test_a_file_that_the_launcher_has_not_is_that_of_the_first_site(tmp_path: Path) -> None:
     store = HashStore()
     there = with_files(tmp_path / "here")
     (tmp_path / "here" / "zero.json").unlink()
-    part_words.say_job(store, there)
-    part_words.check_job(store, with_files(tmp_path / "first"), 1)
+    says(store, there)
+    has(store, with_files(tmp_path / "first"))
     with pytest.raises(ValueError, match=r"^islands\.deepspeed: .* is not what .*/first/zero\.json is"):
-        part_words.check_job(store, with_files(tmp_path / "second", zero="other"), 1)
+        has(store, with_files(tmp_path / "second", zero="other"))
 
 
 def test_over_ssh_files_below_the_folder_here_are_looked_for_below_workdir(
