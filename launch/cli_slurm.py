@@ -56,7 +56,8 @@ def slurm(
     One torchrun a node; islands lie in one partition, or each in its own. Submitted
     again, or requeued at its time limit, it goes on from the newest checkpoint.
     Islands of launcher ssh are started from there, on their hosts. With "-- SCRIPT
-    ARGS" at the end every rank runs that script, as with dtrain run.
+    ARGS" at the end every rank runs that script, as with dtrain run; of it dtrain has
+    no checkpoint, and it is not requeued.
 
     Example: dtrain slurm JOB.toml link.interface=ib0 --gpus-per-node 8 --submit
     """

@@ -24,7 +24,21 @@ from typing import Any
 
 from dtrain.config import Job
 from dtrain.launch.outside import MEET, each_override, nodes_of, tables_of
-from dtrain.launch.slurm_parts import ALONE, END, GO_ON, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
+from dtrain.launch.slurm_parts import (
+    AGAIN,
+    ALONE,
+    COMMITS,
+    COMMITS_NONE,
+    END,
+    GO_ON,
+    JOIN,
+    LAUNCHER,
+    NEVER_AGAIN,
+    NEWEST,
+    NODES,
+    STOP,
+    TORCHRUNS,
+)
 from dtrain.sections_each import IslandPlan
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")  # of a partition, several of them, or an account
@@ -70,14 +84,16 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
     lines += ["", *_places(job, asked, job.link.interface or islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
-    lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
+    newest = "" if asked.script else NEWEST.replace("@kept", kept)
+    lines += [*_job(job, job_file, overrides, asked), "", f"{STOP}{newest}{GO_ON}"]
     if asked.island is None:
         config = "" if asked.ssh_config is None else f" --ssh-config {shlex.quote(str(asked.ssh_config))}"
-        lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every)).replace("@config", config)]
+        does = COMMITS_NONE if asked.script else COMMITS.replace("@every", str(job.train.checkpoint_every))
+        lines += ["", LAUNCHER.replace("@does", does).replace("@config", config)]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
     if asked.island is not None:
         lines.append(ALONE)
-    return "\n".join([*lines, "", END])
+    return "\n".join([*lines, "", f"{END}{NEVER_AGAIN if asked.script else AGAIN}"])
 
 
 def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[Where]:
@@ -187,10 +203,12 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
     if asked.island is None:
         yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
         yield f"# {job.job.name}-islandK: all nodes must see these folders under these names."
-        yield "# Submitted again, it goes on from the newest checkpoint."
+        anew = "every rank runs the script anew: dtrain has no checkpoint of it"
+        yield f"# Submitted again, {anew if asked.script else 'it goes on from the newest checkpoint'}."
     else:
         yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
-        yield f"# {_run(job)}-island{asked.island}. Submitted again, it goes on with that."
+        again = "runs the script anew" if asked.script else "goes on with that"
+        yield f"# {_run(job)}-island{asked.island}. Submitted again, it {again}."
     yield ""
 
 
@@ -228,9 +246,9 @@ def _component(job: Job, asked: Asked, islands: Sequence[Where], *, first: bool)
         yield f"#SBATCH --job-name={name}"
         yield f"#SBATCH --output={name}-%j.log"
         yield "#SBATCH --open-mode=append"
-        yield "# A signal 120 s before the time limit, and back into the queue:"
+        yield f"# A signal 120 s before the time limit, and {'never' if asked.script else 'back'} into the queue:"
         yield "#SBATCH --signal=B:USR1@120"
-        yield "#SBATCH --requeue"
+        yield f"#SBATCH --{'no-requeue' if asked.script else 'requeue'}"
     else:
         yield "#SBATCH hetjob"
     if islands[0].partition:

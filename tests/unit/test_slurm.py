@@ -73,6 +73,8 @@ JOBS = {
     "one of them": (IB, "--island", "1", "--meet", "login1:29400"),
     "one of them on several nodes": (IB, *RANKS, "--island", "1", "--meet", "login1:29400", "--nodes-per-island", "2"),
     "one in all": ("islands.count=1", "sync.recipe=local", "--setup", "module load 'cuda/12.4'"),
+    "a script": (IB, *SCRIPT),
+    "a script on one of them": (IB, "--island", "1", "--meet", "login1:29400", *SCRIPT),
     "beside others": (IB, FAR, "islands.count=4", *("--partition", "a"), *("--partition", "b"), *("--ssh-config", "it's mine")),
 }
 
@@ -273,11 +275,8 @@ def test_islands_meet_where_the_launcher_listens(words: Sequence[str], head: lis
     assert '    "link.advertise=$head"' in lines[at:]
 
 
-@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
-def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
-    stubs: Path, number: signal.Signals, status: int, queued: list[str]
-) -> None:
-    text = written(IB, *at_stubs(stubs))
+def signalled(text: str, stubs: Path, number: signal.Signals) -> tuple[int, str]:
+    """Its exit status, and what it prints, where Slurm sends it a signal while the run goes on."""
     place = allocation(apart=False, nodes=[["n1"], ["n2"]])
     with start(text, stubs, 2, {**place, "HANGS": "1"}) as script:
         limit = time.monotonic() + 60
@@ -285,9 +284,31 @@ def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
             assert time.monotonic() < limit
             time.sleep(0.02)
         script.send_signal(number)
-        script.communicate(timeout=60)
-    assert script.returncode == status
+        printed, _ = script.communicate(timeout=60)
+    return script.returncode, printed
+
+
+@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
+def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
+    stubs: Path, number: signal.Signals, status: int, queued: list[str]
+) -> None:
+    assert signalled(written(IB, *at_stubs(stubs)), stubs, number)[0] == status
     assert [call["arguments"][1] for call in calls("scontrol") if call["arguments"][0] == "requeue"] == queued
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_script_is_never_queued_again(stubs: Path, number: signal.Signals) -> None:
+    """Of it there is no checkpoint, so that it would begin anew for ever; nor does the text speak of one."""
+    text = written(IB, *at_stubs(stubs), *SCRIPT)
+    assert "--no-requeue" in options(text)[0]
+    assert "--requeue" not in options(text)[0]
+    about = [line for line in text.splitlines() if "checkpoint" in line]
+    assert about
+    assert all("dtrain has no checkpoint of " in line for line in about)
+    status, printed = signalled(text, stubs, number)
+    assert status == 143
+    assert ("stopped before the time limit, and not queued again" in printed) == (number == signal.SIGUSR1)
+    assert [call["arguments"][0] for call in calls("scontrol")] == ["show"]
 
 
 @pytest.mark.parametrize(
