@@ -164,11 +164,14 @@ def check_input(job: Job, how: How, part: int | None = None) -> str:
     """The hash of what is trained on, empty where a script reads data of its own. Raises ValueError for what would make every
     island fail; writes nothing. ``part``: the one island that is started here, of a launcher elsewhere."""
     check_answers(job, how, part)
+    if how != "sim":
+        _check_link(job, part)
     return check_text(job) if how != "script" and job.sim.problem == "gpt" else ""
 
 
 def check_answers(job: Job, how: How, part: int | None = None) -> None:
-    """``check_input`` but for what is trained on, which takes longest to look at."""
+    """``check_input`` but for what is trained on, which takes longest to look at, and for the network and GPUs of this machine,
+    which may not be where the job runs."""
     if not (how == "sim" and job.sim.clock == "poisson"):
         check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
     if how != "sim" or not job.sim.has_clock:
@@ -199,7 +202,6 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
         refuse_sim(job)
         if part is None:
             check_hosts(job)
-        _check_link(job, part)
     if how != "script" and job.sim.problem == "gpt":
         check_loggers(job)
         if job.model.factory:

@@ -61,9 +61,9 @@ def slurm(
 
     Example: dtrain slurm JOB.toml link.interface=ib0 --gpus-per-node 8 --submit
     """
-    from dtrain.launch.checks import read_job, refuse_sim, resolved
+    from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.output_file import STDOUT, check_output, put
-    from dtrain.launch.slurm import Asked, check_sbatch, sbatch, script
+    from dtrain.launch.slurm import Asked, check_rewritten, check_sbatch, sbatch, script
 
     asked = Asked(
         partitions=tuple(partition or ()),
@@ -83,9 +83,8 @@ def slurm(
         raise ValueError(f"--ssh-config {ssh_config} is no file")
     job = read_job(job_file, overrides or ())
     refuse_sim(job)
-    if not asked.script:  # which may choose a recipe of its own
-        resolved(job)
     text = script(job, job_file, tuple(overrides or ()), asked)
+    check_rewritten(job_file, tuple(overrides or ()), asked)
     check_output(output, force=force)
     if submit:
         check_sbatch()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import Job
+from dtrain.launch.checks import check_answers, read_job, resolved
 from dtrain.launch.outside import MEET, each_override, nodes_of, tables_of
 from dtrain.launch.slurm_parts import (
     AGAIN,
@@ -139,6 +140,20 @@ def _of_slurm(job: Job, asked: Asked) -> list[int]:
     return found
 
 
+def check_rewritten(job_file: Path, overrides: Sequence[str], asked: Asked) -> None:
+    """Raises ValueError for what each ``dtrain run`` of the script would refuse, once the nodes are there."""
+    how, job = "script" if asked.script else "run", read_job(job_file, overrides)
+    parts: list[int | None] = [asked.island]
+    if asked.island is None:
+        numbers = _of_slurm(job, asked)
+        job = read_job(job_file, (*overrides, _tables(job, numbers), "link.advertise=head"))
+        parts += numbers
+    if not asked.script:  # which may choose a recipe of its own
+        job = resolved(job)
+    for part in parts:
+        check_answers(job, how, part)
+
+
 def check_sbatch() -> None:
     if shutil.which("sbatch") is None:
         raise ValueError("--submit: this machine has no sbatch; write the script with --output FILE, and submit it where one is")
@@ -210,6 +225,11 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
         again = "runs the script anew" if asked.script else "goes on with that"
         yield f"# {_run(job)}-island{asked.island}. Submitted again, it {again}."
     yield ""
+
+
+def _tables(job: Job, numbers: Sequence[int]) -> str:
+    """An override that leaves these islands to Slurm."""
+    return each_override(job, "slurm", [k for k in range(job.islands.count) if k not in numbers])
 
 
 def _elsewhere(plan: IslandPlan) -> str:
@@ -295,8 +315,7 @@ def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> It
     """What ``dtrain run`` is given."""
     words = [str(job_file), *overrides]
     if asked.island is None:
-        numbers = _of_slurm(job, asked)
-        words.append(each_override(job, "slurm", [k for k in range(job.islands.count) if k not in numbers]))
+        words.append(_tables(job, _of_slurm(job, asked)))
     yield "job=("
     yield from (f"    {shlex.quote(word)}" for word in words)
     if asked.island is None:
