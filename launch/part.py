@@ -270,12 +270,17 @@ def _join(
     store: Store, launch: islands.Launch, island: int, held: part_words.Contents, say: Callable[[str], None]
 ) -> Line:
     part_words.check_job(store, launch.job, island, held)
-    mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run))
+    mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run), held)
     line = Line(store, island, mine.nonce)
     line.report(Report(0))
     has = part_words.join(store, island, mine)
     if has != mine:
         raise ValueError(f"--island {island} has joined already, from {has.host}:{has.run}; stop that one first")
+    try:
+        part_words.check_held(store, launch.job, island, held)  # two sites that came at once
+    except ValueError:
+        part_words.forget_joined(store, island)
+        raise
     say(f"island {island} has joined the launcher at {launch.meet}; its files are in {launch.run}")
     return line
 

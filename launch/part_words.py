@@ -11,7 +11,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,8 @@ class Joined:
     host: str
     run: str
     """The folder there."""
+    held: Contents = field(default_factory=dict[str, Content])
+    """What its files hold, so that sites agree on what the launcher has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Report:
     """Of an island that failed: where its log is, and the end of it."""
 
 
-_JOINED, _ORDER, _REPORT, _CONTENT = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report), TypeAdapter(Content)
+_JOINED, _ORDER, _REPORT, _HELD = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report), TypeAdapter(dict[str, Content])
 
 
 class Line:
@@ -167,7 +169,7 @@ def contents(job: Job, text: str = "") -> Contents:
 
 def say_job(store: Store, job: Job, held: Contents | None = None) -> None:
     """``held``: the ``contents`` that sites are to have, too."""
-    _check_contents(store, held or {})
+    store.set("part/held", _HELD.dump_json(dict(held or {})).decode())
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -189,18 +191,21 @@ def check_job(store: Store, job: Job, island: int, held: Contents | None = None)
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
             )
-    _check_contents(store, held or {})
+    check_held(store, job, island, held or {})
 
 
-def _check_contents(store: Store, held: Contents) -> None:
-    """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
-    for key, mine in held.items():
-        first = _read(_CONTENT, store.compare_set(f"part/file/{key}", "", _CONTENT.dump_json(mine).decode()).decode())
-        if first.digest != mine.digest:
-            raise ValueError(
-                f"{key}: {mine.name} is not what {first.place} is (sha256 {mine.digest[:8]} and {first.digest[:8]}); copy that "
-                f"one here, or name one that is the same, {key}=PATH"
-            )
+def check_held(store: Store, job: Job, island: int, held: Contents) -> None:
+    """Raises ValueError where a file is not what the launcher has, or, where none of its islands needs it, a site that has
+    joined: one that was refused has said nothing."""
+    sites = [site for k in job.elsewhere if k != island and (site := joined(store, k)) is not None]
+    for theirs in (_read(_HELD, store.get("part/held").decode()), *(site.held for site in sites)):
+        for key, mine in held.items():
+            first = theirs.get(key, mine)
+            if first.digest != mine.digest:
+                raise ValueError(
+                    f"{key}: {mine.name} is not what {first.place} is (sha256 {mine.digest[:8]} and {first.digest[:8]}); copy "
+                    f"that one here, or name one that is the same, {key}=PATH"
+                )
 
 
 def _digest(path: Path) -> str:

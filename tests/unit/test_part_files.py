@@ -6,13 +6,14 @@ import re
 import socket
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch._C._distributed_c10d import HashStore
 
 from dtrain.config import Job, dump_job, parse_job
 from dtrain.data.corpus import corpus_of
-from dtrain.launch import part_words
+from dtrain.launch import part, part_words
 from dtrain.launch.elsewhere import job_sent
 from dtrain.launch.islands import Launch
 from dtrain.sections import ModelSection
@@ -24,7 +25,7 @@ def with_files(folder: Path, **contents: str) -> Job:
     names = {"tokenizer": "tokenizer.json", "config": "config.json", "zero": "zero.json", "model": "model.py"}
     for key, name in names.items():
         (folder / name).write_text(contents.get(key, key))
-    each = [{"engine": "deepspeed", "ranks": 2}, {"launcher": "manual", "ranks": 2}]
+    each = [{"engine": "deepspeed", "ranks": 2}, *({"launcher": "manual", "ranks": 2} for _ in range(2))]
     theirs = {"factory": f"{folder}/model.py:build"} if "factory" in contents else {"hf": str(folder)}
     islands = {"each": each, "deepspeed": f"{folder}/zero.json"}
     data = {"tokenizer": f"{folder}/tokenizer.json"}
@@ -39,6 +40,11 @@ def says(store: HashStore, job: Job) -> None:
 def has(store: HashStore, job: Job) -> None:
     """The site of island 1."""
     part_words.check_job(store, job, 1, part_words.contents(job))
+
+
+def joins(store: HashStore, job: Job, island: int, text: str) -> None:
+    launch = Launch(job, Path("/run"), "h:1", "tag")
+    part._join(store, launch, island, part_words.contents(job, text), lambda line: None)
 
 
 def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
@@ -85,10 +91,34 @@ def test_a_file_that_the_launcher_has_not_is_that_of_the_first_site(tmp_path: Pa
     store = HashStore()
     there = with_files(tmp_path / "here")
     (tmp_path / "here" / "zero.json").unlink()
-    says(store, there)
-    has(store, with_files(tmp_path / "first"))
-    with pytest.raises(ValueError, match=r"^islands\.deepspeed: .* is not what .*/first/zero\.json is"):
-        has(store, with_files(tmp_path / "second", zero="other"))
+    part_words.say_job(store, there, part_words.contents(there, "feed"))
+    wrong, first, other = (with_files(tmp_path / name, zero=name) for name in ("wrong", "first", "other"))
+    with pytest.raises(ValueError, match=r"^data\.source: "):
+        joins(store, wrong, 1, "f00d")
+    joins(store, first, 2, "feed")  # the refused site's file counts for nothing
+    for job in (wrong, other):
+        with pytest.raises(ValueError, match=r"^islands\.deepspeed: .* is not what .*/first/zero\.json is"):
+            joins(store, job, 1, "feed")
+    joins(store, first, 1, "feed")
+
+
+def test_of_two_sites_that_come_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sees the other before both have joined."""
+    store, (first, other) = HashStore(), (with_files(tmp_path / name, zero=name) for name in ("first", "other"))
+    part_words.say_job(store, first)
+    with monkeypatch.context() as patch:
+        check_job = part_words.check_job
+
+        def comes_too(*words: Any) -> None:
+            check_job(*words)
+            patch.undo()
+            joins(store, first, 2, "")
+
+        patch.setattr(part_words, "check_job", comes_too)
+        with pytest.raises(ValueError, match=r"^islands\.deepspeed: .* is not what .*/first/zero\.json is"):
+            joins(store, other, 1, "")
+    assert part_words.joined(store, 1) is None
+    joins(store, first, 1, "")
 
 
 def test_over_ssh_files_below_the_folder_here_are_looked_for_below_workdir(
