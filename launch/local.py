@@ -73,7 +73,7 @@ def run_local(
     if job.elsewhere and call is None:
         said = f'islands.each.{job.elsewhere[0]}.launcher = "{job.island(job.elsewhere[0]).launcher}"'
         raise ValueError(f'{said}: this command runs all islands on this machine; use "local"')
-    held = contents(job, text)  # before anyone can wait for it
+    held = contents(job, text, script)  # before anyone can wait for it
     listener, meet = meeting.listen(job.link)
     tag = secrets.token_hex(8)
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, options=options, sites=sites)

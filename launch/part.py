@@ -50,7 +50,7 @@ def run_part(
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
     tag, torchruns = secrets.token_hex(8), islands.take_torchruns()
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, torchruns=torchruns)
-    held = part_words.contents(job, text)  # before the launcher can wait for it
+    held = part_words.contents(job, text, script)  # before the launcher can wait for it
     part, line, outcome = Part(launch, island), None, Outcome(1, "this part of the launcher failed")
     word = WordFile(launch.run, job.islands.count, 0, part=island, meet=meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dtrain.config import Job
 from dtrain.metrics import ErrorNote
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
+from dtrain.topology import is_file
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -37,6 +38,7 @@ _SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("
 """What may name a file: it lies where a site says, and holds the same everywhere."""
 _OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
 """Of one that is a folder. Weights beside it are not compared: islands begin with island 0's."""
+_SCRIPT = "the script after --"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,12 @@ def forget_joined(store: Store, island: int) -> None:
     store.delete_key(_joined(island))
 
 
-def contents(job: Job, text: str = "") -> Contents:
-    """What the files of a job hold here. ``text``: the hash of what it trains on; empty where a script reads data of its own."""
-    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
+def contents(job: Job, text: str = "", script: Sequence[str] = ()) -> Contents:
+    """What the files of a job hold here. ``text``: the hash of what it trains on; empty where a ``script`` reads data of its
+    own."""
+    named = [*((f"{section}.{key}", path) for section, key, path in _files(job)), *_of_rounds(job)]
+    named += [(_SCRIPT, Path(script[0]))] if script else []
+    found = [(key, str(path), _digest(path)) for key, path in named if path.is_file()]
     found += [("data.source", job.data.source, text)] if text else []
     return {key: Content(digest, f"{socket.gethostname()}:{name}") for key, name, digest in found}
 
@@ -204,7 +209,7 @@ def check_held(store: Store, job: Job, island: int, held: Contents) -> None:
             if first.digest != mine.digest:
                 raise ValueError(
                     f"{key}: {mine.name} is not what {first.place} is (sha256 {mine.digest[:8]} and {first.digest[:8]}); copy "
-                    f"that one here, or name one that is the same, {key}=PATH"
+                    f"that one here, or name one that is the same{'' if key == _SCRIPT else f', {key}=PATH'}"
                 )
 
 
@@ -275,3 +280,14 @@ def _files(job: Job) -> Iterator[tuple[str, str, Path]]:
         path = Path(value.rpartition(":")[0] if is_own(value) else value)
         if path.is_absolute():
             yield section, key, path / _OF_A_FOLDER[key] if path.is_dir() and key in _OF_A_FOLDER else path
+
+
+def _of_rounds(job: Job) -> Iterator[tuple[str, Path]]:
+    """(key, file) of a graph, and of code of one's own: of [sync], or of each of its levels."""
+    for k, level in enumerate(job.sync.level or [job.sync]):
+        where = "sync" if job.sync.level is None else f"sync.level.{k}"
+        for key in OWN_AXES:
+            if is_own(value := getattr(level, key) or ""):
+                yield f"{where}.{key}", Path(value.rpartition(":")[0])
+        if level.graph is not None and is_file(level.graph):
+            yield f"{where}.graph", Path(level.graph)

@@ -16,6 +16,7 @@ from dtrain.data.corpus import corpus_of
 from dtrain.launch import part, part_words
 from dtrain.launch.elsewhere import job_sent
 from dtrain.launch.islands import Launch
+from dtrain.own_name import OWN_AXES
 from dtrain.sections import ModelSection
 
 
@@ -67,6 +68,35 @@ def test_files_lie_where_a_site_says_and_hold_the_same(tmp_path: Path) -> None:
     says(own, with_files(tmp_path / "own", factory=""))
     with pytest.raises(ValueError, match=r"^model\.factory: .*/theirs/model\.py is not what "):
         has(own, with_files(tmp_path / "theirs", factory="", model="other"))
+
+
+def test_code_of_ones_own_graphs_and_scripts_hold_the_same_under_their_names(tmp_path: Path) -> None:
+    files = {"recipe": "mine.py", "codec": "codec.py", "topology": "ring.py", "graph": "edges.txt", "script": "train.py"}
+
+    def site(name: str, other: str = "", *, levels: bool = False) -> tuple[Job, part_words.Contents]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for key, file in files.items():
+            (folder / file).write_text("other" if key == other else key)
+        own = {key: f"{folder}/{files[key]}:row" for key in OWN_AXES}
+        one = own | {"graph": f"{folder}/edges.txt"}
+        sync = {"level": [{"recipe": "fedavg", "islands": 2}, one]} if levels else one
+        job = parse_job({"islands": {"each": [{}, {"launcher": "manual"}, {}, {}]}, "sync": sync})
+        return job, part_words.contents(job, script=(f"{folder}/train.py", "--lr=1"))
+
+    for levels, at in ((False, "sync"), (True, "sync.level.1")):
+        store = HashStore()
+        part_words.say_job(store, *site(f"here {at}", levels=levels))
+        part_words.check_job(store, *_for_island(site(f"alike {at}", levels=levels)))
+        for key in files:
+            named = "the script after --" if key == "script" else f"{at}.{key}"
+            said = rf"^{named}: .*/{key} {at}/{files[key]} is not what .*; copy that one here, or name one that is the same"
+            with pytest.raises(ValueError, match=said):
+                part_words.check_job(store, *_for_island(site(f"{key} {at}", key, levels=levels)))
+
+
+def _for_island(site: tuple[Job, part_words.Contents]) -> tuple[Job, int, part_words.Contents]:
+    return site[0], 1, site[1]
 
 
 def test_the_text_is_the_same_wherever_it_lies(tmp_path: Path) -> None:

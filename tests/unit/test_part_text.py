@@ -37,20 +37,22 @@ def last_read(store: HashStore, patch: pytest.MonkeyPatch) -> Callable[..., Hash
 
 
 def refuses(store: HashStore, job: Job, held: part_words.Contents) -> None:
-    """Whoever has another text."""
-    other = {**held, "data.source": part_words.Content("f00d", "b:/text")}
-    with pytest.raises(ValueError, match=r"^data\.source: /text is not what "):
-        part_words.check_job(store, job, 1, other)
+    """Whoever has another text, or script."""
+    for key in ("data.source", "the script after --"):
+        other = {**held, key: part_words.Content("f00d", "b:/other")}
+        with pytest.raises(ValueError, match=rf"^{key}: /other is not what "):
+            part_words.check_job(store, job, 1, other)
 
 
 def test_the_launcher_knows_what_it_has_before_it_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, job = HashStore(), with_files(tmp_path / "here")
-    held = part_words.contents(job, "feed")
+    script = (f"{tmp_path}/here/model.py",)
+    held = part_words.contents(job, "feed", script)
     monkeypatch.setattr(meeting, "serve", last_read(store, monkeypatch))
     monkeypatch.setattr(local, "_watch", lambda *_: Outcome(75, "watched"))
     (tmp_path / "run").mkdir()
     call = Call(Path("job.toml"))
-    said = local.run_local(job, tmp_path / "run", resume_step=0, script=(), console=QUIET, call=call, text="feed")
+    said = local.run_local(job, tmp_path / "run", resume_step=0, script=script, console=QUIET, call=call, text="feed")
     assert said.message == "watched"
     part_words.check_job(store, job, 1, held)
     refuses(store, job, held)
@@ -58,17 +60,20 @@ def test_the_launcher_knows_what_it_has_before_it_is_reached(tmp_path: Path, mon
 
 def test_a_site_knows_what_it_has_before_it_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, job, found = HashStore(), with_files(tmp_path / "here"), list[part.Part]()
-    part_words.say_job(store, job, part_words.contents(job, "feed"))
+    script = (f"{tmp_path}/here/model.py",)
+    part_words.say_job(store, job, part_words.contents(job, "feed", script))
     (tmp_path / "run").mkdir()
 
-    def joins(text: str) -> Outcome:
+    def joins(text: str, script: tuple[str, ...] = script) -> Outcome:
         with monkeypatch.context() as patch:
             patch.setattr(part, "_reach", last_read(store, patch))
             patch.setattr(part, "_keep", lambda mine, *_: found.append(mine) or Outcome(0, "kept"))
-            return part.run_part(job, tmp_path / "run", 1, "h:1", script=(), console=QUIET, text=text)
+            return part.run_part(job, tmp_path / "run", 1, "h:1", script=script, console=QUIET, text=text)
 
     with pytest.raises(ValueError, match=r"^data\.source: stdlib is not what "):
         joins("f00d")
+    with pytest.raises(ValueError, match=r"^the script after --: .*/zero\.json is not what .*/model\.py is "):
+        joins("feed", (f"{tmp_path}/here/zero.json",))
     monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "srun 'a b'")
     assert joins("feed").message == "kept"
     assert [each.launch.torchruns for each in found] == [("srun", "a b")], "as the scheduler's script says"
