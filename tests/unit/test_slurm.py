@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtrain.config import load_job
-from dtrain.launch import islands, outside, slurm
+from dtrain.launch import outside, slurm
 from dtrain.launch.cli import run_command
 from dtrain.launch.slurm import Asked, Where, layout
 from tests.unit.small_run import refused, write_job_file
@@ -234,20 +233,6 @@ def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path
     groups = [word for call in calls("srun") for word in call["arguments"] if word.startswith("--het-group")]
     assert sorted(groups) == (["--het-group=0", "--het-group=1"] if apart else [])
     assert all("--gpus-per-node=2" in call["arguments"] for call in calls("srun"))
-
-
-def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the one here, by who was told so; all else of the command stays."""
-    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
-    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
-    alone = islands.command(launch, 1, 3)
-    several = islands.command(replace(launch, torchruns=islands.take_torchruns()), 1, 3)
-    assert islands.TORCHRUN_VARIABLE not in os.environ, "what ranks start has other nodes"
-    assert islands.take_torchruns() == ()
-    assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
-    assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
-    assert alone[5] == "--rdzv-id=epoch3-tag"
-    assert several[7:] == ["--rdzv-id=epoch3", *alone[6:]], "a name that torchruns elsewhere know too"
 
 
 def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
