@@ -387,6 +387,6 @@ def test_islands_of_unlike_size_have_as_many_nodes_as_they_need(monkeypatch: pyt
     assert layout(job, tables, Asked(gpus_per_node=8)) == wanted
     for module in (slurm, outside):
         monkeypatch.setattr(module, "tables_of", lambda job: tables)
-    text = written(IB, "--gpus-per-node", "8")
+    text = written(IB, "train.batch=16", "--gpus-per-node", "8")
     assert 'torchruns 0 "$(nodes 0 1)" 2 8 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
     assert """'islands.each=[{ranks = 16, interface = "eth1", launcher = "slurm"}, {launcher = "slurm"}]'""" in text
