@@ -160,16 +160,18 @@ def _with_levels(job: Job, levels: Sequence[Answers]) -> Job:
     return job.model_copy(update={"sync": sync})
 
 
-def check_input(job: Job, how: How, part: int | None = None) -> None:
-    """Raises ValueError for what would make every island fail; writes nothing. ``part``: the one island that is
-    started here, of a launcher elsewhere."""
+def check_input(job: Job, how: How, part: int | None = None) -> str:
+    """The hash of what is trained on, empty where a script reads data of its own. Raises ValueError for what would make every
+    island fail; writes nothing. ``part``: the one island that is started here, of a launcher elsewhere."""
     check_answers(job, how, part)
-    if how != "script" and job.sim.problem == "gpt":  # a script reads data of its own
-        check_text(job)
+    if how != "sim":
+        _check_link(job, part)
+    return check_text(job) if how != "script" and job.sim.problem == "gpt" else ""
 
 
 def check_answers(job: Job, how: How, part: int | None = None) -> None:
-    """``check_input`` but for what is trained on, which takes longest to look at."""
+    """``check_input`` but for what is trained on, which takes longest to look at, and for the network and GPUs of this machine,
+    which may not be where the job runs."""
     if not (how == "sim" and job.sim.clock == "poisson"):
         check_trains(of_section(job.sync.model_dump(exclude_none=True), job.islands.count))
     if how != "sim" or not job.sim.has_clock:
@@ -200,7 +202,6 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
         refuse_sim(job)
         if part is None:
             check_hosts(job)
-        _check_link(job, part)
     if how != "script" and job.sim.problem == "gpt":
         check_loggers(job)
         if job.model.factory:
@@ -238,7 +239,8 @@ def _check_factory(job: Job) -> None:
     factory_of(job.model)
 
 
-def check_text(job: Job) -> None:
+def check_text(job: Job) -> str:
+    """The hash of what is trained on, which takes long to make; raises ValueError where that does not fit the job."""
     from dtrain.data.corpus import check_fits, corpus_of
 
     corpus = corpus_of(job.data)
@@ -247,6 +249,7 @@ def check_text(job: Job) -> None:
         from dtrain.hf_model import check_config  # torch
 
         check_config(job.model.hf, corpus, job.model.context)
+    return corpus.hash
 
 
 def _refuse_barriers(job: Job) -> None:

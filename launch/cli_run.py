@@ -86,7 +86,7 @@ def _part(
     address(meet)  # before anything is written
     console = Console()
     with open_part(job_file, changes, choice, island, how="script" if script else "run") as opened:
-        outcome = run_part(opened.job, opened.run, island, meet, script=script, console=console)
+        outcome = run_part(opened.job, opened.run, island, meet, script=script, console=console, text=opened.text)
     if outcome.exit_status:
         raise typer.Exit(complain(outcome.exit_status, outcome.message))
     console.print(Text(f"\nwhat is island {island}'s own is in {opened.run}"), soft_wrap=True)

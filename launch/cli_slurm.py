@@ -56,13 +56,14 @@ def slurm(
     One torchrun a node; islands lie in one partition, or each in its own. Submitted
     again, or requeued at its time limit, it goes on from the newest checkpoint.
     Islands of launcher ssh are started from there, on their hosts. With "-- SCRIPT
-    ARGS" at the end every rank runs that script, as with dtrain run.
+    ARGS" at the end every rank runs that script, as with dtrain run; of it dtrain has
+    no checkpoint, and it is not requeued.
 
     Example: dtrain slurm JOB.toml link.interface=ib0 --gpus-per-node 8 --submit
     """
-    from dtrain.launch.checks import read_job, refuse_sim, resolved
+    from dtrain.launch.checks import read_job, refuse_sim
     from dtrain.launch.output_file import STDOUT, check_output, put
-    from dtrain.launch.slurm import Asked, check_sbatch, sbatch, script
+    from dtrain.launch.slurm import Asked, check_rewritten, check_sbatch, sbatch, script
 
     asked = Asked(
         partitions=tuple(partition or ()),
@@ -82,9 +83,8 @@ def slurm(
         raise ValueError(f"--ssh-config {ssh_config} is no file")
     job = read_job(job_file, overrides or ())
     refuse_sim(job)
-    if not asked.script:  # which may choose a recipe of its own
-        resolved(job)
     text = script(job, job_file, tuple(overrides or ()), asked)
+    check_rewritten(job_file, tuple(overrides or ()), asked)
     check_output(output, force=force)
     if submit:
         check_sbatch()

@@ -95,8 +95,14 @@ def _below(folder: str, value: object) -> object:
 
 def _part(call: Call, launch: islands.Launch, island: int) -> list[str]:
     flags = [*(["--resume"] if call.resume else []), *(["--fresh"] if call.fresh else [])]
-    script = ["--", *launch.script] if launch.script else []
+    script = ["--", *_script_there(launch, island)] if launch.script else []
     return ["--island", str(island), "--meet", launch.meet, *flags, *script]
+
+
+def _script_there(launch: islands.Launch, island: int) -> list[str]:
+    """As ``job_sent`` names the job's files."""
+    file, *arguments = launch.script
+    return [file if launch.job.island(island).workdir is None else str(_below(os.getcwd(), file)), *arguments]
 
 
 class There:

@@ -25,7 +25,7 @@ from dtrain.launch.decide import Done, Restart, Seen, Stop, decide
 from dtrain.launch.elsewhere import Call, There
 from dtrain.launch.launcher_word import WordFile
 from dtrain.launch.launchers import Here, Launcher, Look
-from dtrain.launch.part_words import say_commits, say_job, say_started, text_hash
+from dtrain.launch.part_words import contents, say_commits, say_job, say_started
 from dtrain.launch.progress import IslandView, Progress, Tail, slowest_step
 from dtrain.launch.resume import resume_step_of
 from dtrain.launch.view import LiveView
@@ -65,12 +65,15 @@ def run_local(
     options: tuple[str, ...] = (),
     call: Call | None = None,
     sites: tuple[islands.Site, ...] = (),
+    text: str = "",
 ) -> Outcome:
     """Run a job to its end; when this returns or raises, no process of it is left. ``options`` are given to each rank; without
-    ``call`` all islands are on this machine, each where ``sites`` say. Raises ValueError where the job says otherwise."""
+    ``call`` all islands are on this machine, each where ``sites`` say; those elsewhere have the same ``text``, by its hash.
+    Raises ValueError where the job says otherwise."""
     if job.elsewhere and call is None:
         said = f'islands.each.{job.elsewhere[0]}.launcher = "{job.island(job.elsewhere[0]).launcher}"'
         raise ValueError(f'{said}: this command runs all islands on this machine; use "local"')
+    held = contents(job, text, script)  # before anyone can wait for it
     listener, meet = meeting.listen(job.link)
     tag = secrets.token_hex(8)
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, options=options, sites=sites)
@@ -85,7 +88,7 @@ def run_local(
                 fleet.start()
             store = meeting.serve(listener)  # imports torch while the islands do
             store.set("regroup", f"0:{resume_step}")
-            say_job(store, job, text_hash(job, script) if job.elsewhere else "")
+            say_job(store, job, held)
             if not job.elsewhere:
                 fleet.say_started(fleet.everyone, store)
             if call is not None and job.elsewhere:

@@ -41,12 +41,16 @@ _CONNECT_S = 2.0
 _NOTES: Mapping[part_words.State, str] = {"idle": "waits for the launcher", "failed": "lost; the launcher decides"}
 
 
-def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, ...], console: Console) -> Outcome:
-    """Keep one island of a job to its end; when this returns or raises, no process of it is left.
+def run_part(
+    job: Job, run: Path, island: int, meet: str, *, script: tuple[str, ...], console: Console, text: str = ""
+) -> Outcome:
+    """Keep one island of a job to its end; when this returns or raises, no process of it is left. ``text``: the hash of what it
+    trains on, which the launcher's must be.
 
     Raises PeerLost where the launcher cannot be found within link.timeout_s, or is gone; ValueError where its job is another."""
     tag, torchruns = secrets.token_hex(8), islands.take_torchruns()
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, torchruns=torchruns)
+    held = part_words.contents(job, text, script)  # before the launcher can wait for it
     part, line, outcome = Part(launch, island), None, Outcome(1, "this part of the launcher failed")
     word = WordFile(launch.run, job.islands.count, 0, part=island, meet=meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():
@@ -55,7 +59,7 @@ def run_part(job: Job, run: Path, island: int, meet: str, *, script: tuple[str, 
             from dtrain import checkpoint  # noqa: F401  (seconds of import, before anyone waits for a word of this part)
 
             with _launcher_there(meet):
-                line = _join(store, launch, island, view.line)
+                line = _join(store, launch, island, held, view.line)
             outcome = _keep(part, line, store, meet, view, word)
         except Stopped as stop:
             outcome = Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
@@ -262,14 +266,21 @@ def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -
     return store
 
 
-def _join(store: Store, launch: islands.Launch, island: int, say: Callable[[str], None]) -> Line:
-    part_words.check_job(store, launch.job, island, part_words.text_hash(launch.job, launch.script))
-    mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run))
+def _join(
+    store: Store, launch: islands.Launch, island: int, held: part_words.Contents, say: Callable[[str], None]
+) -> Line:
+    part_words.check_job(store, launch.job, island, held)
+    mine = Joined(secrets.token_hex(8), socket.gethostname(), str(launch.run), held)
     line = Line(store, island, mine.nonce)
     line.report(Report(0))
     has = part_words.join(store, island, mine)
     if has != mine:
         raise ValueError(f"--island {island} has joined already, from {has.host}:{has.run}; stop that one first")
+    try:
+        part_words.check_held(store, launch.job, island, held)  # two sites that came at once
+    except ValueError:
+        part_words.forget_joined(store, island)
+        raise
     say(f"island {island} has joined the launcher at {launch.meet}; its files are in {launch.run}")
     return line
 

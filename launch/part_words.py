@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dtrain.config import Job
 from dtrain.metrics import ErrorNote
-from dtrain.own_name import is_own
+from dtrain.own_name import OWN_AXES, is_own
+from dtrain.topology import is_file
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -37,6 +38,25 @@ _SAME_INSIDE = (("data", "tokenizer"), ("model", "factory"), ("model", "hf"), ("
 """What may name a file: it lies where a site says, and holds the same everywhere."""
 _OF_A_FOLDER = {"tokenizer": "tokenizer.json", "hf": "config.json"}
 """Of one that is a folder. Weights beside it are not compared: islands begin with island 0's."""
+_SCRIPT = "the script after --"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Of a file, or of the text."""
+
+    digest: str
+    """sha256, in hex."""
+    place: str
+    """HOST:PATH."""
+
+    @property
+    def name(self) -> str:
+        return self.place.partition(":")[2]
+
+
+Contents = Mapping[str, Content]
+"""By what names the file in a job: ``data.tokenizer``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +68,8 @@ class Joined:
     host: str
     run: str
     """The folder there."""
+    held: Contents = field(default_factory=dict[str, Content])
+    """What its files hold, so that sites agree on what the launcher has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +102,7 @@ class Report:
     """Of an island that failed: where its log is, and the end of it."""
 
 
-_JOINED, _ORDER, _REPORT = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report)
+_JOINED, _ORDER, _REPORT, _HELD = TypeAdapter(Joined), TypeAdapter(Order), TypeAdapter(Report), TypeAdapter(dict[str, Content])
 
 
 class Line:
@@ -140,16 +162,19 @@ def forget_joined(store: Store, island: int) -> None:
     store.delete_key(_joined(island))
 
 
-def text_hash(job: Job, script: Sequence[str]) -> str:
-    """Of what the job trains on, where its files lie here; empty where a script reads data of its own."""
-    from dtrain.data.corpus import corpus_of
+def contents(job: Job, text: str = "", script: Sequence[str] = ()) -> Contents:
+    """What the files of a job hold here. ``text``: the hash of what it trains on; empty where a ``script`` reads data of its
+    own."""
+    named = [*((f"{section}.{key}", path) for section, key, path in _files(job)), *_of_rounds(job)]
+    named += [(_SCRIPT, Path(script[0]))] if script else []
+    found = [(key, str(path), _digest(path)) for key, path in named if path.is_file()]
+    found += [("data.source", job.data.source, text)] if text else []
+    return {key: Content(digest, f"{socket.gethostname()}:{name}") for key, name, digest in found}
 
-    return "" if script else corpus_of(job.data).hash
 
-
-def say_job(store: Store, job: Job, text: str = "") -> None:
-    """``text``: its ``text_hash``, where sites are to have the same."""
-    _check_contents(store, job, text)
+def say_job(store: Store, job: Job, held: Contents | None = None) -> None:
+    """``held``: the ``contents`` that sites are to have, too."""
+    store.set("part/held", _HELD.dump_json(dict(held or {})).decode())
     store.set("part/job", json.dumps({"elsewhere": job.elsewhere, "answers": _answers(job)}))
 
 
@@ -157,7 +182,7 @@ def has_job(store: Store) -> bool:
     return store.check(["part/job"])
 
 
-def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
+def check_job(store: Store, job: Job, island: int, held: Contents | None = None) -> None:
     """Raises ValueError where the launcher has not left this island to its site, or is at another job, or a file of the job, or
     its text, holds something else here."""
     said = json.loads(store.get("part/job"))
@@ -171,22 +196,21 @@ def check_job(store: Store, job: Job, island: int, text: str = "") -> None:
                 f"{key} = {mine.get(key)!r} differs from the launcher's {theirs.get(key)!r}; give both the same job file and the "
                 "same section.key=value"
             )
-    _check_contents(store, job, text)
+    check_held(store, job, island, held or {})
 
 
-def _check_contents(store: Store, job: Job, text: str) -> None:
-    """Files of a job against those of whoever had one first: the launcher, or, where none of its islands needs it, a site."""
-    found = [(f"{section}.{key}", str(path), _digest(path)) for section, key, path in _files(job) if path.is_file()]
-    for key, name, digest in [*found, ("data.source", job.data.source, text)]:
-        if not digest:
-            continue
-        mine = {"digest": digest, "place": f"{socket.gethostname()}:{name}"}
-        first = json.loads(store.compare_set(f"part/file/{key}", "", json.dumps(mine)))
-        if first["digest"] != digest:
-            raise ValueError(
-                f"{key}: {name} is not what {first['place']} is (sha256 {digest[:8]} and {first['digest'][:8]}); copy that one "
-                f"here, or name one that is the same, {key}=PATH"
-            )
+def check_held(store: Store, job: Job, island: int, held: Contents) -> None:
+    """Raises ValueError where a file is not what the launcher has, or, where none of its islands needs it, a site that has
+    joined: one that was refused has said nothing."""
+    sites = [site for k in job.elsewhere if k != island and (site := joined(store, k)) is not None]
+    for theirs in (_read(_HELD, store.get("part/held").decode()), *(site.held for site in sites)):
+        for key, mine in held.items():
+            first = theirs.get(key, mine)
+            if first.digest != mine.digest:
+                raise ValueError(
+                    f"{key}: {mine.name} is not what {first.place} is (sha256 {mine.digest[:8]} and {first.digest[:8]}); copy "
+                    f"that one here, or name one that is the same{'' if key == _SCRIPT else f', {key}=PATH'}"
+                )
 
 
 def _digest(path: Path) -> str:
@@ -256,3 +280,14 @@ def _files(job: Job) -> Iterator[tuple[str, str, Path]]:
         path = Path(value.rpartition(":")[0] if is_own(value) else value)
         if path.is_absolute():
             yield section, key, path / _OF_A_FOLDER[key] if path.is_dir() and key in _OF_A_FOLDER else path
+
+
+def _of_rounds(job: Job) -> Iterator[tuple[str, Path]]:
+    """(key, file) of a graph, and of code of one's own: of [sync], or of each of its levels."""
+    for k, level in enumerate(job.sync.level or [job.sync]):
+        where = "sync" if job.sync.level is None else f"sync.level.{k}"
+        for key in OWN_AXES:
+            if is_own(value := getattr(level, key) or ""):
+                yield f"{where}.{key}", Path(value.rpartition(":")[0])
+        if level.graph is not None and is_file(level.graph):
+            yield f"{where}.graph", Path(level.graph)

@@ -33,6 +33,7 @@ class Opened:
     resume_step: int
     notes: tuple[str, ...] = ()
     finished: bool = False  # no island has anything left to do
+    text: str = ""  # the hash of what is trained on; empty where nothing is left to do, or a script reads data of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,14 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
             said = f"all {kept.train.steps} steps are done: nothing is left but to show what came out"
             yield Opened(kept, run, kept.train.steps, (said, *_kept_note(job, kept)), finished=True)
             return
-        check_input(kept or job, how)
+        text = check_input(kept or job, how)
         with _usable(run):
             if not run.is_dir():
                 _make(run)
                 held.enter_context(_locked(run))
                 _refuse_what_is_there(run, choice)  # of a launch that was quicker
             opened = _begin(run, job) if kept is None else Opened(kept, run, *go_on(run, kept))
+        opened = replace(opened, text=text)
         if kept is not None:
             opened = replace(opened, notes=(*opened.notes, *_kept_note(job, kept)))
         if how != "script":
@@ -103,7 +105,7 @@ def open_part(job_path: Path, overrides: Sequence[str], choice: Choice, island: 
     job = job.model_copy(update={"job": job.job.model_copy(update={"name": run.resolve().name})})
     resumes = choice.resume and (run / "job.toml").exists()
     with ExitStack() as held:
-        check_input(job, how, island)
+        text = check_input(job, how, island)
         with _usable(run):
             if not run.is_dir():
                 _make(run)
@@ -114,7 +116,7 @@ def open_part(job_path: Path, overrides: Sequence[str], choice: Choice, island: 
             else:
                 opened = Opened(with_absolute_paths(job), run, 0)
                 write_job(run, opened.job)
-        yield opened
+        yield replace(opened, text=text)
 
 
 def _folder_of(job_path: Path, job: Job, choice: Choice) -> Path:

@@ -44,7 +44,14 @@ def run_shown(
         outcome = Outcome(0)
         if not opened.finished:
             outcome = run_local(
-                opened.job, opened.run, resume_step=opened.resume_step, script=script, console=console, sites=sites, call=call
+                opened.job,
+                opened.run,
+                resume_step=opened.resume_step,
+                script=script,
+                console=console,
+                sites=sites,
+                call=call,
+                text=opened.text,
             )
         if outcome.exit_status == 0:
             close(console, opened.run, opened.job.islands.count, summary=not script, elsewhere=opened.job.elsewhere)

@@ -23,8 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import Job
+from dtrain.launch.checks import check_answers, read_job, resolved
 from dtrain.launch.outside import MEET, each_override, nodes_of, tables_of
-from dtrain.launch.slurm_parts import ALONE, END, GO_ON, JOIN, LAUNCHER, NODES, STOP, TORCHRUNS
+from dtrain.launch.slurm_parts import (
+    AGAIN,
+    ALONE,
+    COMMITS,
+    COMMITS_NONE,
+    END,
+    GO_ON,
+    JOIN,
+    LAUNCHER,
+    NEVER_AGAIN,
+    NEWEST,
+    NODES,
+    STOP,
+    TORCHRUNS,
+)
 from dtrain.sections_each import IslandPlan
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")  # of a partition, several of them, or an account
@@ -70,14 +85,16 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
     lines += ["", *_places(job, asked, job.link.interface or islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
-    lines += [*_job(job, job_file, overrides, asked), "", STOP.replace("@kept", kept), GO_ON]
+    newest = "" if asked.script else NEWEST.replace("@kept", kept)
+    lines += [*_job(job, job_file, overrides, asked), "", f"{STOP}{newest}{GO_ON}"]
     if asked.island is None:
         config = "" if asked.ssh_config is None else f" --ssh-config {shlex.quote(str(asked.ssh_config))}"
-        lines += ["", LAUNCHER.replace("@every", str(job.train.checkpoint_every)).replace("@config", config)]
+        does = COMMITS_NONE if asked.script else COMMITS.replace("@every", str(job.train.checkpoint_every))
+        lines += ["", LAUNCHER.replace("@does", does).replace("@config", config)]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
     if asked.island is not None:
         lines.append(ALONE)
-    return "\n".join([*lines, "", END])
+    return "\n".join([*lines, "", f"{END}{NEVER_AGAIN if asked.script else AGAIN}"])
 
 
 def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[Where]:
@@ -121,6 +138,20 @@ def _of_slurm(job: Job, asked: Asked) -> list[int]:
     if not found:
         raise ValueError('no table [[islands.each]] leaves its island to Slurm; use launcher = "slurm" there, or dtrain run')
     return found
+
+
+def check_rewritten(job_file: Path, overrides: Sequence[str], asked: Asked) -> None:
+    """Raises ValueError for what each ``dtrain run`` of the script would refuse, once the nodes are there."""
+    how, job = "script" if asked.script else "run", read_job(job_file, overrides)
+    parts: list[int | None] = [asked.island]
+    if asked.island is None:
+        numbers = _of_slurm(job, asked)
+        job = read_job(job_file, (*overrides, _tables(job, numbers), "link.advertise=head"))
+        parts += numbers
+    if not asked.script:  # which may choose a recipe of its own
+        job = resolved(job)
+    for part in parts:
+        check_answers(job, how, part)
 
 
 def check_sbatch() -> None:
@@ -187,11 +218,18 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
     if asked.island is None:
         yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
         yield f"# {job.job.name}-islandK: all nodes must see these folders under these names."
-        yield "# Submitted again, it goes on from the newest checkpoint."
+        anew = "every rank runs the script anew: dtrain has no checkpoint of it"
+        yield f"# Submitted again, {anew if asked.script else 'it goes on from the newest checkpoint'}."
     else:
         yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
-        yield f"# {_run(job)}-island{asked.island}. Submitted again, it goes on with that."
+        again = "runs the script anew" if asked.script else "goes on with that"
+        yield f"# {_run(job)}-island{asked.island}. Submitted again, it {again}."
     yield ""
+
+
+def _tables(job: Job, numbers: Sequence[int]) -> str:
+    """An override that leaves these islands to Slurm."""
+    return each_override(job, "slurm", [k for k in range(job.islands.count) if k not in numbers])
 
 
 def _elsewhere(plan: IslandPlan) -> str:
@@ -228,9 +266,9 @@ def _component(job: Job, asked: Asked, islands: Sequence[Where], *, first: bool)
         yield f"#SBATCH --job-name={name}"
         yield f"#SBATCH --output={name}-%j.log"
         yield "#SBATCH --open-mode=append"
-        yield "# A signal 120 s before the time limit, and back into the queue:"
+        yield f"# A signal 120 s before the time limit, and {'never' if asked.script else 'back'} into the queue:"
         yield "#SBATCH --signal=B:USR1@120"
-        yield "#SBATCH --requeue"
+        yield f"#SBATCH --{'no-requeue' if asked.script else 'requeue'}"
     else:
         yield "#SBATCH hetjob"
     if islands[0].partition:
@@ -277,8 +315,7 @@ def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> It
     """What ``dtrain run`` is given."""
     words = [str(job_file), *overrides]
     if asked.island is None:
-        numbers = _of_slurm(job, asked)
-        words.append(each_override(job, "slurm", [k for k in range(job.islands.count) if k not in numbers]))
+        words.append(_tables(job, _of_slurm(job, asked)))
     yield "job=("
     yield from (f"    {shlex.quote(word)}" for word in words)
     if asked.island is None:

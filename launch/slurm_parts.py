@@ -13,16 +13,22 @@ trap 'ended=cancelled; stop' TERM
 gone() { # seconds to wait at most until none of these processes is left
     timeout "$1" bash -c 'while kill -0 "$@"; do sleep 0.2; done' _ "${@:2}" 2>/dev/null
 }
-newest() { # the newest checkpoint that counts
+"""
+
+NEWEST = r"""newest() { # the newest checkpoint that counts
     local mark found=none
     for mark in @kept/checkpoints/step_*/COMMIT; do
         found=$mark
     done
     echo "$found"
 }
-before=$(newest)"""
+before=$(newest)
+"""
 
-LAUNCHER = r"""# The launcher: it owns the meeting point, commits checkpoints (every @every steps), and ends when the run does.
+COMMITS = "owns the meeting point, commits checkpoints (every @every steps), and ends when the run does."
+COMMITS_NONE = "owns the meeting point, and ends when the run does."
+
+LAUNCHER = r"""# The launcher: it @does
 go_on "$run"
 dtrain run "${job[@]}"@config "${resume[@]}" "${script[@]}" &
 main=$!
@@ -81,7 +87,9 @@ wait || true
 if ((status == 143 && failed)); then
     status=$failed    # it was stopped here, for an island's sake
 fi
+"""
 
+AGAIN = r"""
 # Back into the queue at the time limit; and after a failure where a checkpoint is newer than this start, so that no fault is
 # repeated for ever.
 if [[ $ended == cancelled ]]; then
@@ -94,4 +102,15 @@ else
     echo "ended with status $status; the run goes on from its newest checkpoint when the job starts again"
 fi
 scontrol requeue "${SLURM_JOB_ID}"
+"""
+
+NEVER_AGAIN = r"""
+# Never back into the queue: dtrain has no checkpoint of a script, and would begin it anew each time.
+if [[ $ended == limit ]]; then
+    echo "stopped before the time limit, and not queued again: dtrain has no checkpoint of a script"
+fi
+if [[ -n $ended ]]; then
+    exit 143
+fi
+exit "$status"
 """

@@ -3,10 +3,13 @@ islands."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from dtrain import checkpoint, metrics
 from dtrain.config import Job, parse_job
 from dtrain.launch import islands, part, part_words
 from dtrain.launch.cli import run_command
-from dtrain.launch.elsewhere import Call, There, by_hand, by_ssh
+from dtrain.launch.elsewhere import Call, There, by_hand, by_ssh, job_sent
 from dtrain.launch.islands import Launch
 from dtrain.launch.part_words import Joined, Line, Order, Report
 from dtrain.launch.run_folder import Choice, open_part
@@ -53,6 +56,10 @@ def test_the_command_of_a_site_and_that_of_ssh(tmp_path: Path, monkeypatch: pyte
     assert ssh == ["ssh", "-o", "BatchMode=yes", "-F", "ssh.conf", "user@far", "--"]
     part_of = "/opt/venv/bin/python -m dtrain.launch run - --island 1 --meet 10.0.0.1:4711 --fresh"
     assert line == f"cd '/srv/my run' && exec {part_of}"
+    for file, there in ((f"{Path.cwd()}/mine/a.py", "./mine/a.py"), ("/else/a.py", "/else/a.py"), ("a.py", "a.py")):
+        scripted = replace(launch, script=(file, "--x"))
+        line = by_ssh(Call(Path("j.toml"), fresh=True), scripted, 1)[-1]
+        assert line == f"cd '/srv/my run' && exec {part_of} -- {there} --x", "as the job's files are named"
     monkeypatch.setenv("DTRAIN_KERNELS", "reference")
     line = by_ssh(Call(Path("j.toml"), fresh=True), launch, 1)[-1]
     assert line == f"cd '/srv/my run' && exec env DTRAIN_KERNELS=reference {part_of}"
@@ -171,6 +178,24 @@ def test_why_ssh_failed_is_its_own_last_line(tmp_path: Path, monkeypatch: pytest
         assert (tmp_path / "stdin").read_text() == "[job]\n"
         assert there.end_of_log() == (str(tmp_path / "logs" / "island1" / "site.log"), ["dtrain: far: no route"])
         there.hang_up()
+
+
+def test_ssh_is_given_the_job_as_its_host_names_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\ncat > {tmp_path}/stdin\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    far = {"launcher": "ssh", "host": "far", "workdir": "/srv"}
+    job = parse_job({"islands": {"each": [{}, far]}, "data": {"source": f"{tmp_path}/text.txt"}, "link": LINK})
+    launch = Launch(job, tmp_path, "h:1", "tag")
+    there = There(launch, 1, HashStore(), Call(Path("j.toml")), lambda text: None)
+    there.prepare(0, lost=True)
+    (ssh,) = there.agents()
+    assert ssh.wait(timeout=30) == 0
+    sent = (tmp_path / "stdin").read_text()
+    assert sent == job_sent(launch, 1)
+    assert parse_job(tomllib.loads(sent)).data.source == "./text.txt"
+    there.hang_up()
 
 
 # ---- the part, under a launcher that the test plays

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,33 @@ def test_each_start_is_followed_until_one_ends_well() -> None:
         assert words[-4:] == ["-m", "dtrain.launch", "train", "/runs/x/job.toml"]
         assert (said["DTRAIN_ISLAND"], said["DTRAIN_NUM_ISLANDS"], said["DTRAIN_MEET"]) == ("1", "2", "there:29400")
         assert said["DTRAIN_RUN"] == "/runs/x"
+
+
+def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the one here, by who was told so; all else of the command stays."""
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
+    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
+    alone = islands.command(launch, 1, 3)
+    several = islands.command(replace(launch, torchruns=islands.take_torchruns()), 1, 3)
+    assert islands.TORCHRUN_VARIABLE not in os.environ, "what ranks start has other nodes"
+    assert islands.take_torchruns() == ()
+    assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
+    assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
+    assert alone[5] == "--rdzv-id=epoch3-tag"
+    assert several[7:] == ["--rdzv-id=epoch3", *alone[6:]], "a name that torchruns elsewhere know too"
+
+
+def test_the_command_starts_the_torchruns_that_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler's script does, and the meeting point tells of the start."""
+    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, shlex.join([sys.executable, "-IS", "torchrun.py", "--node-rank=1"]))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("started/1", "2:500")
+    assert follow.main("job.toml", "/runs/x", "1", f"127.0.0.1:{store.port}") == 0
+    (line,) = Path("starts").read_text().splitlines()
+    words, said = json.loads(line)
+    assert words[:2] == ["--node-rank=1", "--rdzv-id=epoch2"]
+    assert (said["DTRAIN_RUN"], said["DTRAIN_RESUME_STEP"]) == ("/runs/x", "500")
+    assert islands.TORCHRUN_VARIABLE not in said, "what ranks start has other nodes"
 
 
 def test_the_meeting_point_is_asked() -> None:

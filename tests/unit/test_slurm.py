@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtrain.config import load_job
-from dtrain.launch import islands, outside, slurm
+from dtrain.launch import outside, slurm
 from dtrain.launch.cli import run_command
 from dtrain.launch.slurm import Asked, Where, layout
 from tests.unit.small_run import refused, write_job_file
@@ -73,6 +72,8 @@ JOBS = {
     "one of them": (IB, "--island", "1", "--meet", "login1:29400"),
     "one of them on several nodes": (IB, *RANKS, "--island", "1", "--meet", "login1:29400", "--nodes-per-island", "2"),
     "one in all": ("islands.count=1", "sync.recipe=local", "--setup", "module load 'cuda/12.4'"),
+    "a script": (IB, *SCRIPT),
+    "a script on one of them": (IB, "--island", "1", "--meet", "login1:29400", *SCRIPT),
     "beside others": (IB, FAR, "islands.count=4", *("--partition", "a"), *("--partition", "b"), *("--ssh-config", "it's mine")),
 }
 
@@ -234,20 +235,6 @@ def test_an_island_of_several_nodes_joins_and_has_a_torchrun_on_each(stubs: Path
     assert all("--gpus-per-node=2" in call["arguments"] for call in calls("srun"))
 
 
-def test_torchruns_are_started_as_the_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the one here, by who was told so; all else of the command stays."""
-    monkeypatch.setenv(islands.TORCHRUN_VARIABLE, "'srun' '--nodes=2' 'bash' '-c' 'exec \"$@\"' '_' '--nnodes=2'")
-    launch = islands.Launch(load_job(Path("job.toml")), Path("/runs/x"), "n1:20007", "tag")
-    alone = islands.command(launch, 1, 3)
-    several = islands.command(replace(launch, torchruns=islands.take_torchruns()), 1, 3)
-    assert islands.TORCHRUN_VARIABLE not in os.environ, "what ranks start has other nodes"
-    assert islands.take_torchruns() == ()
-    assert several[:7] == ["srun", "--nodes=2", "bash", "-c", 'exec "$@"', "_", "--nnodes=2"]
-    assert alone[1:5] == ["-m", "dtrain.launch.agent", "--nnodes=1", "--nproc-per-node=1"]
-    assert alone[5] == "--rdzv-id=epoch3-tag"
-    assert several[7:] == ["--rdzv-id=epoch3", *alone[6:]], "a name that torchruns elsewhere know too"
-
-
 def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
     text = written(IB, "--island", "1", "--meet", "login1:29400", *at_stubs(stubs))
     assert ended(text, stubs, 1, allocation(apart=False, nodes=[["n9"]])) == 0
@@ -273,11 +260,8 @@ def test_islands_meet_where_the_launcher_listens(words: Sequence[str], head: lis
     assert '    "link.advertise=$head"' in lines[at:]
 
 
-@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
-def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
-    stubs: Path, number: signal.Signals, status: int, queued: list[str]
-) -> None:
-    text = written(IB, *at_stubs(stubs))
+def signalled(text: str, stubs: Path, number: signal.Signals) -> tuple[int, str]:
+    """Its exit status, and what it prints, where Slurm sends it a signal while the run goes on."""
     place = allocation(apart=False, nodes=[["n1"], ["n2"]])
     with start(text, stubs, 2, {**place, "HANGS": "1"}) as script:
         limit = time.monotonic() + 60
@@ -285,9 +269,31 @@ def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
             assert time.monotonic() < limit
             time.sleep(0.02)
         script.send_signal(number)
-        script.communicate(timeout=60)
-    assert script.returncode == status
+        printed, _ = script.communicate(timeout=60)
+    return script.returncode, printed
+
+
+@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
+def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
+    stubs: Path, number: signal.Signals, status: int, queued: list[str]
+) -> None:
+    assert signalled(written(IB, *at_stubs(stubs)), stubs, number)[0] == status
     assert [call["arguments"][1] for call in calls("scontrol") if call["arguments"][0] == "requeue"] == queued
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_script_is_never_queued_again(stubs: Path, number: signal.Signals) -> None:
+    """Of it there is no checkpoint, so that it would begin anew for ever; nor does the text speak of one."""
+    text = written(IB, *at_stubs(stubs), *SCRIPT)
+    assert "--no-requeue" in options(text)[0]
+    assert "--requeue" not in options(text)[0]
+    about = [line for line in text.splitlines() if "checkpoint" in line]
+    assert about
+    assert all("dtrain has no checkpoint of " in line for line in about)
+    status, printed = signalled(text, stubs, number)
+    assert status == 143
+    assert ("stopped before the time limit, and not queued again" in printed) == (number == signal.SIGUSR1)
+    assert [call["arguments"][0] for call in calls("scontrol")] == ["show"]
 
 
 @pytest.mark.parametrize(
@@ -337,6 +343,9 @@ def test_a_file_is_never_overwritten_unasked(capsys: pytest.CaptureFixture[str])
         ((IB, "--submit"), "--submit: this machine has no sbatch; write the script with --output FILE"),
         ((IB, "sync.evry=5"), "on the command line: unknown key sync.evry"),
         ((IB, "sync.delay=9"), "sync.delay = 9 is longer than sync.every = 5"),
+        ((IB, "train.optimizer=muon", "--", "train.py"), "train.optimizer = 'muon' has no effect on a script"),
+        ((IB, "log.tensorboard=true", "--island", "1", "--meet", "h:1", "--", "train.py"), "log.tensorboard = True has no"),
+        ((IB, "model.factory=none.py:build"), "model.factory = 'none.py:build': there is no file "),
         ((IB, "sim.step_s=1.0"), "sim.step_s = 1.0 has no effect with dtrain run"),
         ((IB, "--partition", "a b"), "--partition a b: Slurm has no such names"),
         ((IB, "--partition", "a", "--partition", "b", "--partition", "c"), "3 times --partition for 2 islands; name one for all"),
@@ -378,6 +387,6 @@ def test_islands_of_unlike_size_have_as_many_nodes_as_they_need(monkeypatch: pyt
     assert layout(job, tables, Asked(gpus_per_node=8)) == wanted
     for module in (slurm, outside):
         monkeypatch.setattr(module, "tables_of", lambda job: tables)
-    text = written(IB, "--gpus-per-node", "8")
+    text = written(IB, "train.batch=16", "--gpus-per-node", "8")
     assert 'torchruns 0 "$(nodes 0 1)" 2 8 --nodelist="$(nodes 0 2)"\njoin 1 --nodelist="$(nodes 2 1)"\n' in text
     assert """'islands.each=[{ranks = 16, interface = "eth1", launcher = "slurm"}, {launcher = "slurm"}]'""" in text
