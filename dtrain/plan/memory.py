@@ -18,7 +18,8 @@ class Memory:
 
     model: int
     """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
-    weights. Of ZeRO: what is computed with, its gradients, and moments with master weights where these are apart."""
+    weights; of frozen parameters the weights alone. Of ZeRO: what is computed with, its gradients, and moments with master
+    weights where these are apart."""
     kept: int
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
@@ -87,11 +88,12 @@ def memory(
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
     if shards.weights > 1 and model_parameters is not None:
         gathered = work.parameters * (number_bytes + 4)
-    at_hand = int(4 * (model_parameters or work.parameters) // num_ranks * sent.at_hand) if sharded else 0
+    at_hand = int(4 * (model_parameters or work.trained) // num_ranks * sent.at_hand) if sharded else 0
     weights = work.parameters * shards.number_bytes
-    state = work.parameters * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
+    gradient = work.trained * shards.number_bytes
+    state = work.trained * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
     held = (
-        (weights // shards.weights, shards.weights_on_host), (weights // shards.gradients, False),
+        (weights // shards.weights, shards.weights_on_host), (gradient // shards.gradients, False),
         (state // shards.state, shards.state_on_host),
     )  # fmt: skip
     return Memory(

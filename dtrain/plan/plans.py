@@ -32,6 +32,7 @@ class Setting:
     """A job without its recipe."""
 
     shapes: Shapes
+    """Of trained parameters: no recipe knows of frozen ones."""
     work: Work
     vocab: int
     tokens_per_step: int
@@ -70,7 +71,7 @@ class Setting:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Of the whole model, frozen ones too."""
         return sum(math.prod(shape) for part in self.stages for shape in part.values()) or self.work.parameters
 
     def fits(self, rank_bytes: int) -> bool:
