@@ -116,7 +116,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         vocab=vocab,
         tokens_per_step=job.train.batch * job.model.context,
         num_ranks=job.islands.ranks,
-        micro_batches=max(1, job.train.accumulate // in_flight),
+        micro_batches=job.train.accumulate,
         in_flight=in_flight,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,

@@ -107,10 +107,24 @@ def test_stages_that_lie_apart_are_busier_and_hold_more_micro_batches(job: Path)
         ["embedding.weight", "blocks.0.qkv.weight", "blocks.2.qkv.weight"],
         ["blocks.1.qkv.weight", "blocks.3.qkv.weight", "head.weight"],
     ]
-    assert (cut.in_flight, cut.micro_batches) == (3, 1), "five of stages that are half of a rank's"
+    assert (cut.in_flight, cut.micro_batches) == (3, 4), "five of stages that are half of a rank's"
     row = Planner(cut).row(resolve("diloco", {"codec": "identity", "reduce": "gather", "bucket_bytes": 100_000_000}, 2), 2)
     assert [f.rank for f in row.sent.period[0].rounds] == [0, 0, 1, 1], "a bucket a stage"
 
+
+@pytest.mark.parametrize(
+    ("stages", "held"),
+    [
+        (("islands.ranks=2", "islands.stages_per_rank=2", "train.accumulate=4", "train.batch=4"), 3),
+        (("islands.ranks=4", "train.accumulate=7", "train.batch=7"), 4),
+        (("islands.ranks=4", "train.accumulate=8", "train.batch=8"), 4),
+    ],
+)
+def test_a_stage_holds_as_many_micro_batches_as_are_in_flight(job: Path, stages: tuple[str, ...], held: int) -> None:
+    """Of one sequence each, whatever their number; fp32."""
+    cut, _ = setting(job, SAID, "islands.engine=pipeline", "model.layers=4", *stages)
+    row, w = Planner(cut).row(resolve("allreduce", {}, 2), 2), cut.work
+    assert row.memory.activations == held * w.context * (17 * 4 * w.layers * w.width + 8 * cut.vocab)
 
 def test_a_mesh_of_stages_and_shards_sends_the_buckets_of_the_whole_model(job: Path) -> None:
     gpu = Said(gpu="h100", bits_per_s=1e10, rtt_s=0.04)
