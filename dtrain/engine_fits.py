@@ -9,6 +9,10 @@ from dtrain.sections import Islands, ModelSection, Train
 from dtrain.sections_each import PIPELINES
 from dtrain.sections_sync import Sync
 
+MOST_SHARED_STAGES = 3
+"""Of a rank whose neighbours share them: of more torch's schedules (``max_active_stages`` of their plan of gathering) let some go
+within a step, and gather them again for a later micro-batch."""
+
 
 class Shape(NamedTuple):
     """Of an island, or of all that are alike."""
@@ -92,6 +96,12 @@ def _check_mesh(islands: Islands, shape: Shape) -> None:
         raise ValueError(
             f'{engine_key} = "fsdp+pipeline" with {shape.key} = {ranks} and islands.shards = {shards} is one stage, which is no '
             f"pipeline; use {shape.key}={2 * shards} or more, or {engine_key}=fsdp"
+        )
+    elif islands.stages_per_rank > MOST_SHARED_STAGES:
+        raise ValueError(
+            f'islands.stages_per_rank = {islands.stages_per_rank} with {engine_key} = "fsdp+pipeline", whose schedule keeps '
+            f"{MOST_SHARED_STAGES} stages of a rank gathered at most; use islands.stages_per_rank={MOST_SHARED_STAGES} or fewer, "
+            f"or {engine_key}=pipeline"
         )
 
 

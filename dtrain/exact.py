@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dtrain import own
 from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
-from dtrain.buffers import averaged_buffers, pack, persistent_buffers, together, unpack
+from dtrain.buffers import Frozen, averaged_buffers, pack, persistent_buffers, together, unpack
 from dtrain.connect import Connection
 from dtrain.core import Flight
 from dtrain.corrected import correct, moments
 from dtrain.errors import IslandsDiffer
-from dtrain.exchange import align, merge, tell
+from dtrain.exchange import DIGEST_BYTES, align, digest, merge, replace, tell
 from dtrain.held import frozen_of
 from dtrain.link import Link
 from dtrain.membership import Notice
@@ -173,15 +173,43 @@ class Exact:
         self.merges += 1
 
     def _align_frozen(self) -> None:
-        """Apart, so that a statistic that differs does not send a frozen model along."""
-        for number, few in enumerate(together(frozen_of(self._model))):
+        """Apart, so that a statistic that differs does not send a frozen model along. Digests of all go at once, and then a few
+        parameters at a time where they differ."""
+        groups = list(together(frozen_of(self._model)))
+        digests = list[Tensor]()
+        for few in groups:
             values = [p.read() for p in few]
-            if self._connection.num_nodes > 1:
-                flight = self._flight(START, self._beyond(_FROZEN), lambda link, values=values: align(values, link), number)
-                self._run(0, [flight] if self._ranks.replica == 0 else [])
             self._ranks.share(values)
-            for p, value in zip(few, values, strict=True):
-                p.write(value)
+            if self._connection.num_nodes > 1 and self._ranks.replica == 0:
+                digests.append(digest(values))
+        if not groups or self._connection.num_nodes == 1:
+            return
+        for number, apart in enumerate(self._differing(digests, len(groups))):
+            if apart and self._connection.node in (0, *apart):
+                self._replace(groups[number], apart, 1 + number)
+
+    def _differing(self, digests: Sequence[Tensor], count: int) -> list[list[int]]:
+        """Of each of so many groups the islands whose values are not island 0's; all who hold the same parameters learn them."""
+        everyone: list[Tensor] = []
+        flights: list[Flight] = []
+        if self._ranks.replica == 0:
+            own = torch.cat([*digests]).to(self._device)
+            flights.append(self._flight(START, self._beyond(_FROZEN), lambda link: tell(own, everyone, link), 0))
+        self._run(0, flights)
+        told = torch.zeros(self._connection.num_nodes, count, DIGEST_BYTES, dtype=torch.uint8, device=self._device)
+        for row, one in zip(told, everyone, strict=False):
+            row.copy_(one.view(count, DIGEST_BYTES))
+        self._ranks.share([told])
+        differ = (told != told[0]).any(dim=2).T.tolist()
+        return [[node for node, differs in enumerate(row) if differs] for row in differ]
+
+    def _replace(self, few: Sequence[Frozen], apart: Sequence[int], number: int) -> None:
+        values = [p.read() for p in few]
+        flight = self._flight(START, self._beyond(_FROZEN), lambda link: replace(values, apart, link), number)
+        self._run(0, [flight] if self._ranks.replica == 0 else [])
+        self._ranks.share(values)
+        for p, value in zip(few, values, strict=True):
+            p.write(value)
 
     def _compare_notes(self, step: int, apart: float) -> Averaged:
         told = self._tell(step, [apart, float(step)])

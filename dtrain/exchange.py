@@ -29,11 +29,25 @@ def tell(own: Tensor, everyone: list[Tensor], link: Link) -> Iterator[None]:
 
 def align(tensors: Sequence[Tensor], link: Link) -> Iterator[None]:
     """Compare the islands' values by hash; where one differs from island 0's, island 0 sends its own, byte for byte."""
-    digest = torch.frombuffer(bytearray(_digest(tensors)), dtype=torch.uint8).to(tensors[0].device)
     digests: list[Tensor] = []
-    yield from tell(digest, digests, link)
+    yield from tell(digest(tensors).to(tensors[0].device), digests, link)
     digests = [d.cpu() for d in digests]
-    differing = [n for n in range(link.num_nodes) if not torch.equal(digests[n], digests[0])]
+    yield from _give(tensors, [n for n in range(link.num_nodes) if not torch.equal(digests[n], digests[0])], link)
+
+
+def replace(tensors: Sequence[Tensor], differing: Sequence[int], link: Link) -> Iterator[None]:
+    """Island 0 sends these islands its values, byte for byte, and hears of each that has them: no more is under way to one
+    that is slow."""
+    yield from _give(tensors, differing, link)
+    if link.node == 0:
+        for peer in differing:
+            link.expect(peer, 1)
+    elif link.node in differing:
+        link.post(0, torch.zeros(1, dtype=torch.uint8, device=tensors[0].device))
+    yield
+
+
+def _give(tensors: Sequence[Tensor], differing: Sequence[int], link: Link) -> Iterator[None]:
     if link.node == 0 and differing:
         whole = torch.cat([_bytes(x).clone() for x in tensors])
         for peer in differing:
@@ -56,11 +70,12 @@ def merge(layout: Layout, x: Tensor, out: Tensor, link: Link) -> Iterator[None]:
     yield from path.run(x.to(torch.float32), out, {}, link)
 
 
-def _digest(tensors: Sequence[Tensor]) -> bytes:
+def digest(tensors: Sequence[Tensor]) -> Tensor:
+    """(DIGEST_BYTES) uint8, on the CPU."""
     hashed = hashlib.sha256()
     for x in tensors:
         hashed.update(_bytes(x).cpu().numpy().data)
-    return hashed.digest()
+    return torch.frombuffer(bytearray(hashed.digest()), dtype=torch.uint8)
 
 
 def _bytes(x: Tensor) -> Tensor:

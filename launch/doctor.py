@@ -126,6 +126,8 @@ class Size:
     state_bytes: int
     """What the recipe keeps."""
     checkpoint_bytes: int
+    frozen: int = 0
+    """Of the parameters."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ _SMALL_SHM_BYTES, _NCCL_SHM_BYTES = 2**26, 2**29
 """What containers have unless told otherwise; and what NCCL's ranks of one machine may want between them."""
 _FILES_BESIDE = 256
 """Open files of a process besides its connections."""
-_BYTES_A_PARAMETER = 16
-"""fp32 weights, gradients and AdamW's moments; activations come on top."""
+_BYTES_A_WEIGHT, _BYTES_BESIDE = 4, 12
+"""fp32 weights, and of those that are trained gradients and AdamW's moments; activations come on top."""
 
 
 # ---- folders
@@ -149,7 +149,7 @@ def memory(torch: Torch | None, asked: Asked | None, size: Size | None, free_byt
     what = f"{units.show_bytes(free_bytes)} free"
     if asked is None or size is None or (torch is not None and torch.gpus):
         return Finding("memory", "ok", what)
-    whole = _BYTES_A_PARAMETER * size.parameters
+    whole = _BYTES_A_WEIGHT * size.parameters + _BYTES_BESIDE * (size.parameters - size.frozen)
     copies = [plan.ranks if plan.engine == "ddp" else 1 for plan in asked.here.values()]
     needed = sum(count * whole + size.state_bytes for count in copies)
     what += f"; the islands here hold {units.show_bytes(needed)} at least"

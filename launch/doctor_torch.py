@@ -97,14 +97,15 @@ def size_of(job: Job, recipe: Recipe, vocab: int) -> Size:
     from dtrain.recipes import moments_of, optimizer_of
 
     model = model_of_shapes(job, vocab)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    parameters, by_muon = sum(map(math.prod, shapes.values())), sum(p.numel() for p in hidden_matrices(model))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    trained, by_muon = sum(map(math.prod, shapes.values())), sum(p.numel() for p in hidden_matrices(model))
     optimizer = optimizer_of(recipe, job.train.optimizer, job.train.moments_every)
-    numbers = {"adamw": 2, "muon": 2, "schedule_free": 3, "sgd": 0}[optimizer] * parameters
+    numbers = {"adamw": 2, "muon": 2, "schedule_free": 3, "sgd": 0}[optimizer] * trained
     numbers -= by_muon if optimizer == "muon" else 0
-    numbers += parameters if (moments_of(recipe, job.train.moments_every) or 1) > 1 else 0
+    numbers += trained if (moments_of(recipe, job.train.moments_every) or 1) > 1 else 0
     kept = sum(sent(level, shapes, job.islands.count).state_bytes for level in recipe.levels)
-    return Size(parameters, kept, 4 * (parameters + numbers) + kept)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Size(parameters, kept, 4 * (parameters + numbers) + kept, parameters - trained)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
     if said.measures_steps and job.sim.step_s:
         said = replace(said, step_s=job.sim.step_s)
     model, vocab = _model(job)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     stages, in_flight, shards = _stages(job, model), _in_flight(job), shards_of(job)
     if job.model.theirs:
         work = _own_work(job, model, vocab)
@@ -116,7 +116,7 @@ def setting_of(job_file: Path, overrides: Sequence[str], job: Job, said: Said, c
         vocab=vocab,
         tokens_per_step=job.train.batch * job.model.context,
         num_ranks=job.islands.ranks,
-        micro_batches=max(1, job.train.accumulate // in_flight),
+        micro_batches=job.train.accumulate,
         in_flight=in_flight,
         moments_every=job.train.moments_every,
         sam_rho=job.train.sam_rho,
@@ -201,7 +201,8 @@ def _own_work(job: Job, model: nn.Module, vocab: int) -> Work:
     layers = max((len(m) for m in model.modules() if isinstance(m, nn.ModuleList)), default=0)
     width = max((table.shape[1] for table in tables), default=0)
     tokens = job.train.batch * job.model.context // job.islands.ranks
-    return Work(tokens, total, total - looked_up, layers, width, job.model.context)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return Work(tokens, total, total - looked_up, layers, width, job.model.context, frozen)
 
 
 def _hidden(model: nn.Module, stage: Shapes) -> int:

@@ -10,14 +10,15 @@ from dtrain import units
 from dtrain.config import Job
 from dtrain.plan.accelerators import Work
 
-_BYTES_A_PARAMETER = 16
-"""fp32 weights, gradients and AdamW's moments; activations come on top, so that what is refused would not have fitted."""
+_BYTES_A_WEIGHT, _BYTES_BESIDE = 4, 12
+"""fp32 weights, and of those that are trained gradients and AdamW's moments; activations come on top, so that what is refused
+would not have fitted."""
 
 
 def check_room(job: Job, work: Work) -> None:
     """Raises ValueError where the ranks of all islands, which are started at once, hold more than is there."""
     ranks = job.islands.count * job.islands.ranks
-    needed, there = ranks * work.parameters * _BYTES_A_PARAMETER, free_bytes()
+    needed, there = ranks * (work.parameters * _BYTES_A_WEIGHT + work.trained * _BYTES_BESIDE), free_bytes()
     if there is not None and needed > there:
         raise ValueError(
             f"a step cannot be measured here: {ranks} ranks of {work.parameters:,} parameters hold "

@@ -38,7 +38,7 @@ def shard_stages(
 ) -> dist.ProcessGroup:
     """As ``shard``, the stages of a rank, of ranks that are a mesh of stages x ``shards``: its neighbours of the same stage share
     their parameters. Returns the ranks that pass a batch on. What is gathered of a stage stays so until a step's last backward
-    pass: of many micro-batches each would gather it again."""
+    pass: of many micro-batches each would gather it again. So it is with ``engine_fits.MOST_SHARED_STAGES`` a rank."""
     mesh = init_device_mesh(device.type, (dist.get_world_size() // shards, shards), mesh_dim_names=("stage", "shard"))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for stage in stages:

@@ -29,7 +29,8 @@ class Zero(nn.Module):
 
     def __init__(self, model: nn.Module, device: torch.device, config: Mapping[str, Any], optimizer: Optimizer | None) -> None:
         """``config``: DeepSpeed's; ``optimizer``: None where the config names one. Raises ValueError where master weights are not
-        fp32, and where what has none would be rounded."""
+        fp32, and where what has none and is saved would be rounded. Buffers that are not saved, as tables of positions, are cast
+        to bf16 with the rest: a model that wants them exact makes them anew in its forward pass."""
         super().__init__()
         self.like = {name: x.to("meta") for name, x in model.state_dict().items()}
         """Names, shapes and dtypes of what the whole model is saved as: of a parameter that is tied under each of its names."""

@@ -56,6 +56,12 @@ class Work:
     layers: int
     width: int
     context: int
+    frozen: int = 0
+    """Of the parameters, those that no gradient is asked of."""
+
+    @property
+    def trained(self) -> int:
+        return self.parameters - self.frozen
 
     @property
     def flop(self) -> float:
@@ -85,8 +91,8 @@ def peak(gpu: Accelerator, name: str, precision: str) -> float:
 
 def step_s(work: Work, gpu: Accelerator, flop_per_s: float, num_ranks: int = 1, intra_bytes_per_s: float = 1.0) -> float:
     """The FLOPs at that rate, or DDP's ring all-reduce of fp32 gradients where it takes longer than it can hide behind them; then
-    the optimizer's pass over the parameters."""
+    the optimizer's pass over the parameters; of trained ones alone."""
     compute_s = work.flop / flop_per_s
-    ring_s = 2 * (num_ranks - 1) / num_ranks * 4 * work.parameters / intra_bytes_per_s
-    passes_s = _OPTIMIZER_BYTES * work.parameters / (gpu.memory_bytes_per_s * MEMORY_SHARE)
+    ring_s = 2 * (num_ranks - 1) / num_ranks * 4 * work.trained / intra_bytes_per_s
+    passes_s = _OPTIMIZER_BYTES * work.trained / (gpu.memory_bytes_per_s * MEMORY_SHARE)
     return compute_s + max(0.0, ring_s - _BACKWARD * compute_s) + passes_s

@@ -18,7 +18,8 @@ class Memory:
 
     model: int
     """fp32 weights, gradients and, of AdamW, moments, or Muon's one; AccumAdamW's sum where moments accumulate, SAM's copy of the
-    weights. Of ZeRO: what is computed with, its gradients, and moments with master weights where these are apart."""
+    weights; of frozen parameters the weights alone. Of ZeRO: what is computed with, its gradients, and moments with master
+    weights where these are apart."""
     kept: int
     """What the recipe holds between two steps, beside the model: State, of which a checkpoint has the same, buffers that are made
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
@@ -66,15 +67,16 @@ WHOLE = Shards()
 def memory(
     sent: Sent, work: Work, *, vocab: int, number_bytes: int, moments: bool, accumulates: bool, sam: bool, num_ranks: int,
     micro_batches: int, by_muon: int = 0, averages: bool = False, on_host: bool = False,
-    shards: Shards = WHOLE, recomputes: bool = False, model_parameters: int | None = None,
+    shards: Shards = WHOLE, recomputes: bool = False, model_parameters: int | None = None, in_flight: int = 1,
 ) -> Memory:
     """``number_bytes`` of an activation: 2 where the forward pass is autocast to bf16, else 4; ``by_muon``: parameters that Muon
     steps; ``averages``: whether a third number is kept beside AdamW's two moments, as Schedule-Free's average is; ``on_host``:
     whether the recipe's state lies there; ``shards``: a rank has besides what is gathered of weights that are sharded, and the
     buckets that it owns while they are at hand; ``recomputes``: whether of a layer its input alone is kept;
     ``model_parameters``: of the whole model, where ``work``'s are those of a pipeline's stage: ranks that share one have
-    all of it gathered, and its gradients, until the last micro-batch."""
-    tokens = work.tokens // micro_batches
+    all of it gathered, and its gradients, until the last micro-batch; ``in_flight``: of the ``micro_batches`` that ``work``'s
+    tokens are, those whose activations are held at once."""
+    tokens = work.tokens * in_flight // micro_batches
     layers = tokens * work.layers * work.width * (1 if recomputes else _KEPT_PER_LAYER) * number_bytes
     layers += tokens * work.width * _KEPT_PER_LAYER * number_bytes if recomputes else 0  # of the one that is computed again
     logits = tokens * vocab * 2 * 4  # and their gradient, in fp32
@@ -87,11 +89,12 @@ def memory(
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
     if shards.weights > 1 and model_parameters is not None:
         gathered = work.parameters * (number_bytes + 4)
-    at_hand = int(4 * (model_parameters or work.parameters) // num_ranks * sent.at_hand) if sharded else 0
+    at_hand = int(4 * (model_parameters or work.trained) // num_ranks * sent.at_hand) if sharded else 0
     weights = work.parameters * shards.number_bytes
-    state = work.parameters * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
+    gradient = work.trained * shards.number_bytes
+    state = work.trained * (8 * moments + 4 * (accumulates + sam + averages + shards.masters)) - 4 * by_muon
     held = (
-        (weights // shards.weights, shards.weights_on_host), (weights // shards.gradients, False),
+        (weights // shards.weights, shards.weights_on_host), (gradient // shards.gradients, False),
         (state // shards.state, shards.state_on_host),
     )  # fmt: skip
     return Memory(

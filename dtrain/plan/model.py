@@ -12,6 +12,10 @@ left. With t the seconds of a step without exchange, and all times in seconds:
 With one phase that is the familiar   max(0, rtt / 2 + 8 b / rate - delay t)   a round. Wires to islands on the same host take
 another uplink, with a rate of its own. Links are full duplex, and a phase takes as long as the larger of what it sends and hears.
 
+Where ranks hold parts of the parameters, w of a round's n waves are under way at once (waves.py), and a round that is waited for
+makes ceil(n / w) trips: of each but the last is waited for what of the way L, rtt / 2 a phase, the others' bytes, encoding and
+landing, b a wave, do not hide:   max(0, L - (w - 1) b).
+
 To that is added what islands wait longer where steps are unequal, by chance or because some islands or links are slow: the
 difference between two recursions over all islands, with it and without (lateness.py).
 
@@ -129,8 +133,9 @@ def _course(sent: Sent, when: When, island: Island, link: LinkSpeed) -> tuple[Co
     Of a topology's rounds the one with the most wires says how long a wire is."""
     exchange = max(sent.period, key=lambda e: sum(p.wires for f in (*e.gradients, *e.rounds) for p in f.phases))
     gradients, _ = _trip(exchange.gradients, island, link, hidden=False)
+    window = _Window.of(sent, when)
     trips = [
-        _trip([f for f in exchange.rounds if f.fragment == p], island, link, hidden=when.delay_steps > 0)
+        _trip([f for f in exchange.rounds if f.fragment == p], island, link, hidden=when.delay_steps > 0, window=window)
         for p in range(when.fragments)
     ]
     rounds = tuple(trip for trip, _ in trips) if exchange.rounds else ()
@@ -139,11 +144,48 @@ def _course(sent: Sent, when: When, island: Island, link: LinkSpeed) -> tuple[Co
     return Course(when, gradients if exchange.gradients else None, rounds), hidden_s
 
 
-def _trip(flown: Sequence[Flown], island: Island, link: LinkSpeed, *, hidden: bool) -> tuple[Trip, float]:
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Of a round's waves, where ranks hold parts of the parameters."""
+
+    at_hand: float = 1.0
+    """One, as a share of the round."""
+    under_way: float = 1.0
+    """Those that fly at once."""
+
+    @classmethod
+    def of(cls, sent: Sent, when: When) -> _Window:
+        return cls(min(1.0, sent.at_hand * when.fragments), min(1.0, sent.under_way * when.fragments))
+
+    def stalls_s(self, flown: Sequence[Flown], link: LinkSpeed, took_s: float, landing_s: float) -> float:
+        """How much longer a round is waited for than if all flew at once, which took so long from the first's encoding on."""
+        trips, way_s = math.ceil(1 / self.under_way - 1e-9), _way_s(flown, link)
+        phases = [p for f in flown for p in f.phases]
+        leave_s = max(
+            _seconds(sum(p.far_load for p in phases), link.far_bits_per_s),
+            _seconds(sum(p.near_load for p in phases), link.near_bits_per_s),
+        )
+        busy_s = max(leave_s, took_s - way_s) + landing_s  # of several phases some leave while others are on the way
+        return (trips - 1) * max(0.0, way_s - (self.under_way - self.at_hand) * busy_s)
+
+
+def _way_s(flown: Sequence[Flown], link: LinkSpeed) -> float:
+    """Of a flight's phases, one behind the other, without bytes."""
+    return max(
+        (sum(max(_leaves_s(p.far_load, None, link.rtt_s), _leaves_s(p.near_load, None, link.near_rtt_s)) for p in f.phases)
+         for f in flown), default=0.0,
+    )  # fmt: skip
+
+
+def _trip(
+    flown: Sequence[Flown], island: Island, link: LinkSpeed, *, hidden: bool, window: _Window | None = None
+) -> tuple[Trip, float]:
     """All flights together, and how long the last is under way, from when the first is encoded."""
     uplinks = _Uplinks(island, link)
     flights, encoding_s = uplinks.start(flown, 0.0)
-    takes_s = uplinks.finish(flights) if flights else 0.0
+    takes_s, landing_s = uplinks.finish(flights) if flights else 0.0, uplinks.landing_s(flown)
+    if window is not None:
+        takes_s += window.stalls_s(flown, link, takes_s, landing_s)
     phases = [[f.phases[k] for f in flown if k < len(f.phases)] for k in range(max((len(f.phases) for f in flown), default=0))]
     plain = [
         max(_leaves_s(sum(p.far_load for p in of), link.far_bits_per_s, link.rtt_s),
@@ -154,7 +196,7 @@ def _trip(flown: Sequence[Flown], island: Island, link: LinkSpeed, *, hidden: bo
     legs = tuple(
         Leg(sum(8 * (p.far_bytes + p.near_bytes) / max(1, p.wires) for p in of), more_s) for of in phases
     )
-    return Trip(encoding_s, legs, uplinks.landing_s(flown), uplinks.stolen_s(flown) if hidden else 0.0), takes_s
+    return Trip(encoding_s, legs, landing_s, uplinks.stolen_s(flown) if hidden else 0.0), takes_s
 
 
 def _leaves_s(num_bytes: int, bits_per_s: float | None, rtt_s: float) -> float:
@@ -263,8 +305,8 @@ def _seconds(num_bytes: int, bits_per_s: float | None) -> float:
 class _Run:
     def __init__(self, sent: Sent, when: When, island: Island, link: LinkSpeed) -> None:
         self._sent, self._when, self._island = sent, when, island
-        self._uplinks = _Uplinks(island, link)
-        self._clock_s = self._link_s = self._work_s = 0.0
+        self._uplinks, self._link, self._window = _Uplinks(island, link), link, _Window.of(sent, when)
+        self._clock_s = self._link_s = self._work_s = self._begun_s = 0.0
         self._from = (0.0, 0.0, 0.0)
         self._round = [0] * when.fragments
         self._flying: dict[int, list[_Flight]] = {}
@@ -290,6 +332,7 @@ class _Run:
             self._work(self._uplinks.landing_s([f.flown for f in flights]))
             if not exchange.rounds:
                 self._round[0] += 1
+        self._begun_s = self._clock_s
         starting = [p for p in range(when.fragments) if when.starts(step, p)]
         for fragment in starting:
             flown = [f for f in self._exchange(fragment).rounds if f.fragment == fragment]
@@ -311,13 +354,19 @@ class _Run:
         if flights:
             if self._when.delay_steps:
                 self._work(self._uplinks.stolen_s([f.flown for f in flights]))
+            flown = [f.flown for f in flights]
             self._wait(flights)
-            self._work(self._uplinks.landing_s([f.flown for f in flights]))
+            landing_s, took_s = self._uplinks.landing_s(flown), self._clock_s - self._begun_s
+            if not self._when.delay_steps:
+                self._stall(self._window.stalls_s(flown, self._link, took_s, landing_s))
+            self._work(landing_s)
 
     def _wait(self, flights: Sequence[_Flight]) -> None:
-        waited_s = max(0.0, self._uplinks.finish(flights) - self._clock_s)
-        self._link_s += waited_s
-        self._clock_s += waited_s
+        self._stall(max(0.0, self._uplinks.finish(flights) - self._clock_s))
+
+    def _stall(self, seconds: float) -> None:
+        self._link_s += seconds
+        self._clock_s += seconds
 
     def _work(self, seconds: float) -> None:
         self._work_s += seconds

@@ -32,13 +32,14 @@ class Setting:
     """A job without its recipe."""
 
     shapes: Shapes
+    """Of trained parameters: no recipe knows of frozen ones."""
     work: Work
     vocab: int
     tokens_per_step: int
     """Of one island."""
     num_ranks: int
     micro_batches: int
-    """Of which a rank holds the activations of one at a time."""
+    """Into which a step is divided, train.accumulate."""
     moments_every: int | None
     number_bytes: int
     per_host: int
@@ -70,7 +71,7 @@ class Setting:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Of the whole model, frozen ones too."""
         return sum(math.prod(shape) for part in self.stages for shape in part.values()) or self.work.parameters
 
     def fits(self, rank_bytes: int) -> bool:
@@ -116,8 +117,8 @@ class Planner:
         accumulates = inner == "adamw" and (s.moments_every or recipe.moments_every or 1) > 1
         held = memory(
             counted, s.work, vocab=s.vocab, number_bytes=s.number_bytes, moments=inner != "sgd", accumulates=accumulates, sam=sam,
-            num_ranks=s.num_ranks, micro_batches=s.micro_batches, by_muon=s.hidden if inner == "muon" else 0,
-            averages=inner == "schedule_free",
+            num_ranks=s.num_ranks, micro_batches=s.micro_batches, in_flight=s.in_flight,
+            by_muon=s.hidden if inner == "muon" else 0, averages=inner == "schedule_free",
             on_host=recipe.outer_state == "host", shards=s.shards, recomputes=s.recomputes,
             model_parameters=s.parameters if s.stages else None,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from dtrain.recipes import Recipe
 from dtrain.waves import at_once
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Parameters of fp32 by name, in the model's order."""
+"""Trained parameters of fp32 by name, in the model's order."""
 
 
 @dataclass(frozen=True, slots=True)

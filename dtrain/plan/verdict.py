@@ -88,19 +88,15 @@ def _too_large(setting: Setting, row: Row) -> str:
         host = ", sync.outer_state=host, which keeps it in the host's memory" if moved else ""
         return f"{parts}. Only the recipe's state is shared among the ranks of an island: more ranks{host}, or a smaller model"
     sequences = setting.work.tokens // setting.work.context
+    interleaved = len(setting.stages) if setting.stages_per_rank > 1 else 1  # which wants a multiple of the ranks
     for micro_batches in range(setting.micro_batches + 1, sequences + 1):
-        if sequences % micro_batches == 0 and m.activations * setting.micro_batches / micro_batches <= left:
+        if (sequences % micro_batches, micro_batches % interleaved) != (0, 0):
+            continue
+        if m.activations * setting.micro_batches / micro_batches <= left:
             times = f"{micro_batches / setting.micro_batches:.3g} times"
             ranks = "" if setting.stages else f", or {times} the ranks for the same batch,"
-            fitting = _whole_rounds(setting, micro_batches)
             return (
-                f"{parts}. Activations can shrink: train.accumulate={fitting} fits; a train.batch {times} "
+                f"{parts}. Activations can shrink: train.accumulate={micro_batches} fits; a train.batch {times} "
                 f"smaller{ranks} shrink{'s' if setting.stages else ''} them as much"
             )
     return f"{parts}. A single sequence's activations are too large: a shorter model.context, or a smaller model"
-
-
-def _whole_rounds(setting: Setting, micro_batches: int) -> int:
-    """train.accumulate of which a rank holds 1 / micro_batches at once; a multiple of the ranks, as interleaving has it."""
-    ranks = max(1, len(setting.stages))
-    return -(-micro_batches * setting.in_flight // ranks) * ranks

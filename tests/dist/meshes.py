@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain import engines
 from dtrain.build import build_model
+from dtrain.config import Job
 from dtrain.connect import connect, settings_of
 from dtrain.data.corpus import load_corpus
 from dtrain.data.sampler import heldout_sequences
@@ -19,6 +22,10 @@ from dtrain.inside import Batches
 from dtrain.island.pipelined import gather
 from dtrain.shards import named_parameters
 from tests.unit.by_hand import job_of
+
+Heldout = tuple[Tensor, Tensor]
+_Exact = tuple[float, Mapping[str, Tensor], float]
+"""The loss, the gradient, the evaluation."""
 
 
 def beside_the_whole(*, source: str, changes: list[str]) -> dict[str, float]:
@@ -39,16 +46,38 @@ def beside_the_whole(*, source: str, changes: list[str]) -> dict[str, float]:
     evaluated, weights = inside.evaluate(), inside.weights()
     if connection.ranks.rank:
         return {}
-    inputs, targets = batches.part(0, 0, size=job.train.batch)
-    exact = cross_entropy(whole(inputs).flatten(0, 1), targets.flatten())
-    exact.backward()
-    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    exact, wanted, exact_evaluated = (_in_bf16 if job.train.precision == "bf16" else _at_once)(job, whole, batches, heldout)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(weights[name], x) for name, x in whole.state_dict().items())
     return {
-        "loss": loss, "exact_loss": float(exact.detach()), "evaluated": evaluated, "exact_evaluated": evaluate(whole, heldout),
+        "loss": loss, "exact_loss": exact, "evaluated": evaluated, "exact_evaluated": exact_evaluated,
         "furthest": max(float((found[name] - g).abs().max() / g.abs().max()) for name, g in wanted.items()),
     }  # fmt: skip
+
+
+def _at_once(job: Job, whole: nn.Module, batches: Batches, heldout: Heldout) -> _Exact:
+    """The whole batch."""
+    inputs, targets = batches.part(0, 0, size=job.train.batch)
+    loss = cross_entropy(whole(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}, evaluate(whole, heldout)
+
+
+def _in_bf16(job: Job, whole: nn.Module, batches: Batches, heldout: Heldout) -> _Exact:
+    """Each micro-batch by a copy in bf16, tables too, which FSDP casts as a block's inputs; gradients are added up in fp32."""
+    half, parts = copy.deepcopy(whole).bfloat16(), 2 * job.train.accumulate
+    loss, gradients = 0.0, {name: torch.zeros(p.shape) for name, p in whole.named_parameters()}
+    for part in range(parts):
+        half.zero_grad()
+        inputs, targets = batches.part(0, part, size=job.train.batch // parts)
+        # As large as a rank's loss, of which the mean over two shards is taken in fp32.
+        own = cross_entropy(half(inputs).flatten(0, 1), targets.flatten()) / job.train.accumulate
+        own.backward()
+        loss += float(own.detach()) / 2
+        for name, p in half.named_parameters():
+            assert p.grad is not None
+            gradients[name] += p.grad.float() / 2
+    return loss, gradients, evaluate(half, heldout)
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ SAME = ("islands.shards=2", "model.layers=4", "train.accumulate=2", "train.batch
 CHANGES: dict[str, tuple[str, ...]] = {
     "1f1b": SAME,
     "interleaved": (*SAME, "islands.stages_per_rank=2", "islands.recompute=true"),
+    "bf16": (*SAME, "islands.stages_per_rank=2", "train.precision=bf16"),
 }
 ROUNDED = 2e-6
 """Of a tensor's largest number: eight sequences' gradients are added in another order, each with a rounding of 6e-8 of what a sum
-is meanwhile, which may be some times the result."""
+is meanwhile, which may be some times the result. In bf16 each micro-batch's gradient has the bits of one process's, and they are
+added in fp32: one addition in bf16 would round by 2e-3."""
 
 
 def test_stages_that_ranks_share_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:

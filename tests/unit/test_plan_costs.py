@@ -11,13 +11,16 @@ from rich.console import Console
 
 from dtrain import virtual_job
 from dtrain.config import load_job
+from dtrain.launch.doctor_torch import size_of
 from dtrain.launch.plan_job import Said, setting_of
 from dtrain.plan import accelerators
 from dtrain.plan.accelerators import ACCELERATORS, Work
+from dtrain.plan.memory import Shards, memory
 from dtrain.plan.plans import Planner, Setting
 from dtrain.plan.unequal import unequal_lines
 from dtrain.recipes import resolve
 from dtrain.wire import HEADER_BYTES
+from tests.dist.adapted import WIDTH
 from tests.unit.small_run import write_job_file
 
 SAID = Said(step_s=0.03, bits_per_s=1e10, rtt_s=0.04)
@@ -104,10 +107,24 @@ def test_stages_that_lie_apart_are_busier_and_hold_more_micro_batches(job: Path)
         ["embedding.weight", "blocks.0.qkv.weight", "blocks.2.qkv.weight"],
         ["blocks.1.qkv.weight", "blocks.3.qkv.weight", "head.weight"],
     ]
-    assert (cut.in_flight, cut.micro_batches) == (3, 1), "five of stages that are half of a rank's"
+    assert (cut.in_flight, cut.micro_batches) == (3, 4), "five of stages that are half of a rank's"
     row = Planner(cut).row(resolve("diloco", {"codec": "identity", "reduce": "gather", "bucket_bytes": 100_000_000}, 2), 2)
     assert [f.rank for f in row.sent.period[0].rounds] == [0, 0, 1, 1], "a bucket a stage"
 
+
+@pytest.mark.parametrize(
+    ("stages", "held"),
+    [
+        (("islands.ranks=2", "islands.stages_per_rank=2", "train.accumulate=4", "train.batch=4"), 3),
+        (("islands.ranks=4", "train.accumulate=7", "train.batch=7"), 4),
+        (("islands.ranks=4", "train.accumulate=8", "train.batch=8"), 4),
+    ],
+)
+def test_a_stage_holds_as_many_micro_batches_as_are_in_flight(job: Path, stages: tuple[str, ...], held: int) -> None:
+    """Of one sequence each, whatever their number; fp32."""
+    cut, _ = setting(job, SAID, "islands.engine=pipeline", "model.layers=4", *stages)
+    row, w = Planner(cut).row(resolve("allreduce", {}, 2), 2), cut.work
+    assert row.memory.activations == held * w.context * (17 * 4 * w.layers * w.width + 8 * cut.vocab)
 
 def test_a_mesh_of_stages_and_shards_sends_the_buckets_of_the_whole_model(job: Path) -> None:
     gpu = Said(gpu="h100", bits_per_s=1e10, rtt_s=0.04)
@@ -150,3 +167,29 @@ def test_islands_and_links_are_as_unequal_as_the_jobs_sim_says(job: Path) -> Non
     assert line.startswith("slow islands and links: allreduce takes ")
     equal = setting(job, Said(bits_per_s=1e10, rtt_s=0.0), *SIM[:3])[0]
     assert unequal_lines(rows, rows[1], equal) == []
+
+
+def test_of_frozen_parameters_a_plan_counts_the_weights_alone(job: Path) -> None:
+    """Frozen are an embedding, a block, and the trunk of two; trained are two adapters and the head. A round of fedavg, between
+    two islands: half of the model out, and the mean of the other half."""
+    trained, frozen = 2 * 2 * 4 * WIDTH + 256 * WIDTH, 256 * WIDTH + 3 * (WIDTH**2 + WIDTH) + 2 * 4 * WIDTH
+    found, _ = setting(job, SAID, 'model.factory="tests.dist.adapted:Adapted"')
+    axes: dict[str, object] = {"codec": "identity", "reduce": "all_to_all"}
+    row = Planner(found).row(resolve("fedavg", axes, 2), 2)
+    assert row.sent.mean_round_bytes == 4 * trained + 2 * HEADER_BYTES
+    assert row.memory.model == 16 * trained + 4 * frozen
+    assert (found.work.parameters, found.work.trained) == (trained + frozen, trained)
+    job_of = load_job(job, ['model.factory="tests.dist.adapted:Adapted"'])
+    size = size_of(job_of, resolve("fedavg", axes, 2), 256)
+    assert (size.parameters, size.frozen) == (trained + frozen, frozen)
+    assert size.checkpoint_bytes - size.state_bytes == 4 * (3 * trained + frozen)
+    gpu = ACCELERATORS["h100"]
+    all_of_it = replace(found.work, frozen=0)
+    passes_s = [accelerators.step_s(work, gpu, 1e15) - work.flop / 1e15 for work in (found.work, all_of_it)]
+    assert passes_s[0] / passes_s[1] == pytest.approx(trained / (trained + frozen))
+    shared = memory(
+        replace(row.sent, at_hand=1.0), found.work, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False,
+        num_ranks=4, micro_batches=1, shards=Shards(4, 4, 4),
+    )  # fmt: skip
+    assert shared.model == 4 * (trained + frozen) // 4 + 4 * trained // 4 + 8 * trained // 4
+    assert shared.wires == (row.sent.wire_bytes + row.sent.room_bytes) // 4 + trained

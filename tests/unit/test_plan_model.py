@@ -127,3 +127,41 @@ def test_the_wires_of_many_buckets_are_carried_one_after_another() -> None:
     many = of(rounds(*(Flown(0, (Phase(0, 1, 0, 100, 1),), 0) for _ in range(10))))
     found = step_time(many, When(1, 0), Island(T, 0.0, 1e9, wire_s=1e-4), LinkSpeed(None, 0.0))
     assert found.step_s == pytest.approx(T + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "phases", "under_way", "more_s"),
+    [
+        # 20 waves of 0.5 ms of bytes, two of which fly at once: ten trips, 9 of which wait for the way but for another's bytes.
+        (0.0005, 1, 2 / 20, 9 * (0.02 - 0.0005)),
+        (0.0005, 2, 2 / 20, 9 * (0.04 - 0.001)),  # the way twice, and the bytes
+        (0.0005, 1, 5 / 20, 3 * (0.02 - 4 * 0.0005)),
+        (0.0005, 1, 6 / 20, 3 * (0.02 - 5 * 0.0005)),  # the last of four trips has two waves
+        (0.05, 1, 2 / 20, 0.0),  # another's bytes hide the way
+        (0.0005, 1, 1.0, 0.0),
+    ],
+)
+def test_waves_that_wait_for_others_to_land_make_a_trip_each_few(
+    megabytes: float, phases: int, under_way: float, more_s: float
+) -> None:
+    waves = rounds(*(flown(*[megabytes] * phases) for _ in range(20)))
+    at_once = of(waves)
+    few = replace(at_once, at_hand=1 / 20, under_way=under_way)
+    one, other = (step_time(sent, When(1, 0), QUIET, LINK) for sent in (at_once, few))
+    assert other.link_s - one.link_s == pytest.approx(more_s, abs=1e-9)
+    assert other.step_s - one.step_s == pytest.approx(more_s, abs=1e-9)
+
+
+def test_landing_and_encoding_hide_the_way_of_waves_and_fragments_have_fewer_of_them() -> None:
+    """20 waves of 1 ms of work at either end; two fragments in turn, of ten each."""
+    busy = rounds(*(flown(0.0005, work=10**6) for _ in range(20)))
+    few = replace(of(busy), at_hand=1 / 20, under_way=2 / 20)
+    # All leave while the others are encoded, the last at 20.5 ms; with 20 ms of landing that is 2.025 ms a wave.
+    more_s = step_time(few, When(1, 0), QUIET, LINK).link_s - step_time(of(busy), When(1, 0), QUIET, LINK).link_s
+    assert more_s == pytest.approx(9 * (0.02 - 0.0405 / 20), abs=1e-9)
+    halves = rounds(*(flown(0.0005, fragment=k // 10) for k in range(20)))
+    two = replace(of(halves), at_hand=1 / 20, under_way=2 / 20)
+    more_s = step_time(two, When(2, 0, 2), QUIET, LINK).link_s - step_time(of(halves), When(2, 0, 2), QUIET, LINK).link_s
+    assert more_s == pytest.approx(4 * (0.02 - 0.0005), abs=1e-9)
+    late = [step_time(sent, When(1, 1), QUIET, LINK) for sent in (of(busy), few)]
+    assert late[0] == late[1], "of a round that is not waited for all are launched"
