@@ -37,11 +37,11 @@ from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import Recipe, of_join, of_section, with_speeds, with_start
 from dtrain.roll_call import agreement
-from dtrain.rounds import Level, Rounds, cut_levels, flights_of, group_of
+from dtrain.rounds import Level, Rounds, cut_levels, group_of
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import Stats, Wait
-from dtrain.waves import Waves
+from dtrain.waves import Waves, flights_of
 
 log = logging.getLogger("dtrain")
 
@@ -85,8 +85,7 @@ class Sync:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
             self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-            with self._ranks.at_hand([b for buckets in cuts for b in buckets], changes=False):
-                self._rounds = Rounds(recipe, plans, cuts, connection)
+            self._rounds = Rounds(recipe, plans, cuts, connection)
             self.core, self.levels = self._rounds.last, self._rounds.levels  # the core's peers are all islands
             self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
             self._agreement = agreement(self.core, connection, self._traffic, self._wait)

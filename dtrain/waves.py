@@ -9,14 +9,18 @@ waves that are not through yet the first is waited for by nobody who has not lau
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from dtrain.bucket import Bucket
 from dtrain.core import Flight, Lane
 from dtrain.island.replicas import Island
-from dtrain.rounds import Level, flights_of
 from dtrain.spans import span
+
+if TYPE_CHECKING:
+    from dtrain.rounds import Level
 
 Wave = Sequence[Bucket]
 
@@ -35,6 +39,18 @@ def waves(buckets: Sequence[Bucket]) -> list[Wave]:
     return [[b for b in wave if b is not None] for wave in zip_longest(*(lanes[lane] for lane in sorted(lanes)))]
 
 
+def waves_of(ranks: Island, buckets: Sequence[Bucket]) -> list[Wave]:
+    """All buckets at once where a rank has the parameters anyway."""
+    return [buckets] if ranks.whole else waves(buckets)
+
+
+def each_at_hand(ranks: Island, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[Wave]:
+    """One wave after another, each at hand until the next is asked for; the island's ranks go through them together."""
+    for wave in waves_of(ranks, buckets):
+        with ranks.at_hand(wave, changes=changes):
+            yield wave
+
+
 def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[[Wave], None]) -> None:
     """Begin each wave, and end the oldest as soon as enough others fly."""
     flying = deque[Wave]()
@@ -45,6 +61,25 @@ def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[
         flying.append(wave)
     for wave in flying:
         end(wave)
+
+
+def in_turn_at_hand(ranks: Island, order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[[Wave], None]) -> None:
+    """``in_turn``, each wave at hand from its begin to its end, which may change it."""
+    hands = deque[ExitStack]()
+    with ExitStack() as failed:  # lets those go that fly then
+
+        def take(wave: Wave) -> None:
+            hand = ExitStack()
+            failed.push(hand)
+            hand.enter_context(ranks.at_hand(wave, changes=True))
+            hands.append(hand)
+            begin(wave)
+
+        def give_back(wave: Wave) -> None:
+            end(wave)
+            hands.popleft().close()
+
+        in_turn(order, take, give_back)
 
 
 def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, float]:
@@ -104,30 +139,31 @@ class Waves:
                 self._launch(own)
 
         def end(wave: Wave) -> None:
-            lanes = _in(wave, core.due(core.step))
+            lanes = lanes_in(wave, core.due(core.step))
             self._wait_for(flights_of(lanes))
             self.land(level, wave, lanes)
 
         if core.delay_steps > 0 or core.plan.graph is not None:
-            for wave in self._of(buckets):
+            for wave in waves_of(self._ranks, buckets):
                 begin(wave)
             return False
-        in_turn(self._of(buckets), begin, end)
+        in_turn(waves_of(self._ranks, buckets), begin, end)
         core.adapt(core.step)
         return True
 
     def land(self, level: Level, buckets: Sequence[Bucket], lanes: Sequence[Lane]) -> None:
         """Land what is here, of these buckets."""
         with span("land"):
-            for wave in self._of(buckets):
-                with self._ranks.at_hand(wave, changes=True):
-                    for lane in _in(wave, lanes):
-                        level.core.land(lane)
-
-    def _of(self, buckets: Sequence[Bucket]) -> list[Wave]:
-        return [buckets] if self._ranks.whole else waves(buckets)
+            for wave in each_at_hand(self._ranks, buckets, changes=True):
+                for lane in lanes_in(wave, lanes):
+                    level.core.land(lane)
 
 
-def _in(wave: Wave, lanes: Sequence[Lane]) -> list[Lane]:
+def flights_of(lanes: Sequence[Lane]) -> list[Flight]:
+    """What they have in the air."""
+    return [lane.flight for lane in lanes if lane.flight is not None]
+
+
+def lanes_in(wave: Wave, lanes: Sequence[Lane]) -> list[Lane]:
     numbers = {b.index for b in wave}
     return [lane for lane in lanes if lane.bucket.index in numbers]
