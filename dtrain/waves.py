@@ -1,6 +1,9 @@
 """Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks
 hold parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
-that is waited for a few waves fly: what a rank needs for a round is as much as they are, not as the model.
+that is waited for a few waves fly. So go the start and an exact average too, whose waves stay at hand while they fly. Where all
+islands do so, what a rank needs for a round is as much as these waves are, not as the model. Beside an island that launches all
+at once it may be more, up to all wires of the round: what that one sends may come before its wave does, and where a path needs no
+answer to what one has sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
 
 Waves are launched in an order that all islands share, whatever their ranks, as lanes are the same everywhere, and no island waits
 for a wave before it has launched all that come before. So whatever it waits for others have launched, or are about to: of the
@@ -27,8 +30,9 @@ Wave = Sequence[Bucket]
 FLYING = 2
 """Waves at least, so that the link has one while another lands and the next is gathered."""
 FLYING_BYTES = 8 * 2**20
-"""Of parameters, on the rank that has the least, at least: small waves do not wait for each other's round trip. In 100 ms a
-rank's share of 0.7 Gbit/s carries as much, and 32 MiB on an island of 4."""
+"""Of fp32 parameters, not of wires, on the rank that has the least, at least: small waves do not wait for each other's round trip,
+and what flies takes no more memory than this. Uncoded wires of it fill 0.7 Gbit/s for 100 ms, those of an island of 4 a link of
+4 times that; int4 is an eighth as long, and fills an eighth of such a link: a faster one waits for round trips."""
 
 
 def waves(buckets: Sequence[Bucket]) -> list[Wave]:
