@@ -86,8 +86,8 @@ def in_turn_at_hand(ranks: Island, order: Iterable[Wave], begin: Callable[[Wave]
         in_turn(order, take, give_back)
 
 
-def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, float]:
-    """The largest share of a rank's elements at hand at once, and of those under way, where ranks hold parts."""
+def at_once(buckets: Sequence[Bucket]) -> tuple[float, float]:
+    """The largest share of a rank's elements at hand at once, and under way where they are waited for, where ranks hold parts."""
     held = defaultdict[int, int](int)
     for b in buckets:
         held[b.owner] += b.layout.numel
@@ -106,7 +106,7 @@ def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, floa
             flying[b.owner] -= b.layout.numel
 
     in_turn(waves(buckets), begin, end)
-    return most[0], most[1] if waited_for else 1.0
+    return most[0], most[1]
 
 
 def _least_bytes(flying: Iterable[Wave]) -> int:
