@@ -47,8 +47,8 @@ log = logging.getLogger("dtrain")
 
 
 class Sync:
-    """One island's part in the job; a context manager. On an exception it does not drain. After one in a step or a merge the model
-    is undefined, as some of its buckets may have landed and others not: go on from a checkpoint.
+    """One island's part in the job; a context manager. On an exception it does not drain. After one in a step or a merge the
+    model is undefined, as some of its buckets may have landed and others not: go on from a checkpoint.
 
     Where an island has several ranks they call each method together; only ``stats`` and the properties are local."""
 

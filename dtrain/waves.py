@@ -30,9 +30,9 @@ Wave = Sequence[Bucket]
 FLYING = 2
 """Waves at least, so that the link has one while another lands and the next is gathered."""
 FLYING_BYTES = 8 * 2**20
-"""Of fp32 parameters, not of wires, on the rank that has the least, at least: small waves do not wait for each other's round trip,
-and what flies takes no more memory than this. Uncoded wires of it fill 0.7 Gbit/s for 100 ms, those of an island of 4 a link of
-4 times that; int4 is an eighth as long, and fills an eighth of such a link: a faster one waits for round trips."""
+"""Of fp32 parameters, not of wires, on the rank that has the least, at least: small waves do not wait for each other's round
+trip, and memory is a few times this whatever the codec. Uncoded wires of it fill 0.7 Gbit/s for 100 ms, those of an island of 4
+a link of 4 times that; int4 is an eighth as long, and fills an eighth of such a link: a faster one waits for round trips."""
 
 
 def waves(buckets: Sequence[Bucket]) -> list[Wave]:

@@ -116,8 +116,8 @@ class Parted(Alone):
 def test_islands_of_parts_start_train_and_merge_with_the_bits_of_whole_ones(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of different starts; ``push_sum`` moves the parameters before an average, and hears of it afterwards. The second island is whole
-    each time."""
+    """Of different starts; ``push_sum`` moves the parameters before an average, and hears of it afterwards. The second island is
+    whole each time."""
     monkeypatch.setattr(waves, "FLYING_BYTES", 0)
     most: list[int] = []
 
