@@ -12,7 +12,7 @@ embeddings do, is as long as before, and may have to be waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,6 +88,16 @@ class Lane:
         self.land_step = -1
         self.flight: Flight | None = None
 
+    def rest(self) -> None:
+        """All parameters are about to become the islands' exact mean."""
+        if self.algorithm.rest is not None:
+            self.algorithm.rest(self.bucket, self.state)
+
+    def merged(self) -> None:
+        """All parameters are the islands' exact mean now."""
+        if self.algorithm.merged is not None:
+            self.algorithm.merged(self.bucket, self.state)
+
 
 class Adapted(NamedTuple):
     """What of an island's rounds does not stay as it began; None where it does."""
@@ -102,11 +112,11 @@ class Core:
     """All lanes that this rank carries, and the step count."""
 
     def __init__(
-        self, plan: Plan, buckets: Sequence[Bucket], peers: Peers,
+        self, plan: Plan, buckets: Iterable[Bucket], peers: Peers,
         island_sum: Callable[[Sequence[float]], Sequence[float]] = tuple, islands: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        """``island_sum``: element by element over the ranks of the island, which all call it; of one rank the values.
-        ``islands``: which the peers are, where they are not all."""
+        """``buckets``: each at hand until the next is asked for. ``island_sum``: element by element over the ranks of the island,
+        which all call it; of one rank the values. ``islands``: which the peers are, where they are not all."""
         self.plan, self.control = plan, plan.control
         self.peers = peers
         self.step = 0
@@ -252,18 +262,6 @@ class Core:
     def meetings(self) -> int | None:
         """Of this island so far, the one that flies among them; None where rounds have their steps."""
         return self.lanes[0].round if self.plan.graph is not None else None
-
-    def rest(self) -> None:
-        """All parameters are about to become the islands' exact mean."""
-        for lane in self.lanes:
-            if lane.algorithm.rest is not None:
-                lane.algorithm.rest(lane.bucket, lane.state)
-
-    def merged(self) -> None:
-        """All parameters are the islands' exact mean now."""
-        for lane in self.lanes:
-            if lane.algorithm.merged is not None:
-                lane.algorithm.merged(lane.bucket, lane.state)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resume needs, once all bytes in flight have arrived. The keys are the same at each

@@ -37,17 +37,18 @@ from dtrain.optim.sam import SAM
 from dtrain.recipe_fits import check_ranks
 from dtrain.recipes import Recipe, of_join, of_section, with_speeds, with_start
 from dtrain.roll_call import agreement
-from dtrain.rounds import Level, Rounds, cut_levels, flights_of, group_of
+from dtrain.rounds import Level, Rounds, cut_levels, group_of
 from dtrain.spans import span
 from dtrain.traffic import Traffic
 from dtrain.wait import Stats, Wait
-from dtrain.waves import Waves
+from dtrain.waves import Waves, flights_of
 
 log = logging.getLogger("dtrain")
 
 
 class Sync:
-    """One island's part in the job; a context manager. On an exception it does not drain.
+    """One island's part in the job; a context manager. On an exception it does not drain. After one in a step or a merge the
+    model is undefined, as some of its buckets may have landed and others not: go on from a checkpoint.
 
     Where an island has several ranks they call each method together; only ``stats`` and the properties are local."""
 
@@ -85,8 +86,7 @@ class Sync:
             undo.push(lambda kind, error, trace: self._leave(0, failed=not isinstance(error, IslandsDiffer)))
             self._exact.align(recipe, seed, [plan.edges for plan in plans])
             self._wait.waited_s = 0.0  # until here for islands that load slower, not for the link
-            with self._ranks.at_hand([b for buckets in cuts for b in buckets], changes=False):
-                self._rounds = Rounds(recipe, plans, cuts, connection)
+            self._rounds = Rounds(recipe, plans, cuts, connection)
             self.core, self.levels = self._rounds.last, self._rounds.levels  # the core's peers are all islands
             self._fused = fused_steps(self._rounds.first, optimizers, self._flat, self._ranks)
             self._agreement = agreement(self.core, connection, self._traffic, self._wait)

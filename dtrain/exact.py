@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple, TypeGuard
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import own
-from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, whole
+from dtrain.bucket import EXTRA_NAMES, Bucket, Flat, Layout, whole
 from dtrain.buffers import Frozen, averaged_buffers, pack, persistent_buffers, together, unpack
 from dtrain.connect import Connection
 from dtrain.core import Flight
@@ -30,6 +31,7 @@ from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, START
 from dtrain.wait import Wait
+from dtrain.waves import Wave, in_turn_at_hand, waves_of
 
 _PROMISES = ("recipe", "model", "ranks", "seed")
 """What all islands must have brought to join, each compared by 8 bytes of its hash."""
@@ -80,7 +82,6 @@ class Exact:
         self._connection, self._traffic, self._wait = connection, traffic, wait
         self._ranks = connection.ranks
         self._device = buckets[0].x.device
-        self._mine = [b for b in buckets if b.owner == self._ranks.replica]
         self._averaged: list[Tensor] = []
         self._as_trained: dict[int, Tensor] = {}
         """Parameters by bucket as they were before ``rest`` moved them, from which the next average takes their distance."""
@@ -90,16 +91,16 @@ class Exact:
         """Refuse islands that cannot work together (``edges``: a number of each level's graph); then give all island 0's model
         where they differ (without its trained parameters where each starts from its own, and those that stay an island's own)."""
         buffers = persistent_buffers(self._model)
-        flights: list[Flight] = []
-        if self._connection.num_nodes > 1:
+        several = self._connection.num_nodes > 1
+        if several:
             self._compare(recipe, seed, edges)
-            same = self._mine if recipe.start == "same" else []
-            flights += [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
-            if buffers and self._ranks.replica == 0:
-                flights.append(self._flight(START, self._beyond(_BUFFERS), lambda link: align(buffers, link)))
-        with self._ranks.at_hand(self._buckets, changes=True):
-            if self._connection.num_nodes > 1:
-                self._run(0, flights)
+
+        def of_wave(own: Sequence[Bucket]) -> list[Flight]:
+            same = own if several and recipe.start == "same" else []
+            return [self._flight(START, b.index, lambda link, b=b: align([b.x], link)) for b in same]
+
+        beside = [self._flight(START, self._beyond(_BUFFERS), lambda link: align(buffers, link))] if several and buffers else []
+        self._by_waves(0, of_wave, beside, lambda own: None)
         apart = [p.detach() for p in self._flat.apart if not is_part(p)]  # a part is its rank's alone
         self._ranks.share([*buffers, *apart])
         self._averaged = averaged_buffers(self._model)
@@ -125,38 +126,38 @@ class Exact:
     @torch.no_grad()
     def rest(self, rounds: Rounds) -> None:
         """Move the parameters to where a plain mean of theirs is the mean that the method keeps."""
-        with self._ranks.at_hand(self._buckets, changes=True):
-            if any(lane.algorithm.rest is not None for lane in rounds.lanes):
-                self._as_trained = {b.index: b.x.clone() for b in self._mine}
-            rounds.rest()
+        moves = any(lane.algorithm.rest is not None for lane in rounds.lanes)
+
+        def before(wave: Wave) -> None:
+            if moves:
+                self._as_trained |= {b.index: b.x.clone() for b in self._own(wave)}
+
+        rounds.rest(before)
 
     @torch.no_grad()
     def average(self, step: int) -> Averaged:
         """Replace the model, buffers too, by the mean over islands, the same bits on all of them."""
         self._flat.check_in_place(self._model)
-        with self._ranks.at_hand(self._buckets, changes=True):
-            pieces = [(b.index, b.layout, b.x, torch.empty(b.x.numel(), device=b.x.device)) for b in self._mine]
-            buffers = pack(self._averaged) if self._ranks.replica == 0 else None
-            if buffers is not None:
-                pieces.append((self._beyond(_BUFFERS), whole("buffers", buffers), buffers, torch.empty_like(buffers)))
-            self._connection.membership.announce(Notice(step, self.merges, merging=True))
-            self._run(
-                step,
-                [
-                    self._flight(MERGE, index, lambda link, p=(layout, x, mean): merge(*p, link))
-                    for index, layout, x, mean in pieces
-                ],
-            )
-            apart = 0.0
-            for index, _, x, mean in pieces:
-                before = self._as_trained.get(index, x)
-                apart += float((before.to(torch.float64) - mean).square().sum()) if x is not buffers else 0.0
-                x.copy_(mean)
-            self._as_trained = {}
-            if buffers is not None:
-                unpack(self._averaged, buffers)
+        means, apart = dict[int, Tensor](), dict[int, float]()
+
+        def flight(index: int, layout: Layout, x: Tensor) -> Flight:
+            means[index] = mean = torch.empty(x.numel(), device=x.device)
+            return self._flight(MERGE, index, lambda link: merge(layout, x, mean, link))
+
+        def land(own: Sequence[Bucket]) -> None:
+            for b in own:
+                mean, before = means.pop(b.index), self._as_trained.pop(b.index, b.x)
+                apart[b.index] = float((before.to(torch.float64) - mean).square().sum())
+                b.x.copy_(mean)
+
+        buffers = pack(self._averaged) if self._ranks.replica == 0 else None
+        beside = [] if buffers is None else [flight(self._beyond(_BUFFERS), whole("buffers", buffers), buffers)]
+        self._connection.membership.announce(Notice(step, self.merges, merging=True))
+        self._by_waves(step, lambda own: [flight(b.index, b.layout, b.x) for b in own], beside, land)
+        if buffers is not None:
+            unpack(self._averaged, means[self._beyond(_BUFFERS)])
         self._ranks.share(self._averaged)
-        averaged = self._compare_notes(step, self._ranks.total([apart])[0])
+        averaged = self._compare_notes(step, self._ranks.total([sum(apart[index] for index in sorted(apart))])[0])
         self.merges += 1
         return averaged
 
@@ -255,6 +256,29 @@ class Exact:
         facts = ([answers, group], [model, beside], self._connection.num_lanes, seed)
         return b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:_PROMISE_BYTES] for fact in facts)
 
+    def _by_waves(
+        self, step: int, flights_of_wave: Callable[[Sequence[Bucket]], Sequence[Flight]], beside: Sequence[Flight],
+        land: Callable[[Sequence[Bucket]], None],
+    ) -> None:  # fmt: skip
+        """Launch the flights of this rank's buckets and land them, wave by wave; rank 0's ``beside`` go with the last."""
+        order, flying = waves_of(self._ranks, self._buckets), deque[Sequence[Flight]]()
+
+        def begin(wave: Wave) -> None:
+            flights = flights_of_wave(self._own(wave))
+            if wave is order[-1] and self._ranks.replica == 0:
+                flights = [*flights, *beside]
+            self._traffic.launch(flights)
+            flying.append(flights)
+
+        def end(wave: Wave) -> None:
+            self._wait.all(step, self.merges, flying.popleft())
+            land(self._own(wave))
+
+        in_turn_at_hand(self._ranks, order, begin, end)
+
+    def _own(self, wave: Wave) -> list[Bucket]:
+        return [b for b in wave if b.owner == self._ranks.replica]
+
     def _run(self, step: int, flights: Sequence[Flight]) -> None:
         self._traffic.launch(flights)
         self._wait.all(step, self.merges, flights)
@@ -267,5 +291,5 @@ class Exact:
         self, kind: int, bucket: int, generator: Callable[[Link], Iterator[None]], number: int | None = None
     ) -> Flight:
         node, num_nodes = self._connection.node, self._connection.num_nodes
-        link = Link(node, num_nodes, complete(0, node, num_nodes))
+        link = Link(node, num_nodes, complete(0, node, num_nodes), keeps_nothing=True)
         return Flight(generator(link), link, kind=kind, index=self.merges if number is None else number, bucket=bucket, step=0)

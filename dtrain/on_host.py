@@ -3,7 +3,8 @@
 The mirror takes x before the method reads it and gives it back after the method wrote to it. All the method's work on a round is
 the CPU's then, by the CPU's kernels: payload, encoding, decoding and the outer step, which are seldom. Nothing but x passes
 between the two, as plain copies on the main thread between two optimizer steps, so bits are those of the method on a CPU. The
-mirror is not State: it is filled anew whenever it is used, and a checkpoint is the same with it and without."""
+mirror is not State: it is filled anew whenever it is used, and a checkpoint is the same with it and without. It stays where a
+round's buffers do, and is made for each round where the link keeps nothing."""
 
 from __future__ import annotations
 
@@ -31,10 +32,12 @@ def on_host(method: Method, *, moves: bool) -> Method:
         assert inner.fused is None, "a fused pass is over parameters and state together"
         mirrors: list[Tensor] = []
 
+        def new(b: Bucket) -> Tensor:
+            return _pinned(torch.empty_like(b.x, device=_host_of(b.x)), b.x)
+
         def mirrored(b: Bucket) -> Bucket:
-            if not mirrors:
-                mirrors.append(room(_pinned(torch.empty_like(b.x, device=_host_of(b.x)), b.x)))
-            return replace(b, x=mirrors[0])
+            """In the mirror that a round has left, if it has."""
+            return replace(b, x=mirrors[0] if mirrors else new(b))
 
         def init(b: Bucket) -> State:
             x = torch.empty_like(b.x, device=_host_of(b.x))
@@ -43,6 +46,8 @@ def on_host(method: Method, *, moves: bool) -> Method:
 
         def send(b: Bucket, state: State, link: Link) -> Iterator[None]:
             assert inner.send is not None
+            if not link.keeps_nothing and not mirrors:
+                mirrors.append(room(new(b)))
             host = mirrored(b)
             _copy(b.x, host.x)
             link.wires_on = host.x.device

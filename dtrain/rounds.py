@@ -8,7 +8,7 @@ begin (``levels.replaces``) keep that pass from its encoding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from dtrain.assemble import Plan, cut
 from dtrain.bucket import MAX_BUCKETS, Bucket, Flat
 from dtrain.connect import Connection
-from dtrain.core import Core, Flight, Lane
+from dtrain.core import Core, Lane
 from dtrain.levels import replaces
 from dtrain.link import Peers
 from dtrain.moments import with_moments
 from dtrain.recipe import Recipe
+from dtrain.waves import Wave, each_at_hand, lanes_in
 
 _NAMES = ("near", "far")
 
@@ -43,19 +44,25 @@ class Rounds:
     def __init__(
         self, recipe: Recipe, plans: Sequence[Plan], cuts: Sequence[Sequence[Bucket]], connection: Connection
     ) -> None:
-        node, replica = connection.node, connection.ranks.replica
+        node = connection.node
         self._ranks = connection.ranks
         of_level: list[tuple[Peers, range | None]] = [(Peers(node, connection.num_nodes, plans[-1].pace.shares), None)]
         if recipe.near is not None:
             group = group_of(recipe, node)
             of_level.insert(0, (Peers(node - group.start, len(group)), group))
         self.levels = tuple(
-            Level(Core(plan, [b for b in buckets if b.owner == replica], peers, connection.ranks.total, islands), buckets)
+            Level(Core(plan, self._own(buckets), peers, connection.ranks.total, islands), buckets)
             for plan, buckets, (peers, islands) in zip(plans, cuts, of_level, strict=True)
         )
 
         for level in self.levels:  # ranks that hold parts have room for a part of a round alone
             level.core.keeps_nothing = not self._ranks.whole
+            level.core.lanes.sort(key=lambda lane: lane.bucket.index)
+
+    def _own(self, buckets: Sequence[Bucket]) -> Iterator[Bucket]:
+        """This rank's, each at hand until the next is asked for."""
+        for wave in each_at_hand(self._ranks, buckets, changes=False):
+            yield from (b for b in wave if b.owner == self._ranks.replica)
 
     @property
     def first(self) -> Core:
@@ -106,16 +113,22 @@ class Rounds:
         for level in self.levels:
             level.core.adapt(self.step)
 
-    def rest(self) -> None:
-        """All parameters are about to become the islands' exact mean."""
+    def rest(self, before: Callable[[Wave], None]) -> None:
+        """All parameters are about to become the islands' exact mean. ``before``: is shown the nearest level's buckets while they
+        are as they were."""
         for level in self.levels:
-            level.core.rest()
+            for wave in each_at_hand(self._ranks, level.buckets, changes=True):
+                if level is self.levels[0]:
+                    before(wave)
+                for lane in lanes_in(wave, level.core.lanes):
+                    lane.rest()
 
     def merged(self) -> None:
         """All parameters are the islands' exact mean now."""
         for level in self.levels:
-            with self._ranks.at_hand(level.buckets, changes=False):
-                level.core.merged()
+            for wave in each_at_hand(self._ranks, level.buckets, changes=False):
+                for lane in lanes_in(wave, level.core.lanes):
+                    lane.merged()
 
     def state_dict(self) -> dict[str, Tensor]:
         if len(self.levels) == 1:
@@ -131,11 +144,6 @@ class Rounds:
         checked = [level.core.checked(part) for level, part in zip(self.levels, parts, strict=True)]
         for level, part in zip(self.levels, checked, strict=True):
             level.core.load(part)
-
-
-def flights_of(lanes: Sequence[Lane]) -> list[Flight]:
-    """What they have in the air."""
-    return [lane.flight for lane in lanes if lane.flight is not None]
 
 
 def group_of(recipe: Recipe, node: int) -> range:

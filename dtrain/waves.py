@@ -1,6 +1,9 @@
 """Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks
 hold parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
-that is waited for a few waves fly: what a rank needs for a round is as much as they are, not as the model.
+that is waited for a few waves fly. So go the start and an exact average too, whose waves stay at hand while they fly. Where all
+islands do so, what a rank needs for a round is as much as these waves are, not as the model. Beside an island that launches all
+at once it may be more, up to all wires of the round: what that one sends may come before its wave does, and where a path needs no
+answer to what one has sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
 
 Waves are launched in an order that all islands share, whatever their ranks, as lanes are the same everywhere, and no island waits
 for a wave before it has launched all that come before. So whatever it waits for others have launched, or are about to: of the
@@ -9,22 +12,27 @@ waves that are not through yet the first is waited for by nobody who has not lau
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from dtrain.bucket import Bucket
 from dtrain.core import Flight, Lane
 from dtrain.island.replicas import Island
-from dtrain.rounds import Level, flights_of
 from dtrain.spans import span
+
+if TYPE_CHECKING:
+    from dtrain.rounds import Level
 
 Wave = Sequence[Bucket]
 
 FLYING = 2
 """Waves at least, so that the link has one while another lands and the next is gathered."""
 FLYING_BYTES = 8 * 2**20
-"""Of parameters, on the rank that has the least, at least: small waves do not wait for each other's round trip. In 100 ms a
-rank's share of 0.7 Gbit/s carries as much, and 32 MiB on an island of 4."""
+"""Of fp32 parameters, not of wires, on the rank that has the least, at least: small waves do not wait for each other's round
+trip, and memory is a few times this whatever the codec. Uncoded wires of it fill 0.7 Gbit/s for 100 ms, those of an island of 4
+a link of 4 times that; int4 is an eighth as long, and fills an eighth of such a link: a faster one waits for round trips."""
 
 
 def waves(buckets: Sequence[Bucket]) -> list[Wave]:
@@ -33,6 +41,18 @@ def waves(buckets: Sequence[Bucket]) -> list[Wave]:
     for b in buckets:
         lanes[b.lane].append(b)
     return [[b for b in wave if b is not None] for wave in zip_longest(*(lanes[lane] for lane in sorted(lanes)))]
+
+
+def waves_of(ranks: Island, buckets: Sequence[Bucket]) -> list[Wave]:
+    """All buckets at once where a rank has the parameters anyway."""
+    return [buckets] if ranks.whole else waves(buckets)
+
+
+def each_at_hand(ranks: Island, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[Wave]:
+    """One wave after another, each at hand until the next is asked for; the island's ranks go through them together."""
+    for wave in waves_of(ranks, buckets):
+        with ranks.at_hand(wave, changes=changes):
+            yield wave
 
 
 def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[[Wave], None]) -> None:
@@ -47,8 +67,27 @@ def in_turn(order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[
         end(wave)
 
 
-def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, float]:
-    """The largest share of a rank's elements at hand at once, and of those under way, where ranks hold parts."""
+def in_turn_at_hand(ranks: Island, order: Iterable[Wave], begin: Callable[[Wave], None], end: Callable[[Wave], None]) -> None:
+    """``in_turn``, each wave at hand from its begin to its end, which may change it."""
+    hands = deque[ExitStack]()
+    with ExitStack() as failed:  # lets those go that fly then
+
+        def take(wave: Wave) -> None:
+            hand = ExitStack()
+            failed.push(hand)
+            hand.enter_context(ranks.at_hand(wave, changes=True))
+            hands.append(hand)
+            begin(wave)
+
+        def give_back(wave: Wave) -> None:
+            end(wave)
+            hands.popleft().close()
+
+        in_turn(order, take, give_back)
+
+
+def at_once(buckets: Sequence[Bucket]) -> tuple[float, float]:
+    """The largest share of a rank's elements at hand at once, and under way where they are waited for, where ranks hold parts."""
     held = defaultdict[int, int](int)
     for b in buckets:
         held[b.owner] += b.layout.numel
@@ -67,7 +106,7 @@ def at_once(buckets: Sequence[Bucket], *, waited_for: bool) -> tuple[float, floa
             flying[b.owner] -= b.layout.numel
 
     in_turn(waves(buckets), begin, end)
-    return most[0], most[1] if waited_for else 1.0
+    return most[0], most[1]
 
 
 def _least_bytes(flying: Iterable[Wave]) -> int:
@@ -104,30 +143,31 @@ class Waves:
                 self._launch(own)
 
         def end(wave: Wave) -> None:
-            lanes = _in(wave, core.due(core.step))
+            lanes = lanes_in(wave, core.due(core.step))
             self._wait_for(flights_of(lanes))
             self.land(level, wave, lanes)
 
         if core.delay_steps > 0 or core.plan.graph is not None:
-            for wave in self._of(buckets):
+            for wave in waves_of(self._ranks, buckets):
                 begin(wave)
             return False
-        in_turn(self._of(buckets), begin, end)
+        in_turn(waves_of(self._ranks, buckets), begin, end)
         core.adapt(core.step)
         return True
 
     def land(self, level: Level, buckets: Sequence[Bucket], lanes: Sequence[Lane]) -> None:
         """Land what is here, of these buckets."""
         with span("land"):
-            for wave in self._of(buckets):
-                with self._ranks.at_hand(wave, changes=True):
-                    for lane in _in(wave, lanes):
-                        level.core.land(lane)
-
-    def _of(self, buckets: Sequence[Bucket]) -> list[Wave]:
-        return [buckets] if self._ranks.whole else waves(buckets)
+            for wave in each_at_hand(self._ranks, buckets, changes=True):
+                for lane in lanes_in(wave, lanes):
+                    level.core.land(lane)
 
 
-def _in(wave: Wave, lanes: Sequence[Lane]) -> list[Lane]:
+def flights_of(lanes: Sequence[Lane]) -> list[Flight]:
+    """What they have in the air."""
+    return [lane.flight for lane in lanes if lane.flight is not None]
+
+
+def lanes_in(wave: Wave, lanes: Sequence[Lane]) -> list[Lane]:
     numbers = {b.index for b in wave}
     return [lane for lane in lanes if lane.bucket.index in numbers]

@@ -25,7 +25,7 @@ class Memory:
     once, the buckets' gradients. All but these are the island's: its ranks share them."""
     wires: int
     """Buffers for wires under way, shared too; where ranks share the model all that a round needs beside State, of the buckets
-    that fly at once (``waves.py``)."""
+    that fly at once (``waves.py``), or that an exact average does."""
     activations: int
     host: int = 0
     """What the recipe holds in the host's memory instead, wires under way among it, and what ZeRO offloads."""
@@ -84,6 +84,8 @@ def memory(
     gradients = sent.gradient_bytes // (num_ranks if sharded else 1)
     stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make it for each round
     kept = (sent.state_bytes + stays) // num_ranks + gradients
+    # Of a bucket that is averaged: itself, the mean, fp32 wires, and those that come or are made of these.
+    averages_in = int(4.5 * 4 * (model_parameters or work.parameters) // num_ranks * sent.averaged) if sharded else 0
     wires = int((sent.wire_bytes + flies) // num_ranks * (sent.under_way if sharded else 1))
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0
@@ -100,7 +102,7 @@ def memory(
     return Memory(
         model=sum(number for number, away in held if not away),
         kept=0 if on_host else kept,
-        wires=at_hand if on_host else wires + at_hand,
+        wires=max(averages_in, at_hand if on_host else wires + at_hand),
         activations=layers + logits + gathered,
         host=(kept + wires if on_host else 0) + sum(number for number, away in held if away),
     )

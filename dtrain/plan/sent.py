@@ -124,6 +124,8 @@ class Sent:
     """Share of a rank's buckets that are gathered at once, where ranks hold parts of the parameters."""
     under_way: float = 1.0
     """Share of them that fly at once there."""
+    averaged: float = 0.0
+    """And in an exact average, which is in fp32 whatever the recipe."""
 
     @property
     def kept_bytes(self) -> int:
@@ -180,7 +182,7 @@ def sent(
         far = kind.mean(lambda seen: sum(exchange(seen, turn).far_load for turn in turns))
         return far / plan.turns, kind.mean(lambda seen: sum(exchange(seen, turn).sent_bytes for turn in turns)) / plan.turns
 
-    at_hand, under_way = at_once(buckets, waited_for=plan.delay_steps == 0 and plan.sends) if num_ranks > 1 else (1.0, 1.0)
+    at_hand, few = at_once(buckets) if num_ranks > 1 else (1.0, 1.0)
     busiest = max(kinds, key=load)
     whole = sum(kind.how_many * load(kind)[1] for kind in kinds)
     return Sent(
@@ -192,7 +194,8 @@ def sent(
         room_bytes=max(_rooms(e for (node, _, _), e in done.items() if node == one) for one in {node for node, _, _ in done}),
         gradient_bytes=sum(4 * b.x.numel() for b in buckets) if plan.rewrites_gradients else 0,
         at_hand=at_hand,
-        under_way=under_way,
+        under_way=few if plan.delay_steps == 0 and plan.sends else 1.0,
+        averaged=few,
     )
 
 

@@ -166,6 +166,24 @@ def own_loop(*, recipe: str, every: int, codec: str, rho: float = 0.0) -> list[l
     return [whole(p.detach()).flatten().tolist() for p in model.parameters()]
 
 
+def short_loop(*, short: int) -> dict[str, Any]:
+    """A loop over a sharded model, with a round after each of 6 steps, that is waited for; on one island one step less. Of a
+    round's waves two fly."""
+    torch.set_num_threads(1)
+    waves.FLYING_BYTES = 0
+    model = nn.Linear(256, 128, bias=False)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with dtrain.join(model, optimizer, recipe="diloco", every=1, codec="identity", bucket_bytes=16384) as sync:
+        for step in range(6 - (sync.island == short)):
+            optimizer.zero_grad()
+            x = torch.randn(8, 256, generator=torch.Generator().manual_seed(100 * sync.island + step))
+            (model(x) - x[:, :128]).square().mean().backward()
+            optimizer.step()
+        sent = sync.stats().wire_bytes_sent
+    return {"x": [whole(p.detach()).flatten().tolist() for p in model.parameters()], "sent": sent}
+
+
 def tensor_bytes() -> int:
     """Of all tensors that Python sees, each piece of memory once."""
     gc.collect()

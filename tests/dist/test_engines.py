@@ -240,6 +240,19 @@ def test_an_own_loop_joins_with_a_model_that_is_sharded(tmp_path: Path) -> None:
             assert a == pytest.approx(b, abs=SHARED), name
 
 
+@pytest.mark.slow
+def test_of_a_round_that_a_peer_has_left_the_waves_that_are_not_launched_are_dropped(tmp_path: Path) -> None:
+    """128 KiB in 8 buckets, 4 waves of two ranks."""
+    results = run_islands({"short": functools.partial(staged.short_loop, short=1)}, 2, 2, run=tmp_path, timeout_s=300)
+    assert [r.status for r in results] == [0] * 4, show(results)
+    first, other, *shorter = values(results, "short")
+    assert first == other, "an island's ranks end with one model"
+    assert shorter[0] == shorter[1]
+    a_round = shorter[0]["sent"] / 5
+    # Of 4 waves 2 flew, and of these the first of two phases.
+    assert first["sent"] - shorter[0]["sent"] == a_round / 4
+
+
 SHARDED_STATE: dict[str, tuple[str, ...]] = {
     "late": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1"),
     "waited": ('sync.recipe="diloco"', "sync.every=2", "sync.bucket_bytes=4194304"),  # 13 a rank, of which 3 fly

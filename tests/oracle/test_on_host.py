@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dtrain
 from dtrain import on_host
 from dtrain.assemble import assemble, cut
-from dtrain.bucket import Bucket
+from dtrain.bucket import Bucket, flatten
 from dtrain.connect import Connection
 from dtrain.core import Core, Flight
 from dtrain.link import Link, Peers
@@ -27,7 +27,7 @@ from dtrain.topology import Round
 from dtrain.traffic import Traffic
 from dtrain.transport.base import ROUND
 from tests.islands import run_islands
-from tests.unit.test_plan_memory import reached
+from tests.unit.test_plan_memory import held_bytes, reached
 
 ISLANDS, STEPS, LR = 4, 13, 0.125
 LOOPS: dict[str, dict[str, Any]] = {
@@ -134,6 +134,25 @@ def test_nothing_but_the_parameters_lies_on_the_device(name: str, monkeypatch: p
         held = reached([lane.algorithm, lane.state])
         assert len(held) >= len(lane.state) + 1, "the mirror too"
         assert {t.device.type for t in held} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_of_a_link_that_keeps_nothing_no_mirror_stays(name: str) -> None:
+    axes = {k: v for k, v in LOOPS[name].items() if k != "recipe"}
+    plan = assemble(resolve(LOOPS[name]["recipe"], {**axes, "outer_state": "host"}, ISLANDS), 0, ISLANDS)
+    flat = flatten([("matrix", nn.Parameter(torch.zeros(12, 40))), ("vector", nn.Parameter(torch.zeros(130)))])
+    cuts = cut(plan.recipe, flat, num_ranks=1, with_grad=False)
+    buckets = [replace(b, moments=Unmade(len(b.layout.spans))) if plan.recipe.moments else b for b in cuts]
+    beside = []
+    for keeps_nothing in (False, True):
+        core = Core(plan, buckets, Peers(0, ISLANDS))
+        core.keeps_nothing = keeps_nothing
+        for lane in core.lanes:
+            fly(core, core.start(lane, 0), lane.bucket)
+        held = reached([part for lane in core.lanes for part in (lane.algorithm, lane.state)])
+        state = {x for lane in core.lanes for x in lane.state.values()}
+        beside.append(held_bytes(held - state))
+    assert beside[0] - beside[1] >= sum(b.x.numel() * b.x.element_size() for b in buckets)
 
 
 def test_wires_lie_where_their_flight_wants_them() -> None:

@@ -118,7 +118,8 @@ def test_meetings_follow_the_equations_in_the_order_that_they_had_and_keep_the_m
             sync.drain()
             if landed(sync) > len(xs):
                 xs.append(model.flat().numpy().copy())
-            sync.core.rest()
+            for lane in sync.core.lanes:
+                lane.rest()
         of = [(f.index, f.link.row.sends[0]) for f in flights if not f.dropped]
         assert len(of) == len(xs) == sync.core.meetings
         return Mixed(xs, model.flat().numpy().copy(), of)

@@ -184,6 +184,11 @@ def test_shards_share_weights_gradients_moments_and_what_the_recipe_keeps() -> N
         shards=Shards(4, 4, 4),
     )  # fmt: skip
     assert (waited.kept, waited.wires) == (shared.kept, (256 + 512) // 4 + WORK.parameters // 16)
+    averaged = memory(
+        replace(few, averaged=1 / 2), WORK, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False, num_ranks=4,
+        micro_batches=1, shards=Shards(4, 4, 4),
+    )  # fmt: skip
+    assert averaged == replace(waited, wires=4.5 * WORK.parameters // 2), "a merge needs more than those rounds do"
     assert shared.activations - whole.activations == 4 * (48 * WORK.width**2 + 4 * 256 * WORK.width)
 
 

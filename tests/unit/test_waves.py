@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from dtrain import waves
+from dtrain import join, waves
 from dtrain.bucket import Bucket, flatten, make_buckets
 from dtrain.codec import by_name
+from dtrain.connect import Connection
+from dtrain.island.replicas import Alone
 from dtrain.link import Link, Peers
 from dtrain.reduce import all_to_all
 from dtrain.topology.static import complete
+from tests.islands import run_islands
 from tests.oracle.test_reduce import layout_of
 
 
@@ -56,8 +61,7 @@ def test_two_waves_fly_while_the_next_is_gathered(monkeypatch: pytest.MonkeyPatc
 def test_the_plan_knows_what_share_is_at_hand_and_flies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waves, "FLYING_BYTES", 0)
     of = buckets(2, 2, count=16)  # 8 a rank
-    assert waves.at_once(of, waited_for=True) == (1 / 8, 2 / 8)
-    assert waves.at_once(of, waited_for=False) == (1 / 8, 1.0)
+    assert waves.at_once(of) == (1 / 8, 2 / 8)
 
 
 @pytest.mark.parametrize("codec", ["identity", "int4:64"])
@@ -78,3 +82,71 @@ def test_a_link_that_keeps_nothing_brings_the_same_bytes_in_wires_that_nobody_wr
     for wire, then in before:
         assert torch.equal(wire, then)
     assert before[0][0].data_ptr() != before[1][0].data_ptr()
+
+
+class Parted(Alone):
+    """One rank that has the buckets' elements while they are at hand, and elsewhere what a rank holds of the parameters."""
+
+    whole = False
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self._held = held.split(4096)  # as buckets are
+        self._now: set[int] = set()
+        self.most = 0
+        """Buckets at hand at once."""
+
+    @contextmanager
+    def at_hand(self, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[None]:
+        for b in buckets:
+            b.x.data = self._held[b.index].clone()
+            self._now.add(b.index)
+        self.most = max(self.most, len(self._now))
+        try:
+            yield
+            if changes:
+                for b in buckets:
+                    self._held[b.index].copy_(b.x)
+        finally:
+            for b in buckets:
+                b.x.data = torch.empty(0)
+                self._now.remove(b.index)
+
+
+@pytest.mark.parametrize("recipe", ["diloco", "push_sum"])
+def test_islands_of_parts_start_train_and_merge_with_the_bits_of_whole_ones(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of different starts; ``push_sum`` moves the parameters before an average, and hears of it afterwards. The second island is
+    whole each time."""
+    monkeypatch.setattr(waves, "FLYING_BYTES", 0)
+    most: list[int] = []
+
+    def run(parted: bool) -> list[list[torch.Tensor]]:
+        def island(connection: Connection) -> list[torch.Tensor]:
+            draw = torch.Generator().manual_seed(connection.node)
+            model = nn.Linear(128, 256, bias=False)
+            model.register_buffer("mean", torch.full((3,), float(connection.node)))
+            with torch.no_grad():
+                model.weight.copy_(torch.randn(model.weight.shape, generator=draw))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            ranks = Parted(model.weight.detach().view(-1)) if parted and connection.node == 0 else Alone()
+            link, seen = replace(connection, ranks=ranks), list[torch.Tensor]()
+            with join(model, optimizer, recipe=recipe, every=2, bucket_bytes=4 * 4096, codec="identity", link=link) as sync:
+                seen.append(model.weight.detach().clone())
+                for _ in range(3):
+                    model.weight.grad = torch.randn(model.weight.shape, generator=draw)
+                    optimizer.step()
+                with sync.merged():
+                    seen.append(model.weight.detach().clone())
+                seen.append(model.weight.detach().clone())
+                seen.append(torch.tensor(sync.merge()))
+                seen += [model.weight.detach().clone(), model.get_buffer("mean").clone()]
+            if isinstance(ranks, Parted):
+                most.append(ranks.most)
+            return seen
+
+        return run_islands(2, island)
+
+    for whole, parted in zip(run(False), run(True), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(whole, parted, strict=True))
+    assert most == [2], "as many as fly, of 8"
