@@ -257,6 +257,8 @@ SHARDED_STATE: dict[str, tuple[str, ...]] = {
     "late": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1"),
     "waited": ('sync.recipe="diloco"', "sync.every=2", "sync.bucket_bytes=4194304"),  # 13 a rank, of which 3 fly
 }
+ONE_MORE = {"late": 0.0, "waited": 4194304 / (203e6 / 4)}
+"""Of its share what a rank's state may exceed it by: buckets of one size that are not divided by 4 give some rank one more."""
 
 
 @pytest.mark.slow
@@ -279,7 +281,7 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
         state = sent(build_recipe(sharded), shapes, 2, num_ranks=4).state_bytes // 4
         for alone, found in zip(values(results, "alone"), values(results, name), strict=True):
             assert alone["most"] > 4 * 203e6 / 4, "parameters, gradients and two moments"
-            assert found["state"] <= 1.01 * state + 1e6, name
+            assert found["state"] <= (1.01 + ONE_MORE[name]) * state, name
             assert found["most"] <= 1.15 * (alone["most"] + state), (name, alone, found, state)
 
 
