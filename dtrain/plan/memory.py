@@ -85,7 +85,7 @@ def memory(
     stays, flies = (0, sent.room_bytes) if sharded else (sent.room_bytes, 0)  # such ranks make it for each round
     kept = (sent.state_bytes + stays) // num_ranks + gradients
     # Of a bucket that is averaged: itself, the mean, fp32 wires, and those that come or are made of these.
-    averages_in = int(4.5 * 4 * (model_parameters or work.parameters) // num_ranks * sent.averaged) if sharded else 0
+    averages_in = int(4.5 * 4 * (model_parameters or work.trained) // num_ranks * sent.averaged) if sharded else 0
     wires = int((sent.wire_bytes + flies) // num_ranks * (sent.under_way if sharded else 1))
     # Of two layers, one computed and one on its way, with their gradients; and of what is in no layer.
     gathered = (4 * 12 * work.width**2 + 2 * 2 * vocab * work.width) * number_bytes if shards.weights > 1 else 0

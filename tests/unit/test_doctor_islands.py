@@ -129,6 +129,8 @@ def test_what_all_who_ask_are_sent_is_held_once() -> None:
     for count in (doctor_meet.MOST_BYTES, 2**16 + 3, 0):
         with Written(count) as asks:
             doctor_meet._Answers(asks, time.time_ns).until_the_end()
-            assert sum(map(len, asks.parts)) == count
-            assert {id(part.obj) for part in asks.parts} <= {id(doctor_meet._NOTHING.obj)}
+            greeting, *parts = asks.parts
+            assert bytes(greeting) == b"dtrain doctor 1\n"
+            assert sum(map(len, parts)) == count
+            assert {id(part.obj) for part in parts} <= {id(doctor_meet._NOTHING.obj)}
     assert len(doctor_meet._NOTHING) == 2**16

@@ -187,9 +187,13 @@ def test_of_frozen_parameters_a_plan_counts_the_weights_alone(job: Path) -> None
     all_of_it = replace(found.work, frozen=0)
     passes_s = [accelerators.step_s(work, gpu, 1e15) - work.flop / 1e15 for work in (found.work, all_of_it)]
     assert passes_s[0] / passes_s[1] == pytest.approx(trained / (trained + frozen))
-    shared = memory(
-        replace(row.sent, at_hand=1.0), found.work, vocab=256, number_bytes=4, moments=True, accumulates=False, sam=False,
-        num_ranks=4, micro_batches=1, shards=Shards(4, 4, 4),
+    shared, averaging = (
+        memory(
+            replace(row.sent, at_hand=1.0, averaged=averaged), found.work, vocab=256, number_bytes=4, moments=True,
+            accumulates=False, sam=False, num_ranks=4, micro_batches=1, shards=Shards(4, 4, 4),
+        )
+        for averaged in (0.0, 1.0)
     )  # fmt: skip
     assert shared.model == 4 * (trained + frozen) // 4 + 4 * trained // 4 + 8 * trained // 4
     assert shared.wires == (row.sent.wire_bytes + row.sent.room_bytes) // 4 + trained
+    assert averaging.wires == int(4.5 * trained)
