@@ -26,9 +26,9 @@ def _zero(job: Job) -> Shards:
     """ZeRO 1 shards the optimizer's state, 2 gradients too, 3 weights too. Only in 3 are fp32 weights that lie on the device
     their own masters."""
     said, ranks = zero_config.of_job(job), job.islands.ranks
-    stage, half = zero_config.at(said, ("zero_optimization", "stage")), bool(zero_config.at(said, ("bf16", "enabled")))
+    stage, half = zero_config.at(said, (zero_config.ZERO, "stage")), bool(zero_config.at(said, ("bf16", "enabled")))
     weights_away, state_away = (
-        zero_config.at(said, ("zero_optimization", side, "device")) == "cpu" for side in ("offload_param", "offload_optimizer")
+        zero_config.at(said, (zero_config.ZERO, side, "device")) == "cpu" for side in ("offload_param", "offload_optimizer")
     )
     return Shards(
         weights=ranks if stage == 3 else 1,
