@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import tomllib
@@ -13,6 +12,7 @@ from typing import Literal
 from dtrain import chosen, own, quorum, schedule, topology, zero_config
 from dtrain.config import Job, load_job, parse_job
 from dtrain.data import hf_rows
+from dtrain.extras import require
 from dtrain.launch import meeting
 from dtrain.launch.elsewhere import check_hosts
 from dtrain.loggers import check_loggers
@@ -348,8 +348,7 @@ def refuse_uneven(job: Job) -> None:
 
 
 def _check_deepspeed(job: Job, recipe: Recipe) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError('islands.engine = "deepspeed" needs DeepSpeed, which is not installed: pip install dtrain[deepspeed]')
+    require("deepspeed", asked='islands.engine = "deepspeed"', extra="deepspeed")
     zero_config.check(job, recipe)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.events.algorithm import Array, Ints
+from dtrain.extras import require
 
 MOST_NODES = 64
 """An edge is a matrix of n + 1 rows. A torus of 36 takes the solver 6 s, a ring of 32, which mixes worse, a minute."""
@@ -42,9 +43,5 @@ def fewest_meetings(edges: Ints, num_nodes: int) -> Array:
 
 
 def _cvxpy() -> Any:
-    try:
-        return importlib.import_module("cvxpy")
-    except ModuleNotFoundError as e:
-        if e.name != "cvxpy":
-            raise
-        raise ValueError('rates = "sdp" needs cvxpy, which is not installed: pip install dtrain[sdp], or use "uniform"') from None
+    require("cvxpy", asked='rates = "sdp"', extra="sdp")
+    return importlib.import_module("cvxpy")

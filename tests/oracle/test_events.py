@@ -347,7 +347,7 @@ def test_64_nodes_fall_as_quickly_as_promised(topology: str, problem: str) -> No
 
 def test_without_cvxpy_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cvxpy", None)
-    with pytest.raises(ValueError, match=r"pip install dtrain\[sdp\]"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[sdp\]'$"):
         simulate_events("dadao", 4, problem="ridge", rates="sdp", horizon=1.0)
 
 

@@ -272,7 +272,7 @@ def test_a_missing_package_is_named_with_what_brings_it(
     Path("job.toml").write_text("[model]\ncontext = 8\n")
     key, value = change.split("=")
     said = refused(capsys, "run", "job.toml", change)
-    assert said == f'{key} = "{value}" needs {package}, which is not installed; pip install dtrain[hf]'
+    assert said == f"{key} = \"{value}\" needs {package}, which is not installed; in a checkout: pip install '.[hf]'"
 
 
 def test_a_benchmark_of_tokens_needs_their_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:

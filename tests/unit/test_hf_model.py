@@ -134,4 +134,4 @@ def test_a_missing_package_is_named_with_what_brings_it(
     monkeypatch.setitem(sys.modules, "transformers", None)
     Path("job.toml").write_text(f'[data]\nsource = "{texts}"\n')
     said = refused(capsys, "run", "job.toml", "model.hf=tiny")
-    assert said == 'model.hf = "tiny" needs transformers, which is not installed; pip install dtrain[hf]'
+    assert said == "model.hf = \"tiny\" needs transformers, which is not installed; in a checkout: pip install '.[hf]'"

@@ -115,7 +115,7 @@ def test_what_is_asked_for_and_not_installed_is_named_before_anything_is_written
     monkeypatch.setitem(sys.modules, package, None)
     Path("job.toml").write_text("[train]\nsteps = 2\n")
     said = refused(capsys, "run", "job.toml", change)
-    assert said == f"{asked} needs {package}, which is not installed; pip install dtrain[log]"
+    assert said == f"{asked} needs {package}, which is not installed; in a checkout: pip install '.[log]'"
 
 
 def test_where_no_metrics_are_written_logging_is_refused() -> None:

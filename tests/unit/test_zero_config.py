@@ -113,7 +113,7 @@ def test_the_engine_needs_a_file() -> None:
 def test_without_deepspeed_the_launcher_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     job = job_of(tmp_path, {"zero_optimization": {"stage": 2}}, "sync.recipe=diloco")
-    with pytest.raises(ValueError, match=r"is not installed: pip install dtrain\[deepspeed\]$"):
+    with pytest.raises(ValueError, match=r"is not installed; in a checkout: pip install '\.\[deepspeed\]'$"):
         checks.check_answers(job, "run")
 
 
