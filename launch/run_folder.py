@@ -23,6 +23,8 @@ _OURS = (
     *(".removing-*", ".writing-*", ".job.toml.*", ".metrics.jsonl.*", ".summary.json.*", ".virtual.json.*", ".loss.png.*"),
 )
 
+_LOCK = ".lock"
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -61,8 +63,9 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
             job = job.model_copy(update={"job": job.job.model_copy(update={"name": run.name})})
         with _usable(run):
             if run.is_dir():
-                held.enter_context(_locked(run))
-            _refuse_what_is_there(run, choice)
+                _hold(run, choice, held)
+            else:
+                _refuse_what_is_there(run, choice)
         kept = resumed_job(run, overrides) if choice.resume else None
         if kept is not None and runs_a_script(kept) != (how == "script"):
             ran = "a script" if runs_a_script(kept) else "the job's own model"
@@ -76,8 +79,7 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
         with _usable(run):
             if not run.is_dir():
                 _make(run)
-                held.enter_context(_locked(run))
-                _refuse_what_is_there(run, choice)  # of a launch that was quicker
+                _hold(run, choice, held)  # and refuse what a launch that was quicker has left
             opened = _begin(run, job) if kept is None else Opened(kept, run, *go_on(run, kept))
         opened = replace(opened, text=text)
         if kept is not None:
@@ -109,9 +111,8 @@ def open_part(job_path: Path, overrides: Sequence[str], choice: Choice, island: 
         with _usable(run):
             if not run.is_dir():
                 _make(run)
-            held.enter_context(_locked(run))
+            _hold(run, choice if resumes else Choice(fresh=choice.fresh), held)
             if not resumes:
-                _refuse_what_is_there(run, Choice(fresh=choice.fresh))
                 opened = _begin(run, job)
             else:
                 opened = Opened(with_absolute_paths(job), run, 0)
@@ -141,7 +142,7 @@ def _refuse_what_is_there(run: Path, choice: Choice) -> None:
         return
     if choice.resume:
         raise ValueError(f"{run} holds no run to resume; leave --resume out to start it")
-    unfinished = set(run.glob(".job.toml.*"))  # of a launch that was killed in its first moment
+    unfinished = {run / _LOCK, *run.glob(".job.toml.*")}  # of a launch that was killed in its first moment
     if run.is_dir() and set(run.iterdir()) - unfinished:
         raise ValueError(f"{run} is not empty and holds no run; choose another job.name or job.dir")
 
@@ -183,9 +184,17 @@ def _kept_note(asked: Job, kept: Job) -> tuple[str, ...]:
     return (f"kept as the run has it, not as the job file says: {', '.join(names)}",) if names else ()
 
 
+def _hold(run: Path, choice: Choice, held: ExitStack) -> None:
+    """Keep other launches out until ``held`` is left. A lock of the folder leaves no file in one that is refused, but over NFS it
+    holds on one machine alone; one of a file that is open for writing holds on all (flock(2)), as jobs of Slurm need."""
+    held.enter_context(_locked(run, run, os.O_RDONLY | os.O_DIRECTORY))
+    _refuse_what_is_there(run, choice)
+    held.enter_context(_locked(run, run / _LOCK, os.O_RDWR | os.O_CREAT))
+
+
 @contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+def _locked(run: Path, path: Path, flags: int) -> Iterator[None]:
+    descriptor = os.open(path, flags, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import dtrain
 from dtrain.config import load_job
 from dtrain.launch.cli import run_command
-from dtrain.launch.run_folder import Choice, open_run
+from dtrain.launch.run_folder import Choice, open_part, open_run
 from tests.unit.small_run import RUN, commit, finish, killed_anywhere, opened, refused, write_job_file, write_metrics
 
 
@@ -37,7 +39,7 @@ def test_fresh_removes_the_run_and_leaves_what_is_not_its_own() -> None:
     commit(run, 2, 2)
     (run / "my-notes.txt").write_text("mine")
     assert opened("train.steps=7", fresh=True).job.train.steps == 7
-    assert sorted(path.name for path in run.iterdir()) == ["job.toml", "my-notes.txt"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "job.toml", "my-notes.txt"]
 
 
 def test_a_kill_inside_fresh_leaves_a_run_that_fresh_and_resume_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +52,7 @@ def test_a_kill_inside_fresh_leaves_a_run_that_fresh_and_resume_take(monkeypatch
         shutil.rmtree(run)
         shutil.move("killed", run)
         assert opened(fresh=True).resume_step == 0
-        assert [path.name for path in run.iterdir()] == ["job.toml"]
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "job.toml"]
 
 
 def test_fresh_removes_what_a_kill_left_half_written() -> None:
@@ -60,14 +62,14 @@ def test_fresh_removes_what_a_kill_left_half_written() -> None:
         (run / name).touch()
     (run / "best.safetensors").write_text("mine")
     opened(fresh=True)
-    assert sorted(path.name for path in run.iterdir()) == ["best.safetensors", "job.toml"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "best.safetensors", "job.toml"]
 
 
 def test_a_launch_killed_before_it_wrote_its_first_job_can_be_started_again() -> None:
     RUN.mkdir(parents=True)
     (RUN / ".job.toml.77").write_text("[jo")
     opened()
-    assert [path.name for path in RUN.iterdir()] == ["job.toml"]
+    assert sorted(path.name for path in RUN.iterdir()) == [".lock", "job.toml"]
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,28 @@ def test_a_run_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with open_run(Path("job.toml"), [], Choice()):
         for flag in ("--resume", "--fresh"):
             assert refused(capsys, "run", "job.toml", flag).startswith("runs/small is in use by another dtrain")
+
+
+def test_a_run_in_use_on_another_machine_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS a lock of a folder is this machine's own, and one of a file holds everywhere if it is open for writing."""
+    of_files = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR
+            of_files(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open_run(Path("job.toml"), [], Choice()):
+        for flag in ("--resume", "--fresh"):
+            assert refused(capsys, "run", "job.toml", flag).startswith("runs/small is in use by another dtrain")
+    with open_part(Path("job.toml"), (), Choice(), 1):
+        said = refused(capsys, "run", "job.toml", "--island", "1", "--meet", "127.0.0.1:1", "--resume")
+        assert said.startswith("runs/small-island1 is in use by another dtrain")
+
+
+def test_a_folder_that_is_refused_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    RUN.mkdir(parents=True)
+    (RUN / "notes.txt").touch()
+    assert refused(capsys, "run", "job.toml").startswith("runs/small is not empty and holds no run")
+    assert [path.name for path in RUN.iterdir()] == ["notes.txt"]
