@@ -77,6 +77,8 @@ def slurm(
         ssh_config=ssh_config,
         script=context.obj or (),
     )
+    if job_file == Path("-"):
+        raise ValueError("dtrain slurm reads its job file twice; name a file in place of -")
     if asked.script and not Path(asked.script[0]).is_file():
         raise ValueError(f"no script at {asked.script[0]}")
     if ssh_config is not None and not ssh_config.is_file():

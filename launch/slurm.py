@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,24 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     lines += ["", "set -euo pipefail", "", *_surroundings(job, asked)]
     lines += ["", *_places(job, asked, job.link.interface or islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
-    newest = "" if asked.script else NEWEST.replace("@kept", kept)
+    every = job.train.checkpoint_every
+    newest = NEWEST.replace("@kept", kept) if _kept(job, asked) else ""
     lines += [*_job(job, job_file, overrides, asked), "", f"{STOP}{newest}{GO_ON}"]
     if asked.island is None:
         config = "" if asked.ssh_config is None else f" --ssh-config {shlex.quote(str(asked.ssh_config))}"
-        does = COMMITS_NONE if asked.script else COMMITS.replace("@every", str(job.train.checkpoint_every))
+        does = COMMITS.replace("@every", str(every)) if _kept(job, asked) else COMMITS_NONE
         lines += ["", LAUNCHER.replace("@does", does).replace("@config", config)]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
     if asked.island is not None:
         lines.append(ALONE)
-    return "\n".join([*lines, "", f"{END}{NEVER_AGAIN if asked.script else AGAIN}"])
+    what = "a script" if asked.script else "a job with train.checkpoint_every = 0"
+    again = AGAIN.replace("@every", str(every)) if _kept(job, asked) else NEVER_AGAIN.replace("@what", what)
+    return "\n".join([*lines, "", f"{END}{again}"])
+
+
+def _kept(job: Job, asked: Asked) -> bool:
+    """Is there a checkpoint to go on from when the job starts again?"""
+    return not asked.script and job.train.checkpoint_every > 0
 
 
 def layout(job: Job, tables: Sequence[Mapping[str, Any]], asked: Asked) -> list[Where]:
@@ -218,11 +226,11 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
     if asked.island is None:
         yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
         yield f"# {job.job.name}-islandK: all nodes must see these folders under these names."
-        anew = "every rank runs the script anew: dtrain has no checkpoint of it"
-        yield f"# Submitted again, {anew if asked.script else 'it goes on from the newest checkpoint'}."
+        anew = "every rank runs the script anew: dtrain has no checkpoint of it" if asked.script else "it begins anew"
+        yield f"# Submitted again, {'it goes on from the newest checkpoint' if _kept(job, asked) else anew}."
     else:
         yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
-        again = "runs the script anew" if asked.script else "goes on with that"
+        again = "goes on with that" if _kept(job, asked) else "begins anew"
         yield f"# {_run(job)}-island{asked.island}. Submitted again, it {again}."
     yield ""
 
@@ -266,9 +274,9 @@ def _component(job: Job, asked: Asked, islands: Sequence[Where], *, first: bool)
         yield f"#SBATCH --job-name={name}"
         yield f"#SBATCH --output={name}-%j.log"
         yield "#SBATCH --open-mode=append"
-        yield f"# A signal 120 s before the time limit, and {'never' if asked.script else 'back'} into the queue:"
+        yield f"# A signal 120 s before the time limit, and {'back' if _kept(job, asked) else 'never'} into the queue:"
         yield "#SBATCH --signal=B:USR1@120"
-        yield f"#SBATCH --{'no-requeue' if asked.script else 'requeue'}"
+        yield f"#SBATCH --{'requeue' if _kept(job, asked) else 'no-requeue'}"
     else:
         yield "#SBATCH hetjob"
     if islands[0].partition:
@@ -302,7 +310,7 @@ def _places(job: Job, asked: Asked, interface: str) -> Iterator[str]:
     host, _, port = (asked.meet or "").rpartition(":")
     host = host or job.link.advertise or ("" if interface else "127.0.0.1")
     if host:
-        yield f"head={host}"
+        yield f"head={shlex.quote(host)}"
     else:  # and not its name, which may be that of its address on another network
         yield "# Islands meet at this node, by its address on the network that carries the link."
         yield f"read -r _ _ _ head _ < <(ip -4 -oneline address show dev {shlex.quote(interface)})"
@@ -313,10 +321,17 @@ def _places(job: Job, asked: Asked, interface: str) -> Iterator[str]:
 
 def _job(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> Iterator[str]:
     """What ``dtrain run`` is given."""
-    words = [str(job_file), *overrides]
+    words = list(overrides)
     if asked.island is None:
         words.append(_tables(job, _of_slurm(job, asked)))
+    text = job_file.read_text(encoding="utf-8").rstrip("\n")
+    end = next(word for k in count() if (word := f"END_OF_JOB{k or ''}") not in text.split("\n"))
+    yield "# The job file as it was when this was written. An edit of it since then is another experiment's."
+    yield f"cat >\"$logs/job.toml\" <<'{end}'"
+    yield text
+    yield end
     yield "job=("
+    yield '    "$logs/job.toml"'
     yield from (f"    {shlex.quote(word)}" for word in words)
     if asked.island is None:
         yield '    "link.advertise=$head"'

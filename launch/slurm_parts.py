@@ -60,7 +60,8 @@ torchruns() { # island, its first node, its nodes, ranks a node, where
         --nnodes="$3" --nproc-per-node="$4" --rdzv-backend=static --rdzv-endpoint="$2:$((port + 1))"
     )
     go_on "$run-island$1"
-    DTRAIN_TORCHRUN=${words[*]@Q} \
+    # As Python quotes: bash writes what is no letter in its locale in a way of its own.
+    DTRAIN_TORCHRUN=$(python3 -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "${words[@]}") \
         dtrain run "${job[@]}" --island "$1" --meet "$meet" "${resume[@]}" "${script[@]}" >"$logs/island$1.log" 2>&1 &
     pids+=("$!")
 }"""
@@ -84,30 +85,36 @@ status=0
 wait "$main" || status=$?
 gone 30 "${pids[@]}" || stop
 wait || true
-if ((status == 143 && failed)); then
+if ((status == 143 && failed)) && [[ -z $ended ]]; then
     status=$failed    # it was stopped here, for an island's sake
 fi
 """
 
 AGAIN = r"""
-# Back into the queue at the time limit; and after a failure where a checkpoint is newer than this start, so that no fault is
-# repeated for ever.
+# Back into the queue where a checkpoint is newer than this start, at the time limit as after a failure, so that none is repeated
+# for ever; and where Slurm took the nodes for another job, which says nothing of this one.
+preempted() {
+    [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]
+}
 if [[ $ended == cancelled ]]; then
     exit 143
-elif [[ $ended == limit ]]; then
-    echo "stopped before the time limit; the run goes on from its newest checkpoint when the job starts again"
-elif ((status == 0 || status == 2)) || [[ $(newest) == "$before" ]]; then
+elif ((status == 0 || status == 2)); then
     exit "$status"
+elif [[ $(newest) != "$before" ]]; then
+    echo "ended${ended:+ before the time limit} with status $status; the run goes on from its newest checkpoint"
+elif preempted; then
+    echo "preempted before its first checkpoint; the run begins where it began this time"
 else
-    echo "ended with status $status; the run goes on from its newest checkpoint when the job starts again"
+    echo "status $status, and not queued again: no checkpoint is newer than this start (train.checkpoint_every = @every)"
+    exit "$status"
 fi
-scontrol requeue "${SLURM_JOB_ID}"
+scontrol requeue "$SLURM_JOB_ID"
 """
 
 NEVER_AGAIN = r"""
-# Never back into the queue: dtrain has no checkpoint of a script, and would begin it anew each time.
+# Never back into the queue: dtrain has no checkpoint of @what, and would begin it anew each time.
 if [[ $ended == limit ]]; then
-    echo "stopped before the time limit, and not queued again: dtrain has no checkpoint of a script"
+    echo "stopped before the time limit, and not queued again: dtrain has no checkpoint of @what"
 fi
 if [[ -n $ended ]]; then
     exit 143

@@ -73,6 +73,9 @@ def island() -> int:
 
 note()
 match name, arguments[:1]:
+    case "scontrol", ["show"] if arguments[1] == "job":
+        print(f"   PreemptEligibleTime=2026-11-27T10:00:00 PreemptTime={os.environ.get('PREEMPTED', 'None')}")
+        status = 0
     case "scontrol", ["show"]:
         print("\n".join(arguments[-1].split(",")))
         status = 0

@@ -175,7 +175,8 @@ def test_what_an_earlier_end_left_does_not_pass_for_the_result_of_a_run_that_goe
     commit(run, 20, 2)
     (run / "notes.txt").touch()
     assert opened("train.steps=40", resume=True).resume_step == 20
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoints", "job.toml", "logs", "metrics.jsonl", "notes.txt"]
+    left = [".lock", "checkpoints", "job.toml", "logs", "metrics.jsonl", "notes.txt"]
+    assert sorted(path.name for path in run.iterdir()) == left
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_an_island_of_one_node_is_a_dtrain_run_and_joins_the_launcher(stubs: Pat
     text = written(IB, "sync.every=10", "islands.threads=3", *at_stubs(stubs))
     assert ended(text, stubs, 2, allocation(apart=False, nodes=[["n1"], ["n2"]])) == 0
     launcher, *joined = sorted(calls("dtrain"), key=lambda call: "--island" in call["arguments"])
-    words = ["run", "job.toml", IB, "sync.every=10", "islands.threads=3"]
+    words = ["run", str(Path("runs/small-slurm/40007/job.toml").absolute()), IB, "sync.every=10", "islands.threads=3"]
     words += ['islands.each=[{launcher = "slurm"}, {launcher = "slurm"}]', "link.advertise=10.0.0.7", "link.port=20007"]
     assert launcher["arguments"] == words
     assert launcher["cwd"] == os.getcwd()
@@ -160,6 +161,26 @@ def test_an_island_of_one_node_is_a_dtrain_run_and_joins_the_launcher(stubs: Pat
         assert Path(f"runs/small-slurm/40007/island{k}-{node}.log").is_file()
     assert all("--export=ALL" in call["arguments"] for call in calls("srun"))
     assert [call["arguments"][0] for call in calls("scontrol")] == ["show"], "nothing is queued again"
+
+
+def test_what_is_trained_is_what_was_submitted(stubs: Path) -> None:
+    """An edit of the job file while the job waits in the queue is another experiment's."""
+    wrote = Path("job.toml").read_text() + "# $(false) `false` \\\n# END_OF_JOB\n"
+    Path("job.toml").write_text(wrote)
+    text = written(IB, *at_stubs(stubs))
+    Path("job.toml").write_text("[train]\nsteps = 77\n")
+    assert ended(text, stubs, 2, allocation(apart=False, nodes=[["n1"], ["n2"]])) == 0
+    copies = {call["arguments"][1] for call in calls("dtrain")}
+    assert len(copies) == 1
+    assert Path(copies.pop()).read_text() == wrote
+
+
+def test_a_line_of_the_job_file_is_not_taken_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.loggers.require", lambda *_, **__: None)
+    Path("job.toml").write_text(f'{Path("job.toml").read_text()}[log]\nwandb = """\nEND_OF_JOB\n"""\n')
+    text = written(IB)
+    copied = text[text.index("[job]") : text.index("\nEND_OF_JOB1\n") + 1]
+    assert tomllib.loads(copied)["log"]["wandb"] == "END_OF_JOB\n"
 
 
 def test_the_same_script_goes_on_with_the_run(stubs: Path) -> None:
@@ -239,7 +260,8 @@ def test_one_island_joins_a_launcher_elsewhere(stubs: Path) -> None:
     text = written(IB, "--island", "1", "--meet", "login1:29400", *at_stubs(stubs))
     assert ended(text, stubs, 1, allocation(apart=False, nodes=[["n9"]])) == 0
     (joined,) = calls("dtrain")
-    assert joined["arguments"] == ["run", "job.toml", IB, "--island", "1", "--meet", "login1:29400"]
+    copy = str(Path("runs/small-slurm/40007/job.toml").absolute())
+    assert joined["arguments"] == ["run", copy, IB, "--island", "1", "--meet", "login1:29400"]
     assert "--job-name=small-island1" in options(text)[0]
 
 
@@ -260,10 +282,10 @@ def test_islands_meet_where_the_launcher_listens(words: Sequence[str], head: lis
     assert '    "link.advertise=$head"' in lines[at:]
 
 
-def signalled(text: str, stubs: Path, number: signal.Signals) -> tuple[int, str]:
+def signalled(text: str, stubs: Path, number: signal.Signals, said: dict[str, str]) -> tuple[int, str]:
     """Its exit status, and what it prints, where Slurm sends it a signal while the run goes on."""
     place = allocation(apart=False, nodes=[["n1"], ["n2"]])
-    with start(text, stubs, 2, {**place, "HANGS": "1"}) as script:
+    with start(text, stubs, 2, {**place, **said, "HANGS": "1"}) as script:
         limit = time.monotonic() + 60
         while not Path("runs/small/hangs").exists():
             assert time.monotonic() < limit
@@ -273,24 +295,32 @@ def signalled(text: str, stubs: Path, number: signal.Signals) -> tuple[int, str]
     return script.returncode, printed
 
 
-@pytest.mark.parametrize(("number", "status", "queued"), [(signal.SIGUSR1, 0, ["40007"]), (signal.SIGTERM, 143, [])])
+@pytest.mark.parametrize(
+    ("number", "said", "status", "queued"),
+    [
+        (signal.SIGUSR1, {"COMMITS": "1"}, 0, ["40007"]),
+        (signal.SIGUSR1, {}, 143, []),  # a start that gets to no checkpoint would be one of many
+        (signal.SIGTERM, {"COMMITS": "1"}, 143, []),
+    ],
+)
 def test_a_signal_ends_the_run_and_the_one_before_the_limit_queues_it_again(
-    stubs: Path, number: signal.Signals, status: int, queued: list[str]
+    stubs: Path, number: signal.Signals, said: dict[str, str], status: int, queued: list[str]
 ) -> None:
-    assert signalled(written(IB, *at_stubs(stubs)), stubs, number)[0] == status
+    assert signalled(written(IB, *at_stubs(stubs)), stubs, number, said)[0] == status
     assert [call["arguments"][1] for call in calls("scontrol") if call["arguments"][0] == "requeue"] == queued
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_script_is_never_queued_again(stubs: Path, number: signal.Signals) -> None:
-    """Of it there is no checkpoint, so that it would begin anew for ever; nor does the text speak of one."""
-    text = written(IB, *at_stubs(stubs), *SCRIPT)
+@pytest.mark.parametrize("words", [SCRIPT, ("train.checkpoint_every=0",)], ids=["script", "no checkpoints"])
+def test_what_would_begin_anew_is_never_queued_again(stubs: Path, words: tuple[str, ...], number: signal.Signals) -> None:
+    """There is no checkpoint, nor does the text speak of one."""
+    text = written(IB, *at_stubs(stubs), *words)
     assert "--no-requeue" in options(text)[0]
     assert "--requeue" not in options(text)[0]
-    about = [line for line in text.splitlines() if "checkpoint" in line]
+    about = [line for line in text.splitlines() if "checkpoint" in line and "checkpoint_every=0" not in line]
     assert about
     assert all("dtrain has no checkpoint of " in line for line in about)
-    status, printed = signalled(text, stubs, number)
+    status, printed = signalled(text, stubs, number, {})
     assert status == 143
     assert ("stopped before the time limit, and not queued again" in printed) == (number == signal.SIGUSR1)
     assert [call["arguments"][0] for call in calls("scontrol")] == ["show"]
@@ -305,6 +335,7 @@ def test_a_script_is_never_queued_again(stubs: Path, number: signal.Signals) -> 
         ({"ISLANDS_END": "9", "HANGS": "1"}, 9, 0),  # the launcher does not see it, and is stopped
         ({"ISLANDS_END": "9", "HANGS": "1", "COMMITS": "1"}, 0, 1),
         ({"ISLANDS_END": "9", "ENDS": "2"}, 2, 0),  # it does, and its word counts
+        ({"ISLANDS_END": "143", "HANGS": "1", "PREEMPTED": "2026-11-27T12:00:00"}, 0, 1),  # for another job, whose turn it is
     ],
 )
 def test_a_failure_is_tried_again_where_the_run_got_on(stubs: Path, said: dict[str, str], status: int, queued: int) -> None:
