@@ -294,12 +294,13 @@ class Core:
                 f'the saved state is of {was}, and sync.schedule = "{self.plan.recipe.schedule}" has {now}; resume with the '
                 "schedule that it was saved with"
             )
-        for key, value in own.items():
-            if key not in saved or saved[key].shape != value.shape:
-                have = tuple(saved[key].shape) if key in saved else "none"
+        here = tuple(f"bucket{lane.bucket.index}." for lane in self.lanes)  # others may be of the island's other ranks
+        for key in (*own, *(key for key in saved if key.startswith(here) and key not in own)):
+            was, now = (tuple(x[key].shape) if key in x else "none" for x in (saved, own))
+            if was != now:
                 raise ValueError(
-                    f"the saved state is of another recipe, model or number of ranks: {key} has shape {have} there and "
-                    f"{tuple(value.shape)} here; resume with what it was saved with"
+                    f"the saved state is of another recipe, model or number of ranks: {key} has shape {was} there and "
+                    f"{now} here; resume with what it was saved with"
                 )
         if int(saved["edges"]) != self.plan.edges:
             raise ValueError(

@@ -4,6 +4,11 @@ Neighbouring islands are a group, which the near level keeps together; the far l
 same parameters, each by what it adds to them, so their rounds may be in flight together: islands' mean is what the outer loop
 makes it, whatever the near level mixes, and what they differ by within a group is the near level's alone.
 
+That holds where a near round mixes between a far landing and the next far start. What lands (keep) takes away what an island
+sent, and with it what it then differed by and the near level has mixed since, so that this comes back with the other sign. Were
+it sent again before it is mixed, then d' = -d + noise: a walk, of which each far round is a step (after 64 of them 8 times the
+noise of one), where a near round in between leaves none of it.
+
 A far round that takes the parameters' place where it begins (eager, pure, and any without delay) ends what islands of a group
 differ by. A near round in flight would land it once more with the other sign, (W - I) of what is gone, up to twice as large; so
 there near rounds have landed wherever a far one begins."""
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 from dtrain import schedule
@@ -113,6 +119,7 @@ def _check_far(far: Recipe, near: Recipe) -> None:
             "sync.level.0 and sync.level.1 share other parameters: the groups' mean is of those that both share; give both the "
             "same include and exclude"
         )
+    _check_room(far, near)
     aligned = far.every % near.every == 0 and (near.fragments, far.fragments) == (1, 1)
     if replaces(far) and near.delay_steps > 1 and not aligned:
         late = "delay = 0" if far.delay_steps == 0 else f'landing = "{far.landing}"'
@@ -120,6 +127,19 @@ def _check_far(far: Recipe, near: Recipe) -> None:
             f"sync.level.1: with {late} a far round takes the parameters' place where it begins, and rounds of sync.level.0, "
             f"{near.delay_steps} steps late, may be in flight there; use delay = 1 in sync.level.0, or landing = "
             '"keep" with a delay in sync.level.1'
+        )
+
+
+def _check_room(far: Recipe, near: Recipe) -> None:
+    each = gcd(near.every, far.every)
+    first = -(-far.delay_steps // each) * each  # where a near round begins soonest after a far landing, in whichever far round
+    mixes = near.algorithm not in ("allreduce", "local")
+    if mixes and not replaces(far) and first + near.delay_steps > far.every:
+        room = (far.every - near.delay_steps) // each * each
+        remedy = f"delay = {room} or less" if room > 0 else f"every = {first + near.delay_steps} or more"
+        raise ValueError(
+            f"sync.level.1: rounds every {far.every} steps land {far.delay_steps} later, and no round of sync.level.0 mixes "
+            f"between that and the next, so that islands of a group would drift apart; use {remedy} in sync.level.1"
         )
 
 

@@ -71,8 +71,9 @@ class AdamMoments:
         for part, before in zip(self._parts, since.tolist(), strict=True):
             moment = part.moment(name)
             if moment is not None:
-                left = part.left(name, before)
-                moment.sub_(sent[part.start : part.stop], alpha=left).add_(mean[part.start : part.stop], alpha=left)
+                left, span = part.left(name, before), slice(part.start, part.stop)
+                ours, theirs = (x[span].to(moment.device) for x in (sent, mean))  # they may lie in CPU memory
+                moment.sub_(ours, alpha=left).add_(theirs, alpha=left)
 
 
 class Unmade:

@@ -56,6 +56,16 @@ def size(said: int | str | None, num_islands: int) -> int:
     return num_islands if said is None else said
 
 
+def check_grace(grace_s: float, timeout_s: float) -> None:
+    """Raises ValueError where who is late would be taken for lost before its grace is over. Half of the limit, as that begins
+    with the wait, and the grace when a quorum's wires are here, which others may see later."""
+    if grace_s > timeout_s / 2:
+        raise ValueError(
+            f"sync.grace = {grace_s:g} s of link.timeout_s = {timeout_s:g}: an island that is late would be taken for lost "
+            f"before its grace is over; use a grace of {timeout_s / 2:g} s at most, or a longer timeout"
+        )
+
+
 def may_say(roll: Roll, here: Set[int], gone: Set[int], *, hurry: bool) -> bool:
     """Whether the islands whose wires are ``here`` may be named as a round's members. ``gone``: those that send no wire of it any
     more. ``hurry``: the round is needed, and the grace is over."""

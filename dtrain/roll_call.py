@@ -252,5 +252,6 @@ def agreement(core: Core, connection: Connection, traffic: Traffic, wait: Wait) 
     if plan.graph is not None:
         return Meetings(core, plan.graph, connection, traffic, wait)
     if plan.quorum is not None:
+        quorum.check_grace(plan.grace_s, connection.timeout_s)
         return RollCall(core, Roll(connection.num_nodes, plan.quorum), plan.grace_s, connection, traffic, wait)
     return None

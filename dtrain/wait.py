@@ -263,10 +263,10 @@ class Wait:
     def _agree(self, problem: Exception | None) -> Exception | None:
         worst = self._ranks.worst(self._seen(problem))
         self.peer_left = self.peer_left or worst >= _LEFT
+        if worst == _REGROUP:  # before what this rank saw, as all ranks stand still for the others, or none does
+            self._connection.membership.check_regroup()
         if problem is not None or worst <= _LEFT:
             return problem
-        if worst == _REGROUP:
-            self._connection.membership.check_regroup()
         if worst == _NON_FINITE:
             return NonFinite("the payload of another rank of this island holds inf or NaN")
         return PeerLost((), "another rank of this island could not go on; see its log")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dtrain import chosen, own, quorum, schedule, topology, zero_config
+from dtrain import chosen, own, quorum, schedule, topology, units, zero_config
 from dtrain.config import Job, load_job, parse_job
 from dtrain.data import hf_rows
 from dtrain.extras import require
@@ -195,6 +195,7 @@ def check_answers(job: Job, how: How, part: int | None = None) -> None:
                 f'sync.recipe = "{recipe.name}" says which parameters islands share, and a stage of islands.engine = "{staged}" '
                 "may have none of them; use islands.engine=ddp"
             )
+        quorum.check_grace(units.seconds(recipe.grace), job.link.timeout_s)
         if how == "run":
             for k, plan in enumerate(plans):
                 if plan.engine == "deepspeed" and (plan.here if part is None else k == part):

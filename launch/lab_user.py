@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -103,12 +104,13 @@ class _Keeper:
 
 
 def _file() -> Path:
-    """In a folder that nobody else can write."""
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/dtrain-{os.geteuid()}")
+    """In a folder that nobody else can write, and that is still there at the next login, as the keeper is: XDG_RUNTIME_DIR is
+    not. It may be one for several machines."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or f"/tmp/dtrain-{os.geteuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
-        raise ValueError(f"{folder} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of yours")
-    return folder / f"{lab.label()}.keeper"
+        raise ValueError(f"{folder} belongs to somebody else; set XDG_STATE_HOME to a folder of yours")
+    return folder / f"{lab.label()}.{socket.gethostname()}.keeper"
 
 
 def _started(pid: int) -> str:

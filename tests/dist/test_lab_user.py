@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ NESTED = (*AS_USER, "unshare", "--user", "--map-root-user", "--net", "--mount", 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
 
 @pytest.fixture
@@ -33,13 +35,19 @@ def user() -> None:
 
 
 def lab_of_user(*lines: list[str], timeout_s: float = 100) -> list[tuple[int, str]]:
-    """Exit status and output of each ``dtrain lab`` command line. All in one shell: its user namespace is what the user is."""
-    script = "".join(f"{shlex.join([sys.executable, '-m', 'dtrain.launch', 'lab', *line])}; echo @$?\n" for line in lines)
-    done = subprocess.run(
-        [*AS_USER, "sh", "-c", f"trap 'kill -9 $(cut -d\" \" -f1 $XDG_RUNTIME_DIR/*.keeper)' EXIT\n{script}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    """Exit status and output of each ``dtrain lab`` command line, each at a login of its own, when the last
+    one's folder is gone. All in one shell: its user namespace is what the user is."""
+    commands = [shlex.join([sys.executable, "-m", "dtrain.launch", "lab", *line]) for line in lines]
+    script = "".join(f"XDG_RUNTIME_DIR=/gone/{login} {command}; echo @$?\n" for login, command in enumerate(commands))
+    try:
+        done = subprocess.run(
+            [*AS_USER, "sh", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    finally:
+        for keeper in Path(os.environ["XDG_STATE_HOME"]).glob("*.keeper"):
+            with suppress(ProcessLookupError):
+                os.kill(int(keeper.read_text().split()[0]), signal.SIGKILL)
     parts = re.split(r"@(\d+)\n", done.stdout)
     return [(int(status), said) for said, status in zip(parts[0::2], parts[1::2], strict=False)]
 

@@ -6,10 +6,12 @@ float64 with torch's own AdamW, and knows nothing of powers of betas."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.bucket import MOMENTS, flatten, make_buckets
 from dtrain.moments import with_moments
@@ -131,3 +133,29 @@ def test_a_mean_that_is_carried_is_one_that_was_there_at_once(make: Make, flown:
         moved.append(found)
     for one, two in zip(*moved, strict=True):
         assert torch.equal(one, two) if flown == 0 else torch.allclose(one, two, rtol=32 * U, atol=0.0)
+
+
+class OneDevice(TorchDispatchMode):
+    """What CUDA refuses and meta lets pass: arithmetic of tensors that lie on two devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {x.device for x in args if isinstance(x, Tensor) and x.dim()}
+        assert len(devices) < 2 or "copy" in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_moments_are_carried_where_they_lie() -> None:
+    """Beside an optimizer on a GPU what was sent may lie in CPU memory (``outer_state = "host"``)."""
+    weight = nn.Parameter(torch.zeros(8, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight] = {"step": torch.tensor(4.0), **{name: torch.zeros(8, device="meta") for name in MOMENTS}}
+    flat = flatten([("weight", weight)], None, None)
+    (bucket,) = with_moments(
+        "desloc", make_buckets(flat, num_fragments=1, bucket_bytes=None, num_ranks=1, with_grad=False), flat, [optimizer]
+    )
+    assert bucket.moments is not None
+    with OneDevice():
+        with pytest.raises(AssertionError, match="sub_"):
+            torch.zeros(8, device="meta").sub_(torch.zeros(8))
+        for name in MOMENTS:
+            bucket.moments.carry(name, torch.zeros(8), torch.ones(8), torch.tensor([2]))

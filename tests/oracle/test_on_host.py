@@ -42,6 +42,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "radial": {"recipe": "decoupled_diloco", "every": 3, "delay": 1, "quorum": "100%"},
     "pairs": {"recipe": "noloco", "every": 3, "delay": 1, "codec": "int8:64"},
     "moments": {"recipe": "desloc", "every": 3, "moments": "1:2"},
+    "moments, late": {"recipe": "desloc", "every": 3, "delay": 2, "moments": "1:2"},
 }
 """Every landing, and every method that has such state."""
 

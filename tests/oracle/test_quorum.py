@@ -27,6 +27,8 @@ from tests.islands import Quadratic, run_islands, sgd_step
 from tests.oracle.test_diloco import CUT, LR, Problem, Settings, U, bound, islands_of_dtrain, problem, size_of
 
 N, SLOW, LONG_S = 4, 2, 60.0
+LONGEST = f"{LONG_S / 2:g}s"
+"""A grace may last for half of the time after which an island is lost, run_islands' limit."""
 ALL, OTHERS = frozenset(range(N)), frozenset({0, 1, 3})
 AXES: dict[str, Any] = {"recipe": "diloco", "reduce": "gather", "quorum": 3, "outer_lr": 0.5, "outer_momentum": 0.5}
 Members = Callable[[int], frozenset[int]]
@@ -119,11 +121,11 @@ def test_others_go_on_without_an_island_that_is_held_and_what_it_learned_comes_w
 @pytest.mark.parametrize("delay", [0, 2])
 def test_with_all_islands_in_time_it_is_what_it_is_without_a_quorum_to_the_bit(delay: int) -> None:
     p, axes = problem(N), {**AXES, "every": 4, "delay": delay}
-    got = islands_of_dtrain(p, N, 15, **{**axes, "grace": f"{LONG_S:.0f}s"})
+    got = islands_of_dtrain(p, N, 15, **{**axes, "grace": LONGEST})
     assert torch.equal(got, islands_of_dtrain(p, N, 15, **{**axes, "quorum": "100%"}))
 
 
-@pytest.mark.parametrize(("grace", "without"), [("0s", MOST_MISSED), ("60s", 0)])
+@pytest.mark.parametrize(("grace", "without"), [("0s", MOST_MISSED), (LONGEST, 0)])
 def test_a_slow_island_is_waited_for_after_a_few_rounds_without_it_and_as_long_as_the_grace_lasts(
     grace: str, without: int
 ) -> None:
@@ -226,7 +228,7 @@ def test_a_round_counts_once_also_where_several_fly_at_a_wait() -> None:
     """Two fragments, of which the second's round has started before the first's when all are waited for."""
 
     def island(connection: Connection) -> Island:
-        one = Island(connection, problem(N), every=4, delay=3, fragments=2, grace=f"{LONG_S:.0f}s")
+        one = Island(connection, problem(N), every=4, delay=3, fragments=2, grace=LONGEST)
         with one.sync:
             for last in (8, 13):
                 one.steps_to(last)
@@ -269,6 +271,21 @@ def test_the_row_has_a_quorum_of_a_majority_and_rounds_that_fly() -> None:
 def test_what_cannot_leave_an_island_out_is_refused(axes: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(text)}[^\n]*$"):
         resolve(axes["recipe"], {k: v for k, v in axes.items() if k != "recipe"}, N)
+
+
+def test_a_grace_is_over_before_who_is_late_is_taken_for_lost() -> None:
+    said = r"^sync\.grace = 31 s of link\.timeout_s = 60: .* use a grace of 30 s at most, or a longer timeout$"
+    job = {"sync": {"recipe": "decoupled_diloco", "grace": "31s"}, "islands": {"count": 4}, "link": {"timeout_s": 60}}
+    with pytest.raises(ValueError, match=said):
+        check_answers(parse_job(job), "run")
+    check_answers(parse_job(job, ["sync.grace=30s"]), "run")
+    check_answers(parse_job(job, ["link.timeout_s=62"]), "run")
+
+    def joins(connection: Connection) -> None:
+        with pytest.raises(ValueError, match=said):
+            Island(connection, problem(N), every=2, delay=1, grace="31s")
+
+    run_islands(N, joins)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ def test_the_command_line_changes_keys_of_a_level_and_a_recipe_drops_its_other_a
             'use delay = 1 in sync.level.0, or landing = "keep"',
         ),
         (["sync.level.1.recipe=fedavg", "sync.level.0.every=3", "sync.level.0.delay=2"], "with delay = 0 a far round takes"),
+        (["sync.level.1.delay=round"], "land 8 later, and no round of sync.level.0 mixes between that and the next, so that"),
+        (["sync.level.1.delay=round"], "islands of a group would drift apart; use delay = 7 or less in sync.level.1"),
+        (["sync.level.1.delay=5", "sync.level.0.every=4"], "use delay = 4 or less in sync.level.1"),
+        (["sync.level.1.delay=1", "sync.level.0.every=8"], "use every = 9 or more in sync.level.1"),
         (["islands.ranks=2"], "islands.ranks = 2 with [[sync.level]]: the near level is what an island's ranks would do"),
         (["islands.start=own"], "diloco keeps an anchor that all islands share"),
         (["link.rate=5mbit"], "link.rate = '5mbit' has no effect where each level has its rate; change sync.level.1.rate"),
@@ -114,6 +118,14 @@ def test_rounds_that_are_late_by_more_than_a_step_may_fly_where_a_far_one_starts
     """Every 5th far step is one of a near round too, and that has landed."""
     check_answers(resolved(shipped("sync.level.0.every=5", "sync.level.0.delay=5")), "run")
     check_answers(resolved(shipped("sync.level.0.every=3", "sync.level.0.delay=0")), "run")
+
+
+@pytest.mark.parametrize(
+    "overrides", [("delay=7",), ("delay=round", "0.delay=0"), ("delay=4", "0.every=4"), ("delay=6", "0.every=3"), ("delay=0",)]
+)
+def test_where_a_near_round_mixes_what_landed_before_the_next_far_one_it_is_allowed(overrides: tuple[str, ...]) -> None:
+    said = [f"sync.level.{'' if '.' in word else '1.'}{word}" for word in overrides]
+    check_answers(resolved(shipped(*said)), "run")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 
 from dtrain.connect import connect_local
 from dtrain.core import Flight
-from dtrain.errors import PeerLost
+from dtrain.errors import NonFinite, PeerLost, Regroup
 from dtrain.link import Link
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, Tag
-from dtrain.wait import Wait
+from dtrain.wait import _REGROUP, Wait
 
 N, WIRE_BYTES, LIMIT_S, WITHIN_S = 3, 2500, 10.0, 60.0
 Arrival = tuple[int, int, int]
@@ -102,3 +102,27 @@ def test_who_has_sent_all_is_not_named_and_a_link_that_is_broken_is(waited: Call
         waited([None, (2, 0, 0)], 0.4 * LIMIT_S, buckets=1, broken=[1])
     assert caught.value.islands == (1,)
     assert caught.value.reason == "nothing came from it for 10 s (Connection closed by peer), 20 s after the wait began"
+
+
+@pytest.mark.parametrize("own", [None, PeerLost((1,), "it was silent"), NonFinite("inf")])
+def test_where_one_rank_stands_still_for_another_island_all_of_its_island_do(
+    own: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever another rank saw in the same moment, it must not end, and with it the island."""
+    connection = connect_local(N)[0]
+    wait = Wait(connection, Traffic(connection.transport, torch.device("cpu")))
+    monkeypatch.setattr(wait, "_ranks", AnotherRank())
+
+    def regroup() -> None:
+        raise Regroup(1, 100)
+
+    monkeypatch.setattr(connection.membership, "check_regroup", regroup)
+    with pytest.raises(Regroup):
+        wait._agree(own)
+
+
+class AnotherRank:
+    num_ranks = 2
+
+    def worst(self, seen: int) -> int:
+        return max(seen, _REGROUP)
