@@ -33,11 +33,13 @@ class Launcher:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.meet = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.last, self.then = b"", lambda: None
+        self._last: bytes | None = None
+        self._then: Callable[[], None] = lambda: None
         Thread(target=self._take, daemon=True).start()
 
     def falls_silent_at(self, word: str, then: Callable[[], None] = lambda: None) -> None:
-        self.last, self.then = word.encode(), then
+        """At any word, where this is the empty one."""
+        self._last, self._then = word.encode(), then
 
     def close(self) -> None:
         self._listener.close()
@@ -55,9 +57,9 @@ class Launcher:
         silent = False
         with suppress(OSError), site, server:
             while words := site.recv(65536):
-                if self.last and self.last in words:
+                if self._last is not None and self._last in words:
                     silent = True
-                    self.then()
+                    self._then()
                 elif not silent:
                     server.sendall(words)
 
@@ -134,12 +136,13 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_a_folder")
-def test_a_part_whose_launcher_answers_nothing_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        meet = f"127.0.0.1:{silent.getsockname()[1]}"
-        assert run_command(["run", "job.toml", "link.timeout_s=0.3", "--island", "1", "--meet", meet]) == 75
+def test_a_part_whose_launcher_answers_nothing_ends_with_one_line(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.falls_silent_at("")
+    assert run_command(["run", "job.toml", "link.timeout_s=0.3", "--island", "1", "--meet", launcher.meet]) == 75
     err = capsys.readouterr().err
-    assert err.startswith(f"dtrain: the launcher at {meet} has not answered for 0.3 s; start it again with --resume")
+    assert err.startswith(f"dtrain: the launcher at {launcher.meet} has not answered for 0.3 s; start it again with --resume")
     assert err.count("\n") == 1
 
 
