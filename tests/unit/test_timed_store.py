@@ -22,8 +22,8 @@ from dtrain.launch.cli import run_command
 from dtrain.launch.local import Stopped, stop_signals_raise
 from dtrain.launch.timed_store import TimedStore
 
-_AT_MOST_S = 20.0
-"""A word that has no limit of its own is cut off here, and the test fails in place of hanging."""
+_AT_MOST_S = 30.0
+"""A word that nothing else ends is cut off here, and the test fails in place of hanging."""
 
 
 class Launcher:
@@ -33,6 +33,7 @@ class Launcher:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.meet = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cut_off = False
         self._last: bytes | None = None
         self._then: Callable[[], None] = lambda: None
         Thread(target=self._take, daemon=True).start()
@@ -56,12 +57,19 @@ class Launcher:
     def _pass(self, site: socket.socket, server: socket.socket) -> None:
         silent = False
         with suppress(OSError), site, server:
-            while words := site.recv(65536):
+            while words := self._words(site):
                 if self._last is not None and self._last in words:
                     silent = True
                     self._then()
                 elif not silent:
                     server.sendall(words)
+
+    def _words(self, site: socket.socket) -> bytes:
+        try:
+            return site.recv(65536)
+        except TimeoutError:
+            self.cut_off = True
+            return b""
 
 
 def _pass_all(server: socket.socket, site: socket.socket) -> None:
@@ -114,6 +122,7 @@ def test_signals_are_heard_while_it_is_silent(launcher: Launcher, word: Callable
     launcher.falls_silent_at("x", interrupt)
     with stop_signals_raise(), pytest.raises(Stopped, match="SIGINT"):
         word(there)
+    assert not launcher.cut_off
 
 
 def test_one_that_is_gone_is_lost_at_once() -> None:
@@ -152,3 +161,4 @@ def test_a_part_is_stopped_though_its_launcher_is_silent(launcher: Launcher, mon
     part_words.say_job(launcher.store, resolved(load_job(Path("job.toml"))))
     launcher.falls_silent_at("/order", interrupt)  # what a part asks for when it has joined
     assert run_command(["run", "job.toml", "--island", "1", "--meet", launcher.meet]) == 128 + signal.SIGINT
+    assert not launcher.cut_off
