@@ -1,8 +1,9 @@
 """What does Kubernetes have to be told so that it runs the islands of a job? A JobSet, and a ConfigMap with the job file.
 
 The launcher is a pod, and so is each node of each island. Pods have host names that the others know (JobSet's network), and
-islands meet at the launcher's. A pod that fails has the whole set made anew, as often as islands.max_restarts says, and it goes
-on from the newest checkpoint on the volume; what a person has to put right (exit status 2) ends it at once.
+islands meet at the launcher's. Pods are scheduled one by one, so each waits first until all run. One that fails has the whole set
+made anew, as often as islands.max_restarts says, and it goes on from the newest checkpoint on the volume; what a person has to
+put right (exit status 2) ends it at once.
 
 JobSet: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
@@ -34,6 +35,7 @@ _LONGEST = 63  # characters of a host name
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _USER_ERROR = 2
+_LOOKS_EVERY_S = 5  # for a pod that does not run yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,18 @@ def manifests(job: Job, asked: Asked) -> list[Manifest]:
         "metadata": {**metadata, "name": _config(name)},
         "data": {"job.toml": dump_job(job)},
     }
-    parts = [_replicated(f"island{p.island}", p.count, _island_pod(job, name, p, asked)) for p in islands]
+    together = _together(name, islands)
+    parts = [_replicated(f"island{p.island}", p.count, _island_pod(job, name, p, asked, together)) for p in islands]
     spec = {
-        "network": {"enableDNSHostnames": True, "subdomain": name},
+        # A pod has a name once it runs, and not while its image is still on the way.
+        "network": {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": False},
         "successPolicy": {"operator": "All", "targetReplicatedJobs": ["launcher"]},
         "failurePolicy": {
             "maxRestarts": job.islands.max_restarts,
             "restartStrategy": "BlockingRecreate",
             "rules": [{"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
         },
-        "replicatedJobs": [_replicated("launcher", 1, _launcher_pod(job, name, asked)), *parts],
+        "replicatedJobs": [_replicated("launcher", 1, _launcher_pod(job, name, asked, together)), *parts],
     }
     return [config, {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}]
 
@@ -177,11 +181,30 @@ def _host(name: str, part: str, pod: int) -> str:
     return f"{name}-{part}-0-{pod}"  # JobSet, replicated job, which of its jobs, which of that one's pods
 
 
-def _launcher_pod(job: Job, name: str, asked: Asked) -> Manifest:
-    return _pod(_go_on(f"{_RUNS}/{job.job.name}") + f"exec {_dtrain_run(job)} \"$@\"\n", _config(name), asked, gpus=None)
+def _together(name: str, islands: Sequence[Pods]) -> str:
+    """What each pod does first: GPUs may come to one of them hours after the others, and link.timeout_s is not for that."""
+    hosts = [_host(name, "launcher", 0), *(_host(name, f"island{p.island}", k) for p in islands for k in range(p.count))]
+    return (
+        "# Pods are scheduled one by one. None begins before all have names, which are those of pods that run.\n"
+        "trap 'exit 143' TERM    # which the first process of a pod hears only if it asks to\n"
+        "command -v getent >/dev/null || { echo 'the image has no getent, which looks names up'; exit 2; }\n"
+        "awaited=\n"
+        f"for pod in {' '.join(hosts)}; do\n"
+        f'    until getent ahosts "$pod.{name}" >/dev/null; do\n'
+        '        if [ "$pod" != "$awaited" ]; then echo "waiting for pod $pod, which does not run yet"; fi\n'
+        "        awaited=$pod\n"
+        f"        sleep {_LOOKS_EVERY_S}\n"
+        "    done\n"
+        "done\n"
+    )
 
 
-def _island_pod(job: Job, name: str, pods: Pods, asked: Asked) -> Manifest:
+def _launcher_pod(job: Job, name: str, asked: Asked, together: str) -> Manifest:
+    runs = _go_on(f"{_RUNS}/{job.job.name}") + f"exec {_dtrain_run(job)} \"$@\"\n"
+    return _pod(together + runs, _config(name), asked, gpus=None)
+
+
+def _island_pod(job: Job, name: str, pods: Pods, asked: Asked, together: str) -> Manifest:
     run, meet = f"{_RUNS}/{job.job.name}-island{pods.island}", f"{job.link.advertise}:{job.link.port}"
     joins = _go_on(run) + f"exec {_dtrain_run(job)} --island {pods.island} --meet {meet} \"$@\"\n"
     torchrun = [
@@ -196,7 +219,7 @@ def _island_pod(job: Job, name: str, pods: Pods, asked: Asked) -> Manifest:
         f"    exec python -m dtrain.launch.follow {_JOB} {run} {pods.island} {meet}\n"
         "fi\n"
     )
-    return _pod((several if pods.count > 1 else "") + joins, _config(name), asked, gpus=asked.gpus_per_node)
+    return _pod(together + (several if pods.count > 1 else "") + joins, _config(name), asked, gpus=asked.gpus_per_node)
 
 
 def _dtrain_run(job: Job) -> str:

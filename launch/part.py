@@ -10,9 +10,10 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
@@ -32,12 +33,16 @@ from dtrain.launch.view import LiveView
 from dtrain.metrics import ErrorNote, read_error
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store, TCPStore
+    from torch._C._distributed_c10d import Store
+
+    from dtrain.launch.timed_store import TimedStore
 
 _TICK_S = 0.1
 _REPORT_EVERY_S = 0.5
 _SAY_EVERY_S = 2.0
 _CONNECT_S = 2.0
+_GOODBYE = timedelta(seconds=2)
+"""How long the launcher may take to hear that a person has stopped this part."""
 _NOTES: Mapping[part_words.State, str] = {"idle": "waits for the launcher", "failed": "lost; the launcher decides"}
 
 
@@ -51,20 +56,20 @@ def run_part(
     tag, torchruns = secrets.token_hex(8), islands.take_torchruns()
     launch = islands.Launch(job, run.resolve(), meet, tag=tag, script=script, torchruns=torchruns)
     held = part_words.contents(job, text, script)  # before the launcher can wait for it
-    part, line, outcome = Part(launch, island), None, Outcome(1, "this part of the launcher failed")
+    part, store, line, outcome = Part(launch, island), None, None, Outcome(1, "this part of the launcher failed")
     word = WordFile(launch.run, job.islands.count, 0, part=island, meet=meet)
     with LiveView(console, bars=not script) as view, stop_signals_raise():
         try:
             store = _reach(*address(meet), job.link.timeout_s, view.line)
             from dtrain import checkpoint  # noqa: F401  (seconds of import, before anyone waits for a word of this part)
 
-            with _launcher_there(meet):
-                line = _join(store, launch, island, held, view.line)
-            outcome = _keep(part, line, store, meet, view, word)
+            line = _join(store, launch, island, held, view.line)
+            outcome = _keep(part, line, store, view, word)
         except Stopped as stop:
             outcome = Outcome(128 + stop.number, f"island {island} was stopped here; the launcher ends the job, to be resumed")
-            if line is not None:
-                with _launcher_there(meet):
+            if store is not None and line is not None:
+                store.set_timeout(_GOODBYE)
+                with suppress(PeerLost):  # it will miss this part in time
                     line.report(part.report("gone"))
         except (PeerLost, ValueError) as e:
             outcome = Outcome(EXIT_RESUMABLE if isinstance(e, PeerLost) else EXIT_USER_ERROR, str(e))
@@ -191,13 +196,12 @@ class Part:
         self._lines.lines()
 
 
-def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView, word: WordFile) -> Outcome:
+def _keep(part: Part, line: Line, store: Store, view: LiveView, word: WordFile) -> Outcome:
     launch, reported_at, said = part.launch, 0.0, Report(0)
     progress, printed = Progress(launch.run, launch.job.islands.count, launch.job.train.steps), Printed(launch, part.island)
     while True:
         now = time.monotonic()
-        with _launcher_there(meet):
-            order, commits = line.ordered(), part_words.commits(store)
+        order, commits = line.ordered(), part_words.commits(store)
         if order is not None and order.word == "end":
             part.end()
             part.done = order.number
@@ -207,13 +211,11 @@ def _keep(part: Part, line: Line, store: Store, meet: str, view: LiveView, word:
             part.follow(commits)
             lines, said = part.look()
             reported_at = now
-            with _launcher_there(meet):
-                if lines:
-                    line.say_batch(said.batches, lines)
-                line.report(said)
+            if lines:
+                line.say_batch(said.batches, lines)
+            line.report(said)
         if order is not None and order.word == "end":
-            with _launcher_there(meet):
-                line.report(replace(said, beat=said.beat + 1, state="gone"))
+            line.report(replace(said, beat=said.beat + 1, state="gone"))
             return Outcome(order.exit_status, order.message)
         part.say(word)
         view.show([_noted(progress.read()[part.island], said)], now)
@@ -238,7 +240,7 @@ def address(meet: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -> TCPStore:
+def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -> TimedStore:
     """The launcher's store, which may be a little late. Raises PeerLost where it is not there within timeout_s."""
     begun = time.monotonic()
     say_at_s = _SAY_EVERY_S
@@ -255,14 +257,13 @@ def _reach(host: str, port: int, timeout_s: float, say: Callable[[str], None]) -
                 say(f"waiting for the launcher at {host}:{port}, {waited_s:.0f} s of {timeout_s:.0f}")
                 say_at_s = waited_s + _SAY_EVERY_S
             time.sleep(_TICK_S)
-    from dtrain.membership import meeting_store
+    from dtrain.launch.timed_store import TimedStore
 
-    with _launcher_there(f"{host}:{port}"):
-        store = meeting_store(f"{host}:{port}", timeout_s)
-        while not part_words.has_job(store):
-            if time.monotonic() - begun > timeout_s:
-                raise PeerLost((), f"what answers at {host}:{port} said nothing of a job within {timeout_s:g} s")
-            time.sleep(_TICK_S)
+    store = TimedStore(f"{host}:{port}", timeout_s)
+    while not part_words.has_job(store):
+        if time.monotonic() - begun > timeout_s:
+            raise PeerLost((), f"what answers at {host}:{port} said nothing of a job within {timeout_s:g} s")
+        time.sleep(_TICK_S)
     return store
 
 
@@ -283,15 +284,3 @@ def _join(
         raise
     say(f"island {island} has joined the launcher at {launch.meet}; its files are in {launch.run}")
     return line
-
-
-@contextmanager
-def _launcher_there(meet: str) -> Iterator[None]:
-    """Around words at the meeting point: PeerLost where it is gone."""
-    try:
-        yield
-    except PeerLost:
-        raise
-    except RuntimeError as e:  # the store's way to say that its other end has closed, or does not answer
-        again = "start it again with --resume, and then this"
-        raise PeerLost((), f"the launcher at {meet} is gone; {again} ({str(e).partition(chr(10))[0][:80]})") from e

@@ -199,11 +199,11 @@ echo "DTRAIN_TORCHRUN=$DTRAIN_TORCHRUN"
 """
 
 
-def started(jobset: Mapping[str, Any], name: str, pod: int, folder: Path) -> list[str]:
-    """What the pod's shell runs, and the torchrun it is told of; ``/runs`` is a folder here."""
+def started(jobset: Mapping[str, Any], name: str, pod: int, folder: Path, looks_up: str = "") -> list[str]:
+    """What the pod's shell runs, and the torchrun it is told of; ``/runs`` is a folder here, and all names are known."""
     (folder / "bin").mkdir(exist_ok=True)
-    for program in ("dtrain", "python"):
-        (folder / "bin" / program).write_text(STUB)
+    for program, text in {"dtrain": STUB, "python": STUB, "getent": "#!/bin/sh\n" + looks_up, "sleep": "#!/bin/sh\n"}.items():
+        (folder / "bin" / program).write_text(text)
         (folder / "bin" / program).chmod(0o755)
     shell, option, script = containers(jobset)[name]["command"]
     said = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": str(pod)}
@@ -244,14 +244,46 @@ def test_of_several_pods_the_first_joins_and_the_others_follow(tmp_path: Path) -
         assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint) == ("static", "small-island1-0-0.small:29500")
 
 
+# Plays a network that knows each name when it is asked the third time for it, and notes who was asked for.
+KNOWN_LATE = """printf '%s\\n' "$*" >>asked
+test "$(grep -cFx "$*" asked)" -ge 3
+"""
+
+
+@pytest.mark.parametrize(("name", "pod"), [("launcher", 0), ("island0", 0), ("island1", 1)])
+def test_no_pod_begins_before_the_names_of_all_are_known(name: str, pod: int, tmp_path: Path) -> None:
+    _, jobset = written(*RANKS, "--gpus-per-node", "2")
+    network, jobs = jobset["spec"]["network"], {job["name"]: job for job in jobset["spec"]["replicatedJobs"]}
+    assert network == {"enableDNSHostnames": True, "subdomain": "small", "publishNotReadyAddresses": False}
+    pods = [  # JobSet: <jobSet.name>-<spec.replicatedJob.name>-<job-index>-<pod-index>.<subdomain>
+        f"{jobset['metadata']['name']}-{each}-{job}-{index}"
+        for each, said in jobs.items()
+        for job in range(said["replicas"])
+        for index in range(said["template"]["spec"]["completions"])
+    ]
+    assert len(pods) == 5
+    lines = started(jobset, name, pod, tmp_path, KNOWN_LATE)
+    assert lines[:5] == [f"waiting for pod {each}, which does not run yet" for each in pods]
+    assert lines[5:] == started(jobset, name, pod, tmp_path), "and then what it does where it need not wait"
+    assert Path("asked").read_text().splitlines() == [f"ahosts {each}.small" for each in pods for _ in range(3)]
+
+
+def test_an_image_that_cannot_look_names_up_is_refused(tmp_path: Path) -> None:
+    """And does not wait for ever: the set's policy ends it at a person's error."""
+    _, jobset = written()
+    shell, option, script = containers(jobset)["island0"]["command"]
+    bare = {"PATH": str(tmp_path)}
+    done = subprocess.run([shell, option, script], env=bare, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "the image has no getent, which looks names up\n")
+
+
 @pytest.mark.parametrize("words", JOBS.values(), ids=list(JOBS))
 def test_shellcheck_has_nothing_to_say(words: Sequence[str]) -> None:
-    for container in containers(written(*words)[1]).values():
-        checker = ["shellcheck", "--shell=sh", "-"]
-        done = subprocess.run(checker, input=container["command"][2], capture_output=True, text=True, check=False, timeout=60)
+    found = containers(written(*words)[1])
+    for name in ("launcher", "island0"):  # the other islands say the same
+        checker, script = ["shellcheck", "--shell=sh", "-"], found[name]["command"][2]
+        done = subprocess.run(checker, input=script, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stdout
-        if container["command"][2].count("island") > 4:
-            break  # the others say the same
 
 
 @pytest.mark.parametrize(
