@@ -135,6 +135,28 @@ def test_what_recipes_reach_with_other_numbers_of_islands_is_what_the_rows_say()
         assert cells == [f"{ours:.4f}, {100 * (ours / best - 1):+.2f} %" for ours, best in each if ours and best]
 
 
+def test_what_the_text_says_of_outer_loops_is_what_the_rows_say() -> None:
+    digest = comparison.digest(JOBS["diloco"].read_text(encoding="utf-8"))
+    rows = comparison.read_rows(ROOT / "tests/bench/results/recipes.jsonl")
+    rows = [row for row in rows if (row.job, row.budget, row.islands) == (digest, 4, 4)]
+
+    def beside(entry: str, other: str, seeds: int) -> tuple[float, str]:
+        found = comparison.behind(*([row for row in rows if row.entry == name] for name in (entry, other)))
+        assert found is not None
+        assert found.percent is not None
+        assert found.seeds >= seeds
+        return found.percent, f"{found.percent:.2f} % +- {found.half_width or 0:.2f}"
+
+    text = README.replace("\n", " ")
+    waited, late = (f"delayed_diloco+every=8+delay={delay}" for delay in (0, 1))
+    assert f"waited for, is {beside(waited, 'allreduce', 5)[1]} behind at 4x with 60 times fewer bytes (five paired" in text
+    assert f"one step late {beside(late, 'allreduce', 5)[1]}, which is {beside(late, waited, 5)[1]} behind waited for" in text
+    muon = [beside("muloco+every=10", f"allreduce{inner}", 1)[0] for inner in ("+train.optimizer=muon", "")]
+    assert f"at 4x that one is {muon[0]:.2f} % behind, and {-muon[1]:.2f} % ahead of all-reduce with AdamW (one seed)" in text
+    few = [beside("dilocox+every=30+rank=16+delay=2", other, 1)[0] for other in ("allreduce", "diloco")]
+    assert f"every 30 steps is {few[0]:.2f} % behind all-reduce, and {-few[1]:.2f} % ahead of `diloco` as its paper" in text
+
+
 def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
     """`dtrain bench recipes` sets all beside all-reduce; these are beside each other, by the same mean of paired seeds."""
     digest = comparison.digest(JOB.read_text(encoding="utf-8"))
@@ -216,10 +238,11 @@ def test_what_each_part_of_dilocox_buys_is_what_was_measured() -> None:
 
 def test_what_two_levels_reach_is_what_was_measured() -> None:
     measured = json.loads((ROOT / "tests/bench/results/levels.json").read_text(encoding="utf-8"))
-    text, live = README.replace("\n", " "), measured["live"]
-    assert f"{measured['behind_percent']:.2f} % +- {measured['half_width_percent']:.2f} behind all-reduce (five" in text
-    assert len(measured["seeds"]) == 5
-    far, near, all_reduce = (measured[f"{name}_bytes"] for name in ("far", "near", "allreduce"))
+    text, live, (one, four) = README.replace("\n", " "), measured["live"], (measured["budgets"][budget] for budget in ("1", "4"))
+    first, last = (f"{of['behind_percent']:.2f} % +- {of['half_width_percent']:.2f}" for of in (one, four))
+    assert f"After its 1,000 steps that job is {first} behind all-reduce (five paired seeds), after 4,000 {last} (three" in text
+    assert [len(of["bits_per_byte"][name]) for of in (one, four) for name in ("levels", "allreduce")] == [5, 5, 3, 3]
+    far, near, all_reduce = (one[f"{name}_bytes"] for name in ("far", "near", "allreduce"))
     fewer = f"{all_reduce / far:,.0f} times fewer"
     assert f"{far / 1e6:.2f} MB of an island over the far link, {fewer}, and {near / 1e6:.0f} MB over" in text
     assert f"waits for {100 * live['wait_s'] / live['train_s']:.0f} % of its time" in text
