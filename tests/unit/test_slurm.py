@@ -259,7 +259,7 @@ def test_a_torchrun_is_started_in_whatever_locale(stubs: Path) -> None:
     text = written(IB, *RANKS, "--gpus-per-node", "2", "job.dir=né", *at_stubs(stubs))
     said = {"LC_ALL": "C", "PYTHONUTF8": "1"}
     assert ended(text, stubs, 4, {**allocation(apart=False, nodes=[["n1", "n2"], ["n3", "n4"]]), **said}) == 0
-    logs = [word for call in calls("srun") for word in call["arguments"] if word.startswith("--output=")]
+    logs = sorted(word for call in calls("srun") for word in call["arguments"] if word.startswith("--output="))
     assert logs == [f"--output={Path('né/small-slurm/40007').absolute()}/island{k}-%N.log" for k in (0, 1)]
 
 
