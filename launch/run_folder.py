@@ -24,6 +24,7 @@ _OURS = (
 )
 
 _LOCK = ".lock"
+"""Stays in the folder: who removed it would let in a launch that holds the removed one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,21 +86,21 @@ def script(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked) -> 
     lines += ["", *_places(job, asked, job.link.interface or islands[0].interface)]
     kept = '"$run"' if asked.island is None else f'"$run-island{asked.island}"'
     every = job.train.checkpoint_every
-    newest = NEWEST.replace("@kept", kept) if _kept(job, asked) else ""
+    newest = NEWEST.replace("@kept", kept) if _goes_on(job, asked) else ""
     lines += [*_job(job, job_file, overrides, asked), "", f"{STOP}{newest}{GO_ON}"]
     if asked.island is None:
         config = "" if asked.ssh_config is None else f" --ssh-config {shlex.quote(str(asked.ssh_config))}"
-        does = COMMITS.replace("@every", str(every)) if _kept(job, asked) else COMMITS_NONE
+        does = COMMITS.replace("@every", str(every)) if _goes_on(job, asked) else COMMITS_NONE
         lines += ["", LAUNCHER.replace("@does", does).replace("@config", config)]
     lines += ["", *_starts(job, asked, islands, apart=apart)]
     if asked.island is not None:
         lines.append(ALONE)
     what = "a script" if asked.script else "a job with train.checkpoint_every = 0"
-    again = AGAIN.replace("@every", str(every)) if _kept(job, asked) else NEVER_AGAIN.replace("@what", what)
+    again = AGAIN.replace("@every", str(every)) if _goes_on(job, asked) else NEVER_AGAIN.replace("@what", what)
     return "\n".join([*lines, "", f"{END}{again}"])
 
 
-def _kept(job: Job, asked: Asked) -> bool:
+def _goes_on(job: Job, asked: Asked) -> bool:
     """Is there a checkpoint to go on from when the job starts again?"""
     return not asked.script and job.train.checkpoint_every > 0
 
@@ -227,10 +227,10 @@ def _about(job: Job, job_file: Path, overrides: Sequence[str], asked: Asked, isl
         yield f"# The run is kept in {_run(job)}, and what is island K's own beside it, in"
         yield f"# {job.job.name}-islandK: all nodes must see these folders under these names."
         anew = "every rank runs the script anew: dtrain has no checkpoint of it" if asked.script else "it begins anew"
-        yield f"# Submitted again, {'it goes on from the newest checkpoint' if _kept(job, asked) else anew}."
+        yield f"# Submitted again, {'it goes on from the newest checkpoint' if _goes_on(job, asked) else anew}."
     else:
         yield f"# The launcher runs elsewhere, and is met at {asked.meet}. What is this island's own is kept in"
-        again = "goes on with that" if _kept(job, asked) else "begins anew"
+        again = "goes on with that" if _goes_on(job, asked) else "begins anew"
         yield f"# {_run(job)}-island{asked.island}. Submitted again, it {again}."
     yield ""
 
@@ -274,9 +274,9 @@ def _component(job: Job, asked: Asked, islands: Sequence[Where], *, first: bool)
         yield f"#SBATCH --job-name={name}"
         yield f"#SBATCH --output={name}-%j.log"
         yield "#SBATCH --open-mode=append"
-        yield f"# A signal 120 s before the time limit, and {'back' if _kept(job, asked) else 'never'} into the queue:"
+        yield f"# A signal 120 s before the time limit, and {'back' if _goes_on(job, asked) else 'never'} into the queue:"
         yield "#SBATCH --signal=B:USR1@120"
-        yield f"#SBATCH --{'requeue' if _kept(job, asked) else 'no-requeue'}"
+        yield f"#SBATCH --{'requeue' if _goes_on(job, asked) else 'no-requeue'}"
     else:
         yield "#SBATCH hetjob"
     if islands[0].partition:
