@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import chosen
+from dtrain.bucket_bytes import largest_bytes
 from dtrain.codec_name import MAX_BLOCK
 from dtrain.lanes import rank_of_lane
 from dtrain.shards import local, named_parameters
@@ -30,12 +31,6 @@ EXTRA_NAMES = 3
 
 MAX_BUCKETS = 4096 - EXTRA_NAMES
 """A tag has 12 bits for the bucket."""
-
-MIN_BUCKET_BYTES = 2**19
-"""Below it the cost of a message, not its length, is what an exchange takes: a bucket's round trip is about 1 ms of
-threads."""
-
-MAX_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,9 +332,9 @@ def make_buckets(
     """Cut the flat storages into fragments and those into buckets, and give neighbouring buckets to each lane, and neighbouring
     lanes to each rank. There are as many lanes as ranks, or, where islands have different numbers of ranks, as the most of them.
 
-    The cut depends on the model alone (an eighth of it a bucket, within the limits above, unless bucket_bytes says
-    otherwise), never on num_ranks. A bucket is larger than that where one parameter that is kept whole is."""
-    largest = bucket_bytes or min(MAX_BUCKET_BYTES, max(MIN_BUCKET_BYTES, flat.numel * 4 // 8))
+    The cut depends on the model alone (``largest_bytes``, unless bucket_bytes says otherwise), never on num_ranks. A bucket is
+    larger than that where one parameter that is kept whole is."""
+    largest = bucket_bytes or largest_bytes(flat.numel * 4)
     pieces: list[tuple[int, Layout, Tensor]] = []
     global_base = 0
     for kind, members in enumerate(flat.order):

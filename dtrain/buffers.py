@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dtrain.bucket import MAX_BUCKET_BYTES
+from dtrain.bucket_bytes import MAX_BUCKET_BYTES
 from dtrain.shards import first_element, is_part, local, named_buffers, whole
 
 LARGEST_INTEGER = 2**24

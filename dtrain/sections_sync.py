@@ -83,7 +83,9 @@ class Answers(Section):
     grace: str | None = Field(
         None, examples=["2s"], description='how long a needed round waits for the others once a quorum\'s wires are here: "2s"'
     )
-    bucket_bytes: int | None = Field(None, ge=4, description="largest bucket; left out: an eighth of the model, 64 MiB at most")
+    bucket_bytes: int | None = Field(
+        None, ge=4, description="largest bucket; left out: an eighth of the model, of a large one a sixteenth, 64 MiB at most"
+    )
     rank: int | str | None = Field(
         None, examples=[32],
         description='r of reduce = "low_rank": a matrix goes as r columns and r rows; "adaptive:R": as few as do, R at most',

@@ -175,6 +175,11 @@ def hub() -> str:
     return f"{label()}-hub"
 
 
+def hub_address() -> str:
+    """Where the launcher and the meeting point are."""
+    return f"{_NETWORK}.1"
+
+
 def address(island: int) -> str:
     return f"{_NETWORK}.{island + 2}"
 
@@ -197,7 +202,7 @@ def _make(lab: Lab) -> None:
     bridge = f"link add {DEVICE} type bridge forward_delay 0 mcast_snooping 0"
     ends = (f"link add {_port(i)} type veth peer name {DEVICE} netns {namespace(i)}" for i in islands)
     ports = (f"link set {_port(i)} master {DEVICE} addrgenmode none up" for i in islands)
-    home = (f"addr add {_NETWORK}.1/24 dev {DEVICE}", "link set lo up", f"link set {DEVICE} addrgenmode none up")
+    home = (f"addr add {hub_address()}/24 dev {DEVICE}", "link set lo up", f"link set {DEVICE} addrgenmode none up")
     lab_net.told("ip", "-n", hub(), lines=[bridge, *ends, *home, *ports])
     shapes = list[str]()
     for i in islands:

@@ -16,7 +16,7 @@ from dtrain.launch.checks import read_job
 from dtrain.launch.islands import Site, folder
 from dtrain.launch.lab import Counted, Lab
 from dtrain.launch.run_folder import Opened
-from dtrain.metrics import read_part
+from dtrain.metrics import Part, read_part
 
 HEADER = ["at an island's interface", "sent", "received", "the run says it sent", "sent / said"]
 
@@ -54,12 +54,16 @@ def link_keys(there: Lab, job: Job) -> list[str]:
 
 
 def said(opened: Opened, *, scripted: bool) -> list[int | None]:
-    """Payload that each island posted, by its own count: of the rounds, the start, and all exact averages. None where that is not
-    of this launch alone, or a script's, which keeps its counts to itself."""
+    """Payload that each island posted, by its own count. None where that is not of this launch alone, or a script's, which keeps
+    its counts to itself."""
     if scripted or opened.finished or opened.resume_step:
         return [None] * opened.job.islands.count
-    parts = [read_part(folder(opened.run, island)) for island in range(opened.job.islands.count)]
-    return [p.wire_bytes_sent + p.wire_bytes_start + p.wire_bytes_merge + p.wire_bytes_consensus for p in parts]
+    return [posted(read_part(folder(opened.run, island))) for island in range(opened.job.islands.count)]
+
+
+def posted(part: Part) -> int:
+    """Bytes of payload, of the rounds, the start, and all exact averages."""
+    return part.wire_bytes_sent + part.wire_bytes_start + part.wire_bytes_merge + part.wire_bytes_consensus
 
 
 def rows(before: Sequence[Counted], after: Sequence[Counted], said: Sequence[int | None]) -> list[list[str]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 PURE = (
     *("topology", "events", "schedule", "matchmaker", "methods", "section", "sections", "sections_sync", "config", "codec_name"),
     *("own_name", "units", "sections_each", "sections_log", "lanes", "engine_fits"),
-    *("contraction", "errors", "extras", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots"),
+    *("contraction", "errors", "extras", "matrices", "stability", "chosen", "pair_momentum", "quorum", "slots", "bucket_bytes"),
 )
 IMPURE = ("torch", "triton", "numba", "time", "datetime", "os", "socket", "threading", "subprocess")
 

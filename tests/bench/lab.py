@@ -6,7 +6,7 @@
 Two islands. First one plain TCP connection, from island 0 to island 1: bytes that the kernel counted at island 1's interface
 between two moments, headers and all, over the seconds between them. Then both send to each other at once, by one plain TCP
 connection and by dtrain's gloo transport: payload of a second, and how the two compare. Median of three. Last a job, the
-quickstart: bytes at an island's interface beside those that the run says it sent."""
+quickstart: bytes at an island's interface beside those that the run says it sent, and of what those are that it does not say."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dtrain.launch import lab
+from dtrain.launch import lab, lab_run
+from dtrain.launch.islands import folder as part_folder
+from dtrain.metrics import read_part
 from tests.bench.runs import JOB, RESULTS, ROOT, arguments, hardware, save
 
 RATES = {"1mbit": 1e6, "10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}
@@ -91,17 +96,44 @@ def _row(rate: str) -> dict[str, Any]:
         row |= {"socket_bits_per_s": median(socket), "gloo_bits_per_s": median(gloo)}
         row["gloo_of_socket"] = row["gloo_bits_per_s"] / row["socket_bits_per_s"]
     if rate == WITH_A_JOB:
-        row["sent_of_said"] = _job()
+        row |= _job()
     return row
 
 
-def _job() -> float:
-    """Of the island with more bytes at its interface, as ``dtrain lab run`` shows them."""
-    with tempfile.TemporaryDirectory() as folder:
+def _job() -> dict[str, Any]:
+    """Of the island with more bytes at its interface, as ``dtrain lab run`` shows them, and as the frames there were counted."""
+    with tempfile.TemporaryDirectory() as folder, _frames_counted() as counted:
         words = ["lab", "run", str(JOB), f"job.dir={folder}", "job.name=counted", "islands.threads=1"]
         command = [sys.executable, "-m", "dtrain.launch", *words]
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
-    return max(float(line.split()[-1]) for line in done.stdout.splitlines()[-2:])
+        says = [lab_run.posted(read_part(part_folder(Path(folder, "counted"), island))) for island in (0, 1)]
+    shown = [float(line.split()[-1]) for line in done.stdout.splitlines()[-2:]]
+    island = shown.index(max(shown))
+    sent = counted[island]
+    assert not sent.pop("lost_frames"), "too busy cores: measure again"
+    sent["gloo's words"] = sent.pop("payload") - says[island]
+    return {"sent_of_said": shown[island], "beside_what_is_said": {name: bytes_ / says[island] for name, bytes_ in sent.items()}}
+
+
+@contextmanager
+def _frames_counted() -> Iterator[list[dict[str, int]]]:
+    """By island, at the end; empty until then."""
+    command, counted = (sys.executable, "-m", "tests.bench.lab_frames"), list[dict[str, int]]()
+    children = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", lab.namespace(island), *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for island in (0, 1)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "counts\n"
+        yield counted
+    finally:
+        for child in children:
+            child.terminate()
+        counted += [json.loads(child.communicate(timeout=60)[0]) for child in children]
 
 
 def _pair(what: str, bits_per_s: float) -> float:
@@ -127,7 +159,8 @@ def _line(row: dict[str, Any]) -> str:
         socket, gloo = row["socket_bits_per_s"] / 1e6, row["gloo_bits_per_s"] / 1e6
         line += f"; both ways, payload: socket {socket:.3f}, gloo {gloo:.3f} Mbit/s, {row['gloo_of_socket']:.2%}"
     if "sent_of_said" in row:
-        line += f"; a job's bytes at the interface, {row['sent_of_said']:.1%} of what it says"
+        beside = ", ".join(f"{name} {share:.2%}" for name, share in row["beside_what_is_said"].items())
+        line += f"; a job's bytes at the interface, {row['sent_of_said']:.1%} of what it says: beside it {beside}"
     return line
 
 

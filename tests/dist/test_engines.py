@@ -255,9 +255,10 @@ def test_of_a_round_that_a_peer_has_left_the_waves_that_are_not_launched_are_dro
 
 SHARDED_STATE: dict[str, tuple[str, ...]] = {
     "late": ('sync.recipe="delayed_diloco"', "sync.every=2", "sync.delay=1"),
-    "waited": ('sync.recipe="diloco"', "sync.every=2", "sync.bucket_bytes=4194304"),  # 13 a rank, of which 3 fly
+    "waited": ('sync.recipe="diloco"', "sync.every=2"),  # 4 buckets a rank, of which 2 fly
+    "small": ('sync.recipe="diloco"', "sync.every=2", "sync.bucket_bytes=4194304"),  # 13 a rank, of which 3 fly
 }
-ONE_MORE = {"late": 0.0, "waited": 4194304 / (203e6 / 4)}
+ONE_MORE = {"late": 0.0, "waited": 0.0, "small": 4194304 / (203e6 / 4)}
 """Of its share what a rank's state may exceed it by: buckets of one size that are not divided by 4 give some rank one more."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.bucket import GRAIN, Bucket, Flat, Layout, Span, flatten, make_buckets
+from dtrain.bucket_bytes import largest_bytes
 from dtrain.codec import by_name
 from dtrain.wire import HEADER_BYTES
 
@@ -98,6 +100,29 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 def test_too_many_buckets_are_refused() -> None:
     with pytest.raises(ValueError, match="bucket_bytes = 4 cuts the model into 5000 buckets"):
         make([1] * 5000, bucket_bytes=4)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("model", "largest"),
+    [
+        (MIB, MIB // 2),  # below it messages cost more than bytes
+        (16 * MIB, 2 * MIB),
+        (64 * MIB, 8 * MIB),
+        (100 * MIB, 8 * MIB),
+        (256 * MIB, 16 * MIB),
+        (1024 * MIB, 64 * MIB),
+        (5200 * MIB, 64 * MIB),
+    ],
+)
+def test_a_bucket_is_an_eighth_of_a_small_model_and_a_sixteenth_of_a_large_one(model: int, largest: int) -> None:
+    assert largest_bytes(model) == largest
+    flat = flatten([("p", nn.Parameter(torch.empty(model // 4, device="meta")))])
+    buckets = make_buckets(flat, num_fragments=1, bucket_bytes=None, num_ranks=1, with_grad=False)
+    assert len(buckets) == math.ceil(model / largest)
+    assert max(b.layout.numel for b in buckets) <= largest / 4
 
 
 NUMELS = [3, 50_000, 64, 4097, 12_288, 1, 9000]
