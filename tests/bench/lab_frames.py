@@ -21,28 +21,28 @@ _LOST = 6  # linux/if_packet.h: PACKET_STATISTICS
 _HEAD = 128
 
 
-def kind_and_payload(head: bytes, meeting_point: bytes) -> tuple[str, int]:
-    """Of a frame by its first bytes: "data" with so many bytes of payload, "acknowledgement" or "else"."""
+def payload_and_rest(head: bytes, meeting_point: bytes) -> tuple[int, str]:
+    """Of a frame by its first bytes: how many bytes are payload, and what the others are."""
     ip = head[_ETHERNET:]
     if int.from_bytes(head[12:14]) != _IPV4 or ip[9] != _TCP or ip[16:20] == meeting_point:
-        return "else", 0
+        return 0, "meeting point"
     ip_bytes = (ip[0] & 15) * 4
     tcp_bytes = (ip[ip_bytes + 12] >> 4) * 4
     payload = int.from_bytes(ip[2:4]) - ip_bytes - tcp_bytes
-    return ("data", payload) if payload else ("acknowledgement", 0)
+    return payload, "headers" if payload else "acknowledgements"
 
 
 def main() -> None:
-    sent = {"payload": 0, "headers": 0, "acknowledgements": 0, "else": 0}
+    sent = {"payload": 0, "headers": 0, "acknowledgements": 0, "meeting point": 0}
     meeting_point = socket.inet_aton(lab.hub_address())
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL)) as tap:
         tap.setsockopt(socket.SOL_SOCKET, _RECEIVE_BUFFER_FORCE, _RECEIVE_BUFFER_BYTES)
         tap.bind((lab.DEVICE, _EVERY_PROTOCOL))
         print("counts", flush=True)
         for head, num_bytes in _frames(tap):
-            kind, payload = kind_and_payload(head, meeting_point)
+            payload, rest = payload_and_rest(head, meeting_point)
             sent["payload"] += payload
-            sent[{"data": "headers", "acknowledgement": "acknowledgements"}.get(kind, kind)] += num_bytes - payload
+            sent[rest] += num_bytes - payload
         lost = int.from_bytes(tap.getsockopt(263, _LOST, 8)[4:], "little")  # SOL_PACKET: two numbers, all and lost
     print(json.dumps(sent | {"lost_frames": lost}))
 
