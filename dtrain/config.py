@@ -111,6 +111,10 @@ class Job(Section):
         plans = [self.island(n) for n in range(self.islands.count)]
         return sum(plan.ranks for plan in plans if plan.here) if plans[k].here else plans[k].ranks
 
+    def ranks_before(self, k: int) -> int:
+        """Of those that share the machine of island k the ones of earlier islands."""
+        return sum(plan.ranks for plan in map(self.island, range(k)) if plan.here) if self.island(k).here else 0
+
     @property
     def uneven(self) -> bool:
         """Whether islands have different engines or numbers of ranks, so that ranks have no counterparts."""

@@ -30,6 +30,7 @@ from dtrain.fused import fused_steps
 from dtrain.gradients import gradients_of
 from dtrain.held import flat_of, inside_of
 from dtrain.hooks import hook, take_over
+from dtrain.island.device import made_current
 from dtrain.island.norm import clip_gradients
 from dtrain.loop_fits import check_loop, optimizers_of, refuse_idle, refuse_past_end
 from dtrain.membership import Notice
@@ -387,7 +388,7 @@ def join(
         "gamma": gamma, "gossip_steps": gossip_steps, "landing": landing, "alpha": alpha,
         "fragments": fragments, "bucket_bytes": bucket_bytes, "include": include, "exclude": exclude,
     }
-    connection = link or connect(device=next(model.parameters()).device, inside=inside_of(model))
+    connection = link or connect(device=made_current(next(model.parameters()).device), inside=inside_of(model))
     said = {k: v for k, v in axes.items() if v is not None}
     of_job = {"recipe": connection.job_recipe, **connection.job_axes} if recipe is None else {"recipe": recipe}
     row = of_join(of_section({**of_job, **said}, connection.num_nodes), total_steps)

@@ -6,12 +6,14 @@ virtual island."""
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -47,6 +49,9 @@ from dtrain.updates import Updates
 from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
+_IN_STEP = timedelta(days=7)
+"""An island's ranks wait for the one of them that waits for the link, as long as its bytes take, or hashes a checkpoint. NCCL
+would end them after 10 minutes, gloo after 30; the link has its own limit, and a rank that dies ends its torchrun."""
 
 
 def cpu_threads(job: Job, island: int = 0) -> int:
@@ -59,10 +64,10 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     back. The steps of ``window`` are profiled."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job, place.island))
-    device = own_device(place, sum(job.island(k).ranks for k in range(place.island)))
+    device = own_device()
     job = job.seen_by(place.island)
     if place.num_ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_IN_STEP)
     corpus = corpus_of(job.data)
     status = StatusFile(
         place.run / "logs" / f"island{place.island}" / "status.json", job.train.steps, job.link.timeout_s
@@ -88,6 +93,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
                 break
             except Regroup as again:
                 epoch, resume_step = again.epoch, again.step
+            gc.collect()  # what trained so far lies in cycles, and a GPU may have no room for two
     if place.num_ranks > 1:
         dist.destroy_process_group()
 

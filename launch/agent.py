@@ -10,14 +10,18 @@ import os
 import socket
 import sys
 
+from dtrain.launch import gpus
 from dtrain.launch.processes import PARENT_VARIABLE, die_with_parent
 
 
 def main() -> None:
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
+    import torch
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed.run import main as torchrun
+
+    gpus.see_own(torch.cuda.device_count)
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

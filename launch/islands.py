@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config import Job
+from dtrain.launch import gpus
 from dtrain.launch.processes import PARENT_VARIABLE, TAG_VARIABLE
 from dtrain.metrics import ErrorNote, read_error, write_whole
 
@@ -108,6 +109,7 @@ def environment(launch: Launch, island: int, epoch: int, step: int) -> Mapping[s
         "OMP_NUM_THREADS": str(threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",  # seconds from SIGTERM to SIGKILL; torchrun's 30 would outlast the launcher's 5
         **({"DTRAIN_NUM_LANES": str(max(job.island(k).ranks for k in range(job.islands.count)))} if job.uneven else {}),
+        **(gpus.asked(job, island) if not launch.torchruns else {}),
         TAG_VARIABLE: launch.tag,
         PARENT_VARIABLE: str(os.getpid()),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,9 @@ def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | floa
         raise ValueError("the triton kernels got CPU tensors; use a GPU, or DTRAIN_KERNELS=numba, or TRITON_INTERPRET=1 to debug")
     if programs:
         backend = "hip" if torch.version.hip else "cuda"
-        kernel[(programs,)](*arguments, **constants, **options(kernel.fn.__name__, num_warps, backend))
+        # Triton launches on the thread's current GPU, wherever the tensors lie, and a link may have threads of its own.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(programs,)](*arguments, **constants, **options(kernel.fn.__name__, num_warps, backend))
 
 
 def options(name: str, num_warps: int, backend: str) -> dict[str, Any]:
