@@ -59,7 +59,7 @@ def trained(job: Job, whole: nn.Module, ranks: Island, device: torch.device) -> 
         )
     if job.islands.engine == "deepspeed":
         config, train = zero_config.of_job(job), job.train
-        own = None if "optimizer" in config else adamw(whole.to(device), lr=train.lr, weight_decay=train.weight_decay)
+        own = None if "optimizer" in config else adamw(whole, lr=train.lr, weight_decay=train.weight_decay)
         return Zero(whole, device, config, own)
     return whole.to(device)
 

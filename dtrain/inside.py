@@ -3,8 +3,7 @@ stages."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.buffers import persistent_buffers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
 from dtrain.data.sampler import inputs_and_targets, noise_seed, sample_batch
 from dtrain.data.stream import Dealt
-from dtrain.evaluate import evaluate
+from dtrain.evaluate import nats_of_share
 from dtrain.models.gpt import num_parameters
 from dtrain.spans import span
 
@@ -91,6 +91,7 @@ class Whole:
         self._trained: nn.Module = DistributedDataParallel(model) if self._ranks.num_ranks > 1 else model
         self._device = heldout[0].device
         self._draws = bool(job.model.theirs)  # gpt has no dropout
+        self._buffers = persistent_buffers(model)
 
     @property
     def parameters(self) -> int:
@@ -99,7 +100,7 @@ class Whole:
     def gradient(self, step: int) -> float:
         train, ranks = self._job.train, self._ranks
         size = train.batch // (ranks.num_ranks * train.accumulate)
-        total = 0.0
+        losses = list[Tensor]()
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
             if isinstance(self._trained, DistributedDataParallel):
@@ -110,17 +111,27 @@ class Whole:
                 with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
                     loss = mean_loss(self._trained(inputs), targets, train.accumulate)
                 loss.backward()
-                total += float(loss.detach())
-        return total / ranks.num_ranks
+                losses.append(loss.detach())
+        return added(losses) / ranks.num_ranks
 
     def evaluate(self) -> float:
-        if self._ranks.rank:
-            return math.nan
+        ranks = self._ranks
+        ranks.share(self._buffers)  # rank 0's, as DDP has them
         with self._computing:
-            return evaluate(self._model, self._heldout)
+            share = nats_of_share(self._model, self._heldout, rank=ranks.rank, num_ranks=ranks.num_ranks)
+        return ranks.total([share])[0] / self._heldout[1].numel()
 
     def weights(self) -> Mapping[str, Tensor]:
         return self._model.state_dict()
+
+
+def added(losses: Sequence[Tensor], divided_by: int = 1) -> float:
+    """Once all micro-batches are queued: a number that is asked for sooner has a GPU idle until the next is. One by one, in turn:
+    ``sum`` rounds in another way since Python 3.12."""
+    total = 0.0
+    for loss in losses:
+        total += float(loss) / divided_by
+    return total
 
 
 def mean_loss(logits: Tensor, targets: Tensor, micro_batches: int) -> Tensor:

@@ -11,7 +11,7 @@ from dtrain.buffers import persistent_buffers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.evaluate import nats_of_share
-from dtrain.inside import Batches, mean_loss
+from dtrain.inside import Batches, added, mean_loss
 from dtrain.island.sharded import adds_up, gathered_no_more
 from dtrain.models.gpt import num_parameters
 from dtrain.shards import whole
@@ -36,7 +36,7 @@ class Sharded:
     def gradient(self, step: int) -> float:
         train, ranks, model = self._job.train, self._ranks, self._model
         size = train.batch // (ranks.num_ranks * train.accumulate)
-        total = 0.0
+        losses = list[Tensor]()
         ranks.share(self._buffers)  # rank 0's, as DDP has them
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
@@ -46,8 +46,8 @@ class Sharded:
                     torch.manual_seed(self._batches.noise_seed(step, micro, rank=ranks.rank))
                 loss = mean_loss(model(inputs), targets, train.accumulate)
                 loss.backward()
-                total += float(loss.detach())
-        return total / ranks.num_ranks
+                losses.append(loss.detach())
+        return added(losses) / ranks.num_ranks
 
     def evaluate(self) -> float:
         self._ranks.share(self._buffers)

@@ -16,7 +16,7 @@ from dtrain.connect import Connection
 from dtrain.engine import Sync
 from dtrain.errors import NonFinite
 from dtrain.evaluate import nats_of_share
-from dtrain.inside import Batches, mean_loss
+from dtrain.inside import Batches, added, mean_loss
 from dtrain.island.zero import Zero
 from dtrain.optim import set_lr
 from dtrain.spans import span
@@ -37,7 +37,7 @@ class ZeroInside:
     def gradient(self, step: int) -> float:
         train, ranks, model = self._job.train, self._ranks, self._model
         size = train.batch // (ranks.num_ranks * train.accumulate)
-        total = 0.0
+        losses = list[Tensor]()
         ranks.share(self._buffers)  # rank 0's, as DDP has them
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
@@ -48,8 +48,8 @@ class ZeroInside:
                 model.engine.backward(loss)  # which divides by the number of micro-batches
                 if micro < train.accumulate - 1:
                     model.step()
-                total += float(loss.detach()) / train.accumulate
-        return total / ranks.num_ranks
+                losses.append(loss.detach())
+        return added(losses, train.accumulate) / ranks.num_ranks
 
     def evaluate(self) -> float:
         self._ranks.share(self._buffers)

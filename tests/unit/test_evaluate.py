@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.evaluate import evaluate
+from dtrain.evaluate import MOST_TOKENS, evaluate, nats_of_share
 from dtrain.units import bits_per_byte
 
 
@@ -48,12 +48,36 @@ def test_uniform_model_scores_the_logarithm_of_the_vocabulary() -> None:
     assert bits_per_byte(loss, 2.0) == pytest.approx(2.0, rel=1e-6)
 
 
-def test_modes_weights_and_gradients_stay() -> None:
+def test_ranks_together_find_the_mean_of_one() -> None:
+    """130 sequences are 3 batches: of two ranks the second computes one again, which does not count."""
+    model, held_out = Bigram(11), sequences(130, 11)
+    for ranks in (1, 2, 5):
+        shares = [nats_of_share(model, held_out, rank=rank, num_ranks=ranks) for rank in range(ranks)]
+        assert sum(shares) / (130 * 8) == pytest.approx(evaluate(model, held_out), rel=1e-14)
+
+
+@pytest.mark.parametrize(("length", "largest"), [(128, 64), (129, 63), (5000, 1), (2 * MOST_TOKENS, 1)])
+def test_long_sequences_pass_a_few_at_a_time(length: int, largest: int) -> None:
+    """Their logits are as large as the vocabulary, each."""
+    model, seen = Bigram(2), list[torch.Size]()
+    model.table.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    x = torch.zeros(65, length, dtype=torch.int64)
+    evaluate(model, (x, x))
+    assert {shape[1] for shape in seen} == {length}
+    assert max(shape[0] for shape in seen) == largest
+    assert sum(shape[0] for shape in seen) == 65
+
+
+@pytest.mark.parametrize("of_one", [True, False])
+def test_modes_weights_and_gradients_stay(of_one: bool) -> None:
     model = Bigram(11).train()
     model.frozen.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = model.table.weight.detach().clone()
-    evaluate(model, sequences(10, 11))
+    if of_one:
+        evaluate(model, sequences(10, 11))
+    else:
+        nats_of_share(model, sequences(10, 11), rank=1, num_ranks=2)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert set(modes.values()) == {True, False}
     assert torch.equal(model.table.weight, before)
