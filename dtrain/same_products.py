@@ -57,17 +57,41 @@ def orthonormal(p: Tensor) -> Tensor:
     if p.is_meta:
         return torch.empty_like(p)
     rows = p.double()
-    lengths = _sum(rows.square()).sqrt_().flatten().tolist()
+    lengths = root(_sum(rows.square())).mul_(_DEPENDENT)
+    found = torch.empty_like(lengths)
     for j, row in enumerate(rows):
-        length = _sum(row.square()).sqrt_()
-        if not float(length) > _DEPENDENT * lengths[j]:
-            row.copy_(_other(j, rows[:j], len(row)))
-            length = _sum(row.square()).sqrt_()
-        row.div_(length)
-        rest = rows[j + 1 :]
-        rest.sub_(_sum(rest * row) * row)
+        found[j] = root(_sum(row.square()))
+        _take_out(row, found[j], rows[j + 1 :])
+    if not bool((found > lengths).all()):  # asked once: a GPU that is asked about each row waits for each
+        rows = _with_stand_ins(p, lengths)
     whole, unit = _whole(rows, _p_bits(len(rows)))
     return whole.mul_(unit).float()
+
+
+def _with_stand_ins(p: Tensor, least: Tensor) -> Tensor:
+    """The same rows in fp64, with one of its own in the place of each of which ``least`` or less is left."""
+    rows = p.double()
+    for j, row in enumerate(rows):
+        length = root(_sum(row.square()))
+        if not bool(length > least[j]):
+            row.copy_(_other(j, rows[:j], len(row)))
+            length = root(_sum(row.square()))
+        _take_out(row, length, rows[j + 1 :])
+    return rows
+
+
+def _take_out(row: Tensor, length: Tensor, rest: Tensor) -> None:
+    """Of the length 1, and the others have nothing of its direction. ``length``: a tensor, as a GPU divides by a number by
+    multiplying."""
+    row.div_(length)
+    rest.sub_(_sum(rest * row) * row)
+
+
+def root(x: Tensor) -> Tensor:
+    """As IEEE 754 has it: a GPU's own, but not that of torch on a CPU, which of 70 numbers has about one off by its last bit."""
+    if x.is_cuda:
+        return x.sqrt()
+    return x.new_tensor([math.sqrt(value) for value in x.flatten().tolist()]).view_as(x)
 
 
 def _other(j: int, before: Tensor, numel: int) -> Tensor:

@@ -207,7 +207,7 @@ class Traffic:
             if id(wire) not in copies:
                 # Exchanges beside the rounds are as long as the model and rare: no buffer is kept for them.
                 copied = flight.kind == ROUND and id(wire) not in as_they_are
-                copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire) if copied else wire
+                copies[id(wire)] = self._staging.take(wire.numel()).copy_(wire) if copied else wire.to(self._transport.wires_on)
                 refuse_non_finite(copies[id(wire)])
             self._transport.post(peer, flight.tag(), copies[id(wire)])
             self._count(self.bytes.sent, flight.kind, wire.numel())

@@ -1,9 +1,10 @@
-"""Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks
-hold parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
-that is waited for a few waves fly. So go the start and an exact average too, whose waves stay at hand while they fly. Where all
-islands do so, what a rank needs for a round is as much as these waves are, not as the model. Beside an island that launches all
-at once it may be more, up to all wires of the round: what that one sends may come before its wave does, and where a path needs no
-answer to what one has sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
+"""Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks hold
+parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
+that is waited for a few waves fly. So go the start and an exact average, whose waves stay at hand while they fly, on every
+island: no more than a few buckets' wires and means are there beside what trains. Where all islands do so, what a rank needs
+for a round is as much as these waves are, not as the model. Beside an island that launches all at once it may be more, up to
+all wires of the round: what that one sends may come before its wave does, and where a path needs no answer to what one has
+sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
 
 Waves are launched in an order that all islands share, whatever their ranks, as lanes are the same everywhere, and no island waits
 for a wave before it has launched all that come before. So whatever it waits for others have launched, or are about to: of the

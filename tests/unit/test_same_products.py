@@ -16,7 +16,7 @@ from dtrain.bucket import whole
 from dtrain.codec import plain
 from dtrain.link import Link, Peers
 from dtrain.low_rank import low_rank
-from dtrain.same_products import exact_product, orthonormal, product, subtract_product
+from dtrain.same_products import exact_product, orthonormal, product, root, subtract_product
 from dtrain.topology import Round
 
 R, M, K = 12, 75, 41
@@ -61,6 +61,12 @@ def test_a_basis_has_the_bits_of_plain_arithmetic_and_is_a_qr() -> None:
     basis, weights = np.linalg.qr(p.double().numpy().T)
     # Errors of the solver are a condition number of 1e4 x 1e-16; to a multiple of 2^-24 it rounds by as much.
     assert np.abs(found.numpy() - (basis * np.sign(np.diag(weights))).T).max() < 2.0**-24
+
+
+def test_a_root_is_the_nearest_number() -> None:
+    """As numpy's is, by the processor's own instruction; of torch's on a CPU one of 70 is its neighbour."""
+    x = torch.rand(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(root(x).numpy(), np.sqrt(x.numpy()))
 
 
 @pytest.mark.parametrize("directions", [0, 1, 5])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dtrain import join, waves
+from dtrain import exact, join, waves
 from dtrain.bucket import Bucket, flatten, make_buckets
 from dtrain.codec import by_name
 from dtrain.connect import Connection
-from dtrain.island.replicas import Alone
+from dtrain.island.replicas import Alone, Island
 from dtrain.link import Link, Peers
 from dtrain.reduce import all_to_all
 from dtrain.topology.static import complete
@@ -150,3 +151,24 @@ def test_islands_of_parts_start_train_and_merge_with_the_bits_of_whole_ones(
     for whole, parted in zip(run(False), run(True), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(whole, parted, strict=True))
     assert most == [2], "as many as fly, of 8"
+
+
+def test_an_exact_average_of_a_whole_island_goes_in_waves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all wires and means of it are there at once, twice the model beside what trains."""
+    orders = list[list[int]]()
+
+    def in_turn_at_hand(ranks: Island, order: Sequence[waves.Wave], begin: Callable[..., None], end: Callable[..., None]) -> None:
+        orders.append([len(wave) for wave in order])
+        waves.in_turn_at_hand(ranks, order, begin, end)
+
+    def island(connection: Connection) -> None:
+        model = nn.Linear(128, 256, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        axes: dict[str, Any] = {"recipe": "diloco", "every": 2, "bucket_bytes": 4 * 4096, "codec": "identity"}
+        with join(model, optimizer, link=connection, **axes) as sync:
+            sync.consensus_distance()
+            sync.merge()
+
+    monkeypatch.setattr(exact, "in_turn_at_hand", in_turn_at_hand)
+    run_islands(2, island)
+    assert orders == [[1] * 8] * 6, "of both islands the start, the distance and the merge"
