@@ -12,7 +12,7 @@ from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.evaluate import nats_of_share
 from dtrain.inside import Batches, added, mean_loss
-from dtrain.island.sharded import adds_up, gathered_no_more
+from dtrain.island.sharded import gathered_no_more, groups_add_up
 from dtrain.models.gpt import num_parameters
 from dtrain.shards import whole
 from dtrain.spans import span
@@ -40,7 +40,7 @@ class Sharded:
         ranks.share(self._buffers)  # rank 0's, as DDP has them
         for micro in range(train.accumulate):
             inputs, targets = self._batches.part(step, ranks.rank * train.accumulate + micro, size=size)
-            adds_up(model, micro == train.accumulate - 1)
+            groups_add_up(model, micro == train.accumulate - 1)
             with span("forward_backward"):
                 if self._draws:
                     torch.manual_seed(self._batches.noise_seed(step, micro, rank=ranks.rank))

@@ -58,10 +58,11 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def adds_up(model: nn.Module, now: bool) -> None:
-    """Whether the backward passes that follow average their gradients over the ranks, as the last of a step's does."""
+def groups_add_up(model: nn.Module, now: bool) -> None:
+    """Whether the backward passes that follow average their gradients over the groups of HSDP, as the last of a step's does.
+    Within a group each does: a rank that waited with it would keep the whole gradient until then."""
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(now)
+    model.set_requires_all_reduce(now)
 
 
 def gathered_no_more(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from dtrain.connect import connect, settings_of
 from dtrain.core import Core
 from dtrain.data.corpus import load_corpus
 from dtrain.engines import ranks_of
+from dtrain.inside import Batches
 from dtrain.island.parts import Parts
 from dtrain.membership import place_from_env
 from dtrain.metrics import StatusFile
@@ -130,6 +131,24 @@ def most_bytes(*, source: str, name: str, changes: list[str], engines: list[tupl
     with suppress(_Enough):
         _train(job, Path(os.environ["DTRAIN_RUN"], name), 0, int(os.environ["DTRAIN_EPOCH"]), observe)
     return {"most": max(counted), "state": sum(states)}
+
+
+def between_micro_batches(*, source: str, name: str, engine: str, ranks: int, changes: list[str]) -> int:
+    """The bytes of all tensors of this rank when the second of two steps has done the first of two micro-batches."""
+    torch.set_num_threads(1)
+    job = engine_job(source, engine, ranks, 'sync.recipe="local"', *changes, micro_batches=2 * ranks)
+    found, part = dict[tuple[int, int], int](), Batches.part
+
+    def counting(self: Batches, step: int, number: int, *, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found[step, number % 2] = tensor_bytes()
+        if (step, number % 2) == (1, 1):
+            raise _Enough
+        return part(self, step, number, size=size)
+
+    Batches.part = counting
+    with suppress(_Enough):
+        _train(job, Path(os.environ["DTRAIN_RUN"], name), 0, int(os.environ["DTRAIN_EPOCH"]), unobserved)
+    return found[1, 1]
 
 
 class _Enough(Exception):

@@ -286,6 +286,20 @@ def test_outer_state_is_sharded_and_no_rank_holds_a_second_copy(source: Path, tm
             assert found["most"] <= 1.15 * (alone["most"] + state), (name, alone, found, state)
 
 
+@pytest.mark.slow
+def test_a_gradient_is_shared_among_the_ranks_after_each_micro_batch(source: Path, tmp_path: Path) -> None:
+    """Of two ranks each has half of parameters, gradient and two moments: twice the model in all. A gradient that waits for the
+    last micro-batch is whole, and lies where torch alone sees it: then half a model is missing here."""
+    big = ["model.width=256", "train.steps=2", "train.eval_every=0"]
+    count = functools.partial(staged.between_micro_batches, source=str(source), engine="fsdp", ranks=2, changes=big)
+    results = run_islands({"half": functools.partial(count, name="half")}, 2, 2, run=tmp_path, timeout_s=300)
+    assert [r.status for r in results] == [0] * 4, show(results)
+    model = sum(4 * p.numel() for p in _model(staged.engine_job(str(source), "fsdp", 2, *big)).parameters())
+    assert model > 12e6
+    for found in values(results, "half"):
+        assert 2 * model < found < 2.1 * model
+
+
 def _model(of: Job) -> GPT:
     m = of.model
     with torch.device("meta"):
