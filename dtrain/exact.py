@@ -31,7 +31,7 @@ from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
 from dtrain.transport.base import MERGE, START
 from dtrain.wait import Wait
-from dtrain.waves import Wave, in_turn_at_hand, waves
+from dtrain.waves import Wave, in_turn_at_hand, waves_of_average
 
 _PROMISES = ("recipe", "model", "ranks", "seed")
 """What all islands must have brought to join, each compared by 8 bytes of its hash."""
@@ -261,7 +261,7 @@ class Exact:
         land: Callable[[Sequence[Bucket]], None],
     ) -> None:  # fmt: skip
         """Launch the flights of this rank's buckets and land them, wave by wave; rank 0's ``beside`` go with the last."""
-        order, flying = waves(self._buckets) or [[]], deque[Sequence[Flight]]()
+        order, flying = waves_of_average(self._ranks, self._buckets), deque[Sequence[Flight]]()
 
         def begin(wave: Wave) -> None:
             flights = flights_of_wave(self._own(wave))

@@ -1,10 +1,10 @@
 """Which buckets of a round are at hand at once, and which under way? All where a rank has the parameters anyway. Where ranks hold
 parts of these, one bucket of each lane is gathered at a time, a wave, and is let go before the next one is; and of a round
 that is waited for a few waves fly. So go the start and an exact average, whose waves stay at hand while they fly, on every
-island: no more than a few buckets' wires and means are there beside what trains. Where all islands do so, what a rank needs
-for a round is as much as these waves are, not as the model. Beside an island that launches all at once it may be more, up to
-all wires of the round: what that one sends may come before its wave does, and where a path needs no answer to what one has
-sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
+island but one of plain stages: no more than a few buckets' wires and means are there beside what trains. Where all islands do
+so, what a rank needs for a round is as much as these waves are, not as the model. Beside an island that launches all at once
+it may be more, up to all wires of the round: what that one sends may come before its wave does, and where a path needs no
+answer to what one has sent (gather, gossip), one's own wires may still be on their way when their wave has landed.
 
 Waves are launched in an order that all islands share, whatever their ranks, as lanes are the same everywhere, and no island waits
 for a wave before it has launched all that come before. So whatever it waits for others have launched, or are about to: of the
@@ -47,6 +47,12 @@ def waves(buckets: Sequence[Bucket]) -> list[Wave]:
 def waves_of(ranks: Island, buckets: Sequence[Bucket]) -> list[Wave]:
     """All buckets at once where a rank has the parameters anyway."""
     return [buckets] if ranks.whole else waves(buckets)
+
+
+def waves_of_average(ranks: Island, buckets: Sequence[Bucket]) -> list[Wave]:
+    """All at once where each rank has buckets of its own, whole: some have more of them, and for a wave all wait together."""
+    own = ranks.whole and ranks.num_replicas < ranks.num_ranks
+    return [buckets] if own or not buckets else waves(buckets)
 
 
 def each_at_hand(ranks: Island, buckets: Sequence[Bucket], *, changes: bool) -> Iterator[Wave]:

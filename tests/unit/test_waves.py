@@ -172,3 +172,14 @@ def test_an_exact_average_of_a_whole_island_goes_in_waves_too(monkeypatch: pytes
     monkeypatch.setattr(exact, "in_turn_at_hand", in_turn_at_hand)
     run_islands(2, island)
     assert orders == [[1] * 8] * 6, "of both islands the start, the distance and the merge"
+
+
+def test_ranks_with_buckets_of_their_own_wait_for_them_together() -> None:
+    """A stage may have more of them than another, and for each wave all ranks of an island wait at once."""
+    of = buckets(1, 1, count=3)
+    stages, replicas = Alone(), Alone()
+    stages.num_ranks = 2
+    replicas.num_ranks = replicas.num_replicas = 2
+    assert [len(wave) for wave in waves.waves_of_average(stages, of)] == [3]
+    assert [len(wave) for wave in waves.waves_of_average(replicas, of)] == [1, 1, 1]
+    assert waves.waves_of_average(replicas, []) == [[]], "what goes beside the last wave goes in any case"
