@@ -261,3 +261,10 @@ def test_what_a_labs_links_carry_is_what_was_measured() -> None:
         assert asked == f"{100 * row['of_asked']:.1f}%"
         assert gloo == (f"{100 * row['gloo_of_socket']:.1f}%" if "gloo_of_socket" in row else "-")
         assert said in ([], ["-"], [f"{100 * row.get('sent_of_said', 0):.1f}%"])
+        if "sent_of_said" in row:
+            beside = row["beside_what_is_said"]
+            assert 1 + sum(beside.values()) == pytest.approx(row["sent_of_said"], abs=0.0006), "shown with three digits"
+            shown = {name: f"{100 * share:.1f} %" for name, share in beside.items()}
+            text, gloo = README.replace("\n", " "), shown["gloo's words"]
+            assert f"headers of the frames that carry it, {shown['headers']} (4.6 % if all were full)" in text
+            assert f"comes in, {shown['acknowledgements']}, gloo's own words, 48 bytes a wire each way, {gloo}" in text
