@@ -158,6 +158,12 @@ def test_what_the_text_says_of_outer_loops_is_what_the_rows_say() -> None:
     assert f"with two islands it is {beside(muon, same, 1, islands=2)[0]:.2f} % behind at 4x (one seed)" in text
     few = [beside("dilocox+every=30+rank=16+delay=2", other, 1)[0] for other in ("allreduce", "diloco")]
     assert f"every 30 steps is {few[0]:.2f} % behind all-reduce, and {-few[1]:.2f} % ahead of `diloco` as its paper" in text
+    sparse = ("sparseloco", "sparseloco+codec=topk:128/4096:2")
+    behind = [beside(entry, "diloco", 1)[0] for entry in sparse]
+    sent = {row.entry: row.sent_bytes for row in rows if row.islands == 4}
+    fewer = [f"{sent['allreduce'] / sent[entry]:,.0f} times fewer" for entry in sparse]
+    assert f"`sparseloco` is there {behind[0]:.2f} % behind that `diloco` with {fewer[0]} bytes than all-reduce" in text
+    assert f"(`codec=topk:128/4096:2`) {-behind[1]:.2f} % ahead of it with {fewer[1]} (one seed)" in text
 
 
 def test_what_the_text_says_of_pairs_of_recipes_is_what_the_rows_say() -> None:
