@@ -18,19 +18,16 @@ def evaluate(model: nn.Module, sequences: tuple[Tensor, Tensor], *, batch: int =
     """Mean loss in nats a token over (inputs, targets), (N, T) each; every module's train/eval mode is as it was
     afterwards."""
     device = next(model.parameters()).device
-    total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs
-    with _evaluating(model):
-        for x, y in batches_of(sequences, batch):
-            total_nats += nats(model(x.to(device)), y.to(device))
-    return total_nats / sequences[1].numel()
+    inputs, targets = (x.to(device) for x in sequences)
+    return nats_of_share(model, (inputs, targets), rank=0, num_ranks=1, batch=batch) / targets.numel()
 
 
 @torch.no_grad()
-def nats_of_share(model: nn.Module, sequences: tuple[Tensor, Tensor], *, rank: int, num_ranks: int) -> float:
+def nats_of_share(model: nn.Module, sequences: tuple[Tensor, Tensor], *, rank: int, num_ranks: int, batch: int = 64) -> float:
     """A rank's part of the sum of all losses, of a model that its ranks have alike, or gather together: batch k is computed by
     rank k mod num_ranks, and where some have none left, they compute one that does not count."""
-    parts = list(batches_of(sequences))
-    total_nats = 0.0
+    parts = list(batches_of(sequences, batch))
+    total_nats = 0.0  # a Python float: fp32 would lose the small differences between runs
     with _evaluating(model):
         for first in range(0, len(parts), num_ranks):
             at = first + rank
