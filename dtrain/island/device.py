@@ -8,11 +8,17 @@ import torch
 
 
 def own_device() -> torch.device:
-    """The GPU of its LOCAL_RANK, as torchrun's scripts, DeepSpeed and accelerate have it, or of those there are, where ranks are
-    more; else the CPU. An island that has others beside it sees its own GPUs only (``launch/gpus.py``)."""
+    """The GPU of its LOCAL_RANK, as torchrun's scripts, DeepSpeed and accelerate have it; the CPU where there is none. An island
+    that has others beside it sees its own GPUs only (``launch/gpus.py``). Raises ValueError where its ranks would share one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return made_current(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()))
+    ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > count:
+        raise ValueError(
+            f"an island's {ranks} ranks would share {count} GPU{'s' * (count > 1)}, which NCCL refuses; use islands.ranks={count}, "
+            "or CUDA_VISIBLE_DEVICES= before the command, which trains on the CPU"
+        )
+    return made_current(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 def made_current(device: torch.device) -> torch.device:

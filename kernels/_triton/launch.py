@@ -36,6 +36,8 @@ ELEMENTS_PER_WARP = 256
 MOST_REGISTERS = {"step_kernel": 168, "topk_encode_kernel": 128, "topk_mix_kernel": 128}
 """A thread's, on cuda. Left to itself ptxas spills two registers of some of these to seat one more program on an SM; told a
 limit, none. 168 seats 3 programs of 4 warps."""
+REGISTERS_OF_SM = 65536
+"""A program that needs more does not start, and ptxas, once told a limit, no longer minds: 16 warps have 128 a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | floa
 
 def options(name: str, num_warps: int, backend: str) -> dict[str, Any]:
     """What a kernel is compiled with, besides its constants. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
-    limit = {"maxnreg": MOST_REGISTERS[name]} if backend == "cuda" and name in MOST_REGISTERS else {}
+    fitting = REGISTERS_OF_SM // (32 * num_warps)
+    limit = {"maxnreg": min(MOST_REGISTERS[name], fitting)} if backend == "cuda" and name in MOST_REGISTERS else {}
     return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
 
 

@@ -65,7 +65,11 @@ def test_a_rank_trains_on_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for local_rank, index in (("0", 0), ("1", 1), ("2", 0)):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert own_device() == torch.device("cuda", index)
-    assert chosen == [torch.device("cuda", k) for k in (0, 1, 0)]
+    for local_rank in (0, 1):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert own_device() == torch.device("cuda", local_rank)
+    assert chosen == [torch.device("cuda", k) for k in (0, 1)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 ranks would share 2 GPUs, which NCCL refuses; use islands.ranks=2, or CUDA_VISIBLE_DEV"):
+        own_device()

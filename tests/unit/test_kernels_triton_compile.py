@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dtrain.kernels import OPERATIONS
-from dtrain.kernels._triton.launch import Launch
+from dtrain.kernels._triton.launch import MOST_REGISTERS, Launch, options
 from dtrain.kernels._triton.specializations import dealt, few, launches, one_each
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,7 @@ def _check(rows: list[dict[str, Any]]) -> None:
     assert {(row["kernel"], row["target"]) for row in rows} == {(kernel, target) for kernel in kernels for target in TARGETS}
     assert not [row for row in rows if row["spills"]]
     assert not [row for row in rows if row["faults"]]
+    assert not [row for row in rows if row["target"].startswith("cuda") and 32 * row["num_warps"] * row["registers"] > 65536]
 
 
 @pytest.mark.timeout(600)
@@ -66,6 +67,14 @@ def test_every_target_is_dealt_every_kernel_and_some_target_every_value() -> Non
 
     assert values(launch for hand in hands for launch in hand) == values(found)
     assert sum(map(len, hands)) < 70, "a second of a core each"
+
+
+def test_no_program_may_take_more_registers_than_an_sm_has() -> None:
+    """As one of 16 warps and 168 registers a thread did, which compiled, and which an H100 did not start."""
+    found = launches((64,), (4096,)) | launches((32, 4096), (64,))
+    limited = [(x, options(x.name, x.num_warps, "cuda")["maxnreg"]) for x in found if x.name in MOST_REGISTERS]
+    assert {x.num_warps for x, _ in limited} == {1, 4, 8, 16}
+    assert not [str(x) for x, registers in limited if registers * 32 * x.num_warps > 65536]
 
 
 def test_a_second_compilation_of_one_name_would_be_seen() -> None:
