@@ -14,6 +14,10 @@ import torch
 
 from dtrain.kernels import prepare
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+"""These tests are of a CPU, on a machine with a GPU too: an island's two ranks would share it, which NCCL refuses, and bits would
+differ. ``make gpu`` has what needs one."""
+
 DIST = Path(__file__).parent / "dist"
 
 

@@ -15,8 +15,8 @@ def own_device() -> torch.device:
     ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if ranks > count:
         raise ValueError(
-            f"an island's {ranks} ranks would share {count} GPU{'s' * (count > 1)}, which NCCL refuses; use islands.ranks={count}, "
-            "or CUDA_VISIBLE_DEVICES= before the command, which trains on the CPU"
+            f"an island's {ranks} ranks would share {count} GPU{'s' * (count > 1)}, which NCCL refuses; use "
+            f"islands.ranks={count}, or CUDA_VISIBLE_DEVICES= before the command, which trains on the CPU"
         )
     return made_current(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 

@@ -45,7 +45,7 @@ def _step(
     if not pieces:
         return
     device, dtype = grad_scale.device, pieces[0].x.dtype
-    rows, block, warps, bits = kind_rows(fmt)
+    rows, block, warps, bits = kind_rows(fmt, mode)
     num_tiles = [-(-p.x.numel() // (rows * block)) for p in pieces]
     table, body = _table(pieces, public, adam, fmt, num_tiles, dtype)
     _check_bodies((out, *wires) if out is not None else wires, body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtrain.kernels._triton.launch import ELEMENTS_PER_WARP, TILE
+from dtrain.kernels._triton.launch import ELEMENTS_PER_WARP, ELEMENTS_PER_WARP_OF_CHOCO, TILE
 from dtrain.kernels.operands import CODE_BITS, MAX_BLOCK, MIN_BLOCK, Coded, Format
 
 CASTS = ("identity", "bf16")
@@ -30,9 +30,10 @@ def block_length(fmt: Format) -> None:
         raise ValueError(f"a block must be a power of two from {MIN_BLOCK} to {MAX_BLOCK}, got {fmt.block}")
 
 
-def kind_rows(fmt: Format) -> tuple[int, int, int, int]:
+def kind_rows(fmt: Format, mode: str) -> tuple[int, int, int, int]:
     """A tile's blocks, their length, its warps, and the bits of a code; a cast's tile is one block."""
     block_length(fmt)
     block = TILE if fmt.kind in CASTS else fmt.block
     tile = max(TILE, block)
-    return tile // block, block, tile // ELEMENTS_PER_WARP, CODE_BITS[fmt.kind]
+    per_warp = ELEMENTS_PER_WARP_OF_CHOCO if mode == "choco" else ELEMENTS_PER_WARP
+    return tile // block, block, tile // per_warp, CODE_BITS[fmt.kind]

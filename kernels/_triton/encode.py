@@ -93,7 +93,7 @@ def _encode(mode: str, x: Tensor, b: Tensor, s: Tensor, factor: float, out: Code
     if fmt.kind == "topk":
         topk_encode(mode, x, b, s, factor, out, fmt)
         return
-    rows, block, warps, bits = kind_rows(fmt)
+    rows, block, warps, bits = kind_rows(fmt, mode)
     seed, first = noise or (0, 0)
     noisy = noise is not None and fmt.kind not in CASTS
     launch(

@@ -27,10 +27,14 @@ TYPES = {
 }
 
 TILE = 1024
-"""Elements of a program, or one block where that is larger. With 4 warps 8 elements a thread: two 16-byte loads of fp32, one of
-bf16. Literals, as no GPU was at hand: a sweep on one would replace them. Never @triton.autotune: its trial runs would change
-operands that are updated in place."""
-ELEMENTS_PER_WARP = 256
+"""Elements of a program, or one block where that is larger. A literal and never @triton.autotune, whose trial runs would change
+operands that are updated in place. Swept on an H200 (2026-11-27: 2^27 elements, int4:64, programs of 512 to 4096 elements and 2
+to 8 warps): of 18 operations these are the fastest, or within 1 %, but for encode (4096 elements: 9 % faster) and mix of bf16
+(2048: 3 %)."""
+ELEMENTS_PER_WARP = 512
+"""16 a thread: four 16-byte loads of fp32, two of bf16. 256 are slower there: encode by 9 %, of int8 by 30 %, AccumAdam by 7 %,
+its gossip step by 3 to 11 %; but choco's, which hold two more states, are faster with them, by 4 to 10 %."""
+ELEMENTS_PER_WARP_OF_CHOCO = 256
 
 
 MOST_REGISTERS = {"step_kernel": 168, "topk_encode_kernel": 128, "topk_mix_kernel": 128}

@@ -79,7 +79,7 @@ def decode_add(wire: Coded, y: Tensor, weight: float, fmt: Format) -> None:
     if fmt.kind == "topk":
         _topk_add(wire, y, weight, fmt)
         return
-    rows, block, warps, bits = kind_rows(fmt)
+    rows, block, warps, bits = kind_rows(fmt, "plain")
     launch(
         decode_add_kernel, -(-y.numel() // (rows * block)), warps, y, wire.codes, wire.scales, float(weight), y.numel(),
         int(aligned(y, wire.codes)), KIND=fmt.kind, BITS=bits, R=rows, B=block,
@@ -139,7 +139,7 @@ def _mix(
     if fmt.kind == "topk":
         topk_mix(mode, x, xhat, s, factor, table, len(wires), fmt)
         return
-    rows, block, warps, bits = kind_rows(fmt)
+    rows, block, warps, bits = kind_rows(fmt, mode)
     launch(
         mix_kernel, -(-x.numel() // (rows * block)), warps, x, xhat, s, table, len(wires), float(factor), x.numel(),
         int(aligned(x, xhat, s, *(wire.codes for wire in wires))), MODE=mode, KIND=fmt.kind, BITS=bits, R=rows, B=block,
