@@ -274,3 +274,29 @@ def test_what_a_labs_links_carry_is_what_was_measured() -> None:
             text, gloo = README.replace("\n", " "), shown["gloo's words"]
             assert f"headers of the frames that carry it, {shown['headers']} (4.6 % if all were full)" in text
             assert f"comes in, {shown['acknowledgements']}, gloo's own words, 48 bytes a wire each way, {gloo}" in text
+
+
+def test_the_kernels_on_a_gpu_are_as_make_gpu_found_them() -> None:
+    (path,) = re.findall(r"\((tests/gpu/results/nvidia[^)]*)\)", README)
+    results = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    checks, hardware = {check["name"]: check for check in results["checks"]}, results["hardware"]
+    assert all(check["passed"] for check in checks.values())
+    rows = [r for r in checks["kernels_timed"]["data"]["rows"] if r["backend"] == "triton" and r["numel"] == 1 << 28]
+    timed = {(f"`{r['op']}` {r['variant']}".strip(), r["dtype"]): r for r in rows}
+    shown = table("on an H200")
+    assert len(shown) == 8
+    for what, _, time, share, faster in shown:
+        name, _, dtype = what.rpartition(", ")
+        row = timed[name, dtype]
+        found = f"{1e3 * row['median_s']:.2f} ms", f"{100 * row['copy_fraction']:.0f} %", f"{row['vs_eager']:.1f}"
+        assert (time, share, faster) == found, what
+    adam, overlap = timed["`accum_adam` s=1", "fp32"], checks["rounds_overlap_compute"]["data"]
+    for words in (
+        f"torch's fused AdamW takes {1 / adam['vs_adamw_fused']:.2f} times as long",
+        f"On an {hardware['device'].removeprefix('NVIDIA ')} (`make gpu`, torch {hardware['torch']}",
+        f"triton {hardware['triton']}, {results['date']}",
+        f"covered {100 * overlap['fraction']:.0f} % of the time that rounds flew",
+    ):
+        assert words in README
+    (calls,) = re.findall(r"specification's bytes in ([\d,]+) calls", README)
+    assert f", {calls.replace(',', '')} calls" in checks["same_bytes_as_cpu"]["detail"]
