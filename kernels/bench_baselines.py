@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ def eager(case: Case) -> Callable[..., object]:
 def compiled(case: Case, arguments: tuple[Any, ...]) -> Call | str:
     """``torch.compile`` of the same expression, called once; or why there is none."""
     torch._dynamo.reset()  # graphs of other cases count against its limit
+    logging.getLogger("torch._inductor").setLevel(logging.CRITICAL)  # 100 lines of each kernel that does not compile; it raises
     function = torch.compile(eager(case), fullgraph=True, dynamic=False)
     try:
         function(*arguments)
