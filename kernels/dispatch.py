@@ -37,10 +37,13 @@ OPERATIONS = (
 
 def operations(device: torch.device) -> ModuleType:
     """The module whose functions are the operations for tensors of a device; on the meta device there is nothing to compute,
-    whatever is forced."""
+    whatever is forced. Triton, where it is forced, is for what lies on a GPU: the CPU beside one checks wires that arrived."""
     if device.type == "meta":
         return importlib.import_module("dtrain.kernels.shapes")
-    name = os.environ.get("DTRAIN_KERNELS") or _BY_DEVICE.get(device.type, "reference")
+    forced = os.environ.get("DTRAIN_KERNELS")
+    if forced == "triton" and device.type == "cpu" and torch.cuda.is_available():
+        forced = None
+    name = forced or _BY_DEVICE.get(device.type, "reference")
     return _LOADED.get(name) or _LOADED.setdefault(name, backend(name))
 
 

@@ -126,9 +126,9 @@ def _sha256(path: Path) -> str:
 
 
 def _job(job_file: Path, entry: Entry, budget: float, seed: int, islands: int | None) -> Job:
-    steps = round(read_job(job_file, ()).train.steps * budget)
+    steps = round(read_job(job_file, simulated=True).train.steps * budget)
     more = [f"train.steps={steps}", f"job.seed={seed}", *([] if islands is None else [f"islands.count={islands}"])]
-    return resolved(read_job(job_file, [f"sync.recipe={entry.recipe}", *entry.overrides, *more]))
+    return resolved(read_job(job_file, [f"sync.recipe={entry.recipe}", *entry.overrides, *more], simulated=True))
 
 
 def run_all(runs: Sequence[Wanted], rows_file: Path, at_once: int, say: Callable[[str], None]) -> Iterator[Row | Failed]:

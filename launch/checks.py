@@ -47,23 +47,31 @@ _SAYS_ITSELF = (
 """What of a job's answers about rounds a script's loop must give, as [sync] does not reach so far."""
 
 
-def check_kernels() -> None:
-    """Raises ValueError where DTRAIN_KERNELS forces a backend that cannot run here; nothing is asked, or imported, without it."""
-    if os.environ.get("DTRAIN_KERNELS"):
-        import torch
+def check_kernels(*, simulated: bool = False) -> None:
+    """Raises ValueError where DTRAIN_KERNELS forces a backend that cannot run here; nothing is asked, or imported, without it.
+    ``simulated``: on the CPU, whatever this machine has."""
+    if not (forced := os.environ.get("DTRAIN_KERNELS")):
+        return
+    import torch
 
-        from dtrain.kernels import operations
+    from dtrain.kernels import backend
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        name = operations(device).__name__
-        if name.endswith("_triton") and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-            raise ValueError("DTRAIN_KERNELS = 'triton' needs a GPU, and this machine shows none; leave it out, or use 'numba'")
+    backend(forced)
+    gpu = torch.cuda.is_available() and not simulated
+    if forced == "triton" and not gpu and not os.environ.get("TRITON_INTERPRET"):
+        why = "dtrain sim computes on the CPU" if simulated else "this machine shows none"
+        raise ValueError(f"DTRAIN_KERNELS = 'triton' needs a GPU, and {why}; leave it out, or use 'numba'")
+    if forced == "numba" and gpu:
+        raise ValueError(
+            "DTRAIN_KERNELS = 'numba' is for CPUs, and jobs train on this machine's GPU; leave it out, use 'triton' or "
+            "'reference', or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
 
 
-def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+def read_job(path: Path, overrides: Sequence[str] = (), *, simulated: bool = False) -> Job:
     """``load_job``, with one line also for a path that the system refuses, and for kernels that cannot run here; "-" is what
     stands on stdin."""
-    check_kernels()
+    check_kernels(simulated=simulated)
     if path == Path("-"):
         return parse_job(tomllib.loads(sys.stdin.read()), overrides, where="the job on stdin")
     try:

@@ -128,7 +128,7 @@ def recipes(
         if isinstance(found, bench.Failed):
             failed += 1
             console.print(Text(f"FAILED {found.wanted.entry.name}, seed {found.wanted.seed}: {found.said}"), soft_wrap=True)
-    count = num_islands or bench.read_job(job, ()).islands.count
+    count = num_islands or bench.read_job(job, simulated=True).islands.count
     read = comparison.read_rows(rows_file)
     rows = [row for row in read if row.job == digest_of.get(row.entry) and row.islands == count]
     header = ["recipe", "budget", "seeds", "bits a byte", f"against {baseline}", "islands alone", "MB an island"]

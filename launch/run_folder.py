@@ -55,7 +55,7 @@ class Choice:
 @contextmanager
 def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: How = "run") -> Iterator[Opened]:
     """Check the job, lock its run folder as long as the launch lasts, and write job.toml into it."""
-    job = read_job(job_path, overrides)
+    job = read_job(job_path, overrides, simulated=how == "sim")
     if how != "script":  # a script may choose a recipe of its own
         job = resolved(job)
     with ExitStack() as held:

@@ -195,16 +195,22 @@ def test_the_quickstart_is_small_and_leaves_the_recipe_to_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "words"),
-    [("nonsense", "DTRAIN_KERNELS = 'nonsense' is not a backend"), ("triton", "DTRAIN_KERNELS = 'triton' needs a GPU")],
+    ("command", "backend", "gpu", "words"),
+    [
+        ("run", "nonsense", False, "DTRAIN_KERNELS = 'nonsense' is not a backend"),
+        ("run", "triton", False, "DTRAIN_KERNELS = 'triton' needs a GPU, and this machine shows none"),
+        ("sim", "triton", True, "DTRAIN_KERNELS = 'triton' needs a GPU, and dtrain sim computes on the CPU"),
+        ("run", "numba", True, "DTRAIN_KERNELS = 'numba' is for CPUs, and jobs train on this machine's GPU"),
+    ],
 )
 def test_kernels_that_cannot_run_are_refused_before_anything_is_written(
-    backend: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    command: str, backend: str, gpu: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setenv("DTRAIN_KERNELS", backend)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert run_command(["run", str(QUICKSTART), f"job.dir={tmp_path / 'runs'}"]) == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert run_command([command, str(QUICKSTART), f"job.dir={tmp_path / 'runs'}"]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1

@@ -26,6 +26,15 @@ def test_the_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> No
     assert operations(CPU).__name__ == BACKENDS["numba"], "a CPU's default"
 
 
+def test_triton_forced_is_for_the_gpu_and_leaves_its_host_to_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a link checks wires where they arrive. Where there is no GPU nothing takes Triton's place."""
+    monkeypatch.setenv("DTRAIN_KERNELS", "triton")
+    assert operations(CPU).__name__ == BACKENDS["triton"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert operations(CPU).__name__ == BACKENDS["numba"]
+    assert operations(torch.device("cuda", 0)).__name__ == BACKENDS["triton"]
+
+
 def test_an_unknown_backend_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTRAIN_KERNELS", "cuda")
     with pytest.raises(ValueError, match="DTRAIN_KERNELS = 'cuda' is not a backend; use one of numba, reference, triton"):
