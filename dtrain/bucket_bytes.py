@@ -9,8 +9,8 @@ threads."""
 MAX_BUCKET_BYTES = 64 * 2**20
 
 _FEW, _MANY, _FEW_UP_TO_BYTES = 8, 16, 64 * 2**20
-"""Buckets of a model up to so many bytes, and of a larger one. Of 8 a rank of an island of four has two, so that the two waves
-that fly at least are all of its round: of 203 MB those take more than a seventh of what training and the rounds keep there."""
+"""Buckets of a model up to so many bytes, and of a larger one. Of 8 buckets a rank of an island of four has two. At least two
+waves fly, so all of its round would be in memory at once: of a model of 203 MB more than a seventh of all that the rank keeps."""
 
 
 def largest_bytes(model_bytes: int) -> int:

@@ -107,13 +107,20 @@ class Job(Section):
         return sum(self.island(k).ranks for k in range(self.islands.count))
 
     def ranks_beside(self, k: int) -> int:
-        """Ranks that share the machine of island k, its own among them: of the launcher's own islands; one elsewhere is alone."""
-        plans = [self.island(n) for n in range(self.islands.count)]
-        return sum(plan.ranks for plan in plans if plan.here) if plans[k].here else plans[k].ranks
+        """Ranks that share the machine of island k, its own among them."""
+        return self._ranks_at(self._machine(k), range(self.islands.count))
 
     def ranks_before(self, k: int) -> int:
         """Of those that share the machine of island k the ones of earlier islands."""
-        return sum(plan.ranks for plan in map(self.island, range(k)) if plan.here) if self.island(k).here else 0
+        return self._ranks_at(self._machine(k), range(k))
+
+    def _ranks_at(self, machine: str | int, islands: range) -> int:
+        return sum(self.island(n).ranks for n in islands if self._machine(n) == machine)
+
+    def _machine(self, k: int) -> str | int:
+        """The launcher's, or the host that the job names; one that somebody starts elsewhere is taken to be alone."""
+        plan = self.island(k)
+        return "" if plan.here else plan.host or k
 
     @property
     def uneven(self) -> bool:

@@ -185,7 +185,8 @@ class Sync:
         """Land what flies, then replace every island's model (buffers too) by the exact average, the same bits on all
         islands.
 
-        Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2)."""
+        Returns the consensus distance before the merge: sqrt(mean_i |x_i - mean x|^2). Where it raises, some parameters may be
+        the mean already and others not: keep none of them."""
         self.drain()
         self._exact.rest(self._rounds)
         distance = self._average()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.buffers import persistent_buffers
 from dtrain.config import Job
 from dtrain.connect import Connection
 from dtrain.data.corpus import Corpus
@@ -20,6 +19,7 @@ from dtrain.data.sampler import inputs_and_targets, noise_seed, sample_batch
 from dtrain.data.stream import Dealt
 from dtrain.evaluate import nats_of_share
 from dtrain.models.gpt import num_parameters
+from dtrain.shards import named_buffers
 from dtrain.spans import span
 
 
@@ -91,7 +91,7 @@ class Whole:
         self._trained: nn.Module = DistributedDataParallel(model) if self._ranks.num_ranks > 1 else model
         self._device = heldout[0].device
         self._draws = bool(job.model.theirs)  # gpt has no dropout
-        self._buffers = persistent_buffers(model)
+        self._buffers = [b for _, b in named_buffers(model)]
 
     @property
     def parameters(self) -> int:
@@ -116,7 +116,7 @@ class Whole:
 
     def evaluate(self) -> float:
         ranks = self._ranks
-        ranks.share(self._buffers)  # rank 0's, as DDP has them
+        ranks.share(self._buffers)  # rank 0's, as DDP has them, those that no checkpoint keeps too
         with self._computing:
             share = nats_of_share(self._model, self._heldout, rank=ranks.rank, num_ranks=ranks.num_ranks)
         return ranks.total([share])[0] / self._heldout[1].numel()

@@ -69,7 +69,7 @@ def orthonormal(p: Tensor) -> Tensor:
 
 
 def _with_stand_ins(p: Tensor, least: Tensor) -> Tensor:
-    """The same rows in fp64, with one of its own in the place of each of which ``least`` or less is left."""
+    """The same rows in fp64, and in the place of each of which ``least`` or less is left another (``_other``)."""
     rows = p.double()
     for j, row in enumerate(rows):
         length = root(_sum(row.square()))
@@ -88,14 +88,15 @@ def _take_out(row: Tensor, length: Tensor, rest: Tensor) -> None:
 
 
 def root(x: Tensor) -> Tensor:
-    """As IEEE 754 has it: a GPU's own, but not that of torch on a CPU, which of 70 numbers has about one off by its last bit."""
+    """As IEEE 754 has it: a GPU's own, but not that of torch with MKL on a CPU, which of 70 numbers has about one off by its last
+    bit."""
     if x.is_cuda:
         return x.sqrt()
     return x.new_tensor([math.sqrt(value) for value in x.flatten().tolist()]).view_as(x)
 
 
 def _other(j: int, before: Tensor, numel: int) -> Tensor:
-    """A direction of its own; twice, as little of it may be left."""
+    """The direction that stands in for row j, at right angles to those before; twice, as little of it may be left."""
     row = torch.rand(numel, generator=torch.Generator().manual_seed(j)).to(before).sub_(0.5)
     for _ in range(2):
         for one in before:

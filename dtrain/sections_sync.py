@@ -84,7 +84,8 @@ class Answers(Section):
         None, examples=["2s"], description='how long a needed round waits for the others once a quorum\'s wires are here: "2s"'
     )
     bucket_bytes: int | None = Field(
-        None, ge=4, description="largest bucket; left out: an eighth of the model, of a large one a sixteenth, 64 MiB at most"
+        None, ge=4, description="largest bucket; left out: an eighth of the model, 8 MiB from 64 to 128 MiB, a "
+        "sixteenth of a larger one; 64 MiB at most"
     )
     rank: int | str | None = Field(
         None, examples=[32],

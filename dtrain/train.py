@@ -49,9 +49,11 @@ from dtrain.updates import Updates
 from dtrain.wait import Stats
 
 _STATUS_EVERY_S = 0.5
-_IN_STEP = timedelta(days=7)
+_IN_STEP = timedelta(days=1)
 """An island's ranks wait for the one of them that waits for the link, as long as its bytes take, or hashes a checkpoint. NCCL
-would end them after 10 minutes, gloo after 30; the link has its own limit, and a rank that dies ends its torchrun."""
+would end them after 10 minutes, gloo after 30; the link has its own limit, and a rank that dies ends its torchrun. Of an island
+of several machines one that freezes, or whose network is cut, is noticed by nobody else: what this ends a day later, if no
+round and its ``link.timeout_s`` come first."""
 
 
 def cpu_threads(job: Job, island: int = 0) -> int:
@@ -64,7 +66,7 @@ def run_island(job: Job, place: Place, window: Window | None = None) -> None:
     back. The steps of ``window`` are profiled."""
     assert place.run is not None
     torch.set_num_threads(cpu_threads(job, place.island))
-    device = own_device()
+    device = own_device("islands.ranks" if job.islands.each is None else f"islands.each.{place.island}.ranks")
     job = job.seen_by(place.island)
     if place.num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_IN_STEP)

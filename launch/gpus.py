@@ -24,11 +24,13 @@ def see_own(count: Callable[[], int]) -> None:
     share = os.environ.pop(GPUS_VARIABLE, "")
     if share and (found := count()):
         before, ranks = map(int, share.split(":"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own(os.environ.get("CUDA_VISIBLE_DEVICES"), found, before, ranks))
+        # On ROCm torch and HIP take theirs before CUDA's.
+        name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+        os.environ[name] = ",".join(own(os.environ.get(name), found, before, ranks))
 
 
 def own(visible: str | None, count: int, before: int, ranks: int) -> list[str]:
     """A GPU for each rank, in turn, as far as there are enough, after those of earlier islands. ``visible``: the names that
-    CUDA_VISIBLE_DEVICES has, if it is set, of which torch finds the first ``count``."""
+    the variable has, if it is set, of which torch finds the first ``count``."""
     names = visible.split(",")[:count] if visible else [str(k) for k in range(count)]
     return list(dict.fromkeys(names[(before + rank) % count] for rank in range(ranks)))

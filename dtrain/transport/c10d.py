@@ -7,9 +7,10 @@ limits are kept above (the engine's wait). Wires on a GPU go through host memory
 Wires come in another order than they are expected in: with levels a follower expects the result of a far round as soon as that
 starts, and near wires of the same peer pass it. So each wire that is expected has a thread of its own, whatever the others do.
 A bucket expects one wire of a peer at a time: there are at most as many such threads as buckets, of all levels together, times
-peers (16 a level and peer for 2^28 parameters or fewer, 78 for 1.3e9, unless bucket_bytes says otherwise). A thread takes 30 kB,
-less than the buffer of most wires. Only wires of rounds that went on without their senders (quorum) are waited for beside those.
-Sends have one thread a peer: it keeps their buffers until they have left, and nothing waits for that but the end."""
+peers (16 a level and peer for 2^28 parameters or fewer, 78 for 1.3e9, and one more at most for each fragment and dtype, unless
+bucket_bytes says otherwise). A thread takes 30 kB, less than the buffer of most wires. Only wires of rounds that went on without
+their senders (quorum) are waited for beside those. Sends have one thread a peer: it keeps their buffers until they have left, and
+nothing waits for that but the end."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ TYPES = {
 
 TILE = 1024
 """Elements of a program, or one block where that is larger. A literal and never @triton.autotune, whose trial runs would change
-operands that are updated in place. Swept on an H200 (2026-11-27: 2^27 elements, int4:64, programs of 512 to 4096 elements and 2
-to 8 warps): of 18 operations these are the fastest, or within 1 %, but for encode (4096 elements: 9 % faster) and mix of bf16
-(2048: 3 %)."""
+operands that are updated in place. Swept on an H200 (tests/gpu/sweep.py, 2026-11-27: 2^27 elements, seven pairs of 512 to 4096
+elements and 128 to 512 of a warp): of 18 operations these are the fastest, or within 1 %, but for encode (4096 elements: 9 %
+faster) and mix of bf16 (2048: 3 %)."""
 ELEMENTS_PER_WARP = 512
 """16 a thread: four 16-byte loads of fp32, two of bf16. 256 are slower there: encode by 9 %, of int8 by 30 %, AccumAdam by 7 %,
 its gossip step by 3 to 11 %; but choco's, which hold two more states, are faster with them, by 4 to 10 %."""
@@ -41,7 +41,8 @@ MOST_REGISTERS = {"step_kernel": 168, "topk_encode_kernel": 128, "topk_mix_kerne
 """A thread's, on cuda. Left to itself ptxas spills two registers of some of these to seat one more program on an SM; told a
 limit, none. 168 seats 3 programs of 4 warps."""
 REGISTERS_OF_SM = 65536
-"""A program that needs more does not start, and ptxas, once told a limit, no longer minds: 16 warps have 128 a thread."""
+"""A program that needs more does not start. Told a limit of registers, ptxas compiles it all the same; 16 warps have 128 a
+thread."""
 
 
 @dataclass(frozen=True, slots=True)

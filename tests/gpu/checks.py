@@ -66,11 +66,15 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def write(folder: Path, about: dict[str, str | int], outcomes: Sequence[Outcome], date: str) -> Path:
+def file_name(about: dict[str, str | int], date: str) -> str:
     """``NVIDIA H200`` on 2026-11-24 -> ``nvidia-h200-2026-11-24.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in str(about["device"]).lower())
-    path = folder / f"{device}-{date}.json"
+    return f"{device}-{date}.json"
+
+
+def write(folder: Path, about: dict[str, str | int], outcomes: Sequence[Outcome], date: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(about, date)
     resources = {
         "wall_s": round(sum(outcome.wall_s for outcome in outcomes), 3),
         "gpu_peak_bytes": max((outcome.gpu_peak_bytes for outcome in outcomes), default=0),

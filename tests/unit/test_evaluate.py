@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dtrain.config import parse_job
 from dtrain.evaluate import MOST_TOKENS, evaluate, nats_of_share
+from dtrain.inside import Whole
 from dtrain.units import bits_per_byte
 
 
@@ -54,6 +59,16 @@ def test_ranks_together_find_the_mean_of_one() -> None:
     for ranks in (1, 2, 5):
         shares = [nats_of_share(model, held_out, rank=rank, num_ranks=ranks) for rank in range(ranks)]
         assert sum(shares) / (130 * 8) == pytest.approx(evaluate(model, held_out), rel=1e-14)
+
+
+def test_each_rank_evaluates_with_rank_0s_buffers_those_too_that_no_checkpoint_keeps() -> None:
+    model, shared = Bigram(11), list[Tensor]()
+    model.register_buffer("scale", torch.ones(1), persistent=False)
+    ranks = SimpleNamespace(rank=0, num_ranks=1, share=shared.extend, total=list)
+    held_out, island = sequences(10, 11), SimpleNamespace(ranks=ranks)
+    loss = Whole(parse_job({}), model, cast(Any, None), held_out, cast(Any, island), nullcontext()).evaluate()
+    assert loss == pytest.approx(evaluate(model, held_out), rel=1e-14)
+    assert [id(b) for b in shared] == [id(b) for b in model.buffers()]
 
 
 @pytest.mark.parametrize(("length", "largest"), [(128, 64), (129, 63), (5000, 1), (2 * MOST_TOKENS, 1)])

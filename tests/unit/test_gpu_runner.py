@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dtrain.kernels import OPERATIONS, reference
+from dtrain.kernels._triton import launch
 from dtrain.kernels.bench import Options
 from dtrain.kernels.equal import tensors
 from tests.gpu import __main__ as runner
@@ -74,6 +75,21 @@ def test_the_inputs_hold_what_their_names_say() -> None:
     assert x.isneginf().any()
     assert ((x.abs() < tiny) & (x != 0)).sum() >= 1_000
     assert ((x == 0) & x.signbit()).any()
+
+
+def test_tiles_and_warps_are_those_that_a_sweep_found() -> None:
+    swept = json.loads((ROOT / "tests/gpu/results/sweep-nvidia-h200-2026-11-27.json").read_text(encoding="utf-8"))["rows"]
+    ms = dict[tuple[str, str, str], dict[tuple[int, int], float]]()
+    for row in swept:
+        ms.setdefault((row["op"], row["dtype"], row["variant"]), {})[row["tile"], row["per_warp"]] = row["median_ms"]
+    assert len(ms) == 18
+    slower = set[tuple[str, str]]()
+    for (op, dtype, _), found in ms.items():
+        assert len(found) == 7
+        chosen = found[launch.TILE, launch.ELEMENTS_PER_WARP_OF_CHOCO if "choco" in op else launch.ELEMENTS_PER_WARP]
+        if chosen > 1.01 * min(found.values()):
+            slower.add((op, dtype))
+    assert slower == {("encode", "bf16"), ("mix", "bf16")}
 
 
 def test_operands_are_shifted_off_their_alignment() -> None:

@@ -10,8 +10,9 @@ import torch
 
 from dtrain.config import Job, parse_job
 from dtrain.island.device import own_device
-from dtrain.launch import gpus
+from dtrain.launch import agent, gpus
 from dtrain.launch.islands import Launch, environment
+from dtrain.launch.processes import PARENT_VARIABLE
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,9 @@ def test_only_ranks_of_the_same_machine_come_before(tmp_path: Path) -> None:
     launch = Launch(job, tmp_path, "10.0.0.1:4711", "tag")
     wanted = [environment(launch, k, 0, 0).get(gpus.GPUS_VARIABLE) for k in range(4)]
     assert wanted == [None, "0:2", None, "2:4"], "who is alone on a machine sees all of it"
+    far = {"launcher": "ssh", "host": "a"}
+    job = islands({"ranks": 2, **far}, {"ranks": 2, **far, "host": "b"}, {"ranks": 4, **far}, {})
+    assert [(job.ranks_before(k), job.ranks_beside(k)) for k in range(4)] == [(0, 6), (0, 2), (2, 6), (0, 1)]
     several_nodes = Launch(job, tmp_path, "10.0.0.1:4711", "tag", torchruns=("srun", "torchrun"))
     assert gpus.GPUS_VARIABLE not in environment(several_nodes, 1, 0, 0)
 
@@ -57,6 +61,23 @@ def test_a_torchrun_leaves_its_ranks_their_gpus_and_no_word_of_it(monkeypatch: p
         assert gpus.GPUS_VARIABLE not in os.environ
     gpus.see_own(lambda: 8)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "unchanged"
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv(gpus.GPUS_VARIABLE, "2:2")
+    gpus.see_own(lambda: 4)
+    assert (os.environ["HIP_VISIBLE_DEVICES"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("6,7", "unchanged")
+
+
+def test_it_is_an_islands_torchrun_that_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+    monkeypatch.setattr(agent, "die_with_parent", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("torch.distributed.run.main", lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setenv(PARENT_VARIABLE, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv(gpus.GPUS_VARIABLE, "1:2")
+    agent.main()
+    assert seen == ["5,6"]
 
 
 def test_a_rank_trains_on_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +94,5 @@ def test_a_rank_trains_on_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 ranks would share 2 GPUs.* use islands.ranks=2, or CUDA_VISIBLE_DEVICES= before"):
         own_device()
+    with pytest.raises(ValueError, match=r"use islands.each.1.ranks=2, or"):
+        own_device("islands.each.1.ranks")

@@ -13,11 +13,13 @@ import pytest
 
 from dtrain import codec_name, comparison, schedule
 from dtrain.config import Job, load_job
+from dtrain.kernels import Format
 from dtrain.launch.bench_recipes import JOB, JOBS
 from dtrain.launch.recipe_sheet import QUESTIONS
 from dtrain.recipes import AXES, DEFAULT_RECIPE, RECIPES, Recipe
 from dtrain.sections_sync import Sync
 from dtrain.topology import NAMES as TOPOLOGIES
+from dtrain.wire import HEADER_BYTES
 from tests.bench import lab
 
 ROOT = Path(__file__).parents[2]
@@ -273,16 +275,23 @@ def test_what_a_labs_links_carry_is_what_was_measured() -> None:
             shown = {name: f"{100 * share:.1f} %" for name, share in beside.items()}
             text, gloo = README.replace("\n", " "), shown["gloo's words"]
             assert f"headers of the frames that carry it, {shown['headers']} (4.6 % if all were full)" in text
-            assert f"comes in, {shown['acknowledgements']}, gloo's own words, 48 bytes a wire each way, {gloo}" in text
+            said = f"gloo's own words, three of 48 bytes for each wire that is sent, as many coming in, {gloo}"
+            assert f"comes in, {shown['acknowledgements']}, {said}, and" in text
+            # All but all wires are a round's: their bytes are 3 * 48 / share, but for those of the start and of the merge.
+            quarter, int4 = 180_224 // 4, Format("int4", 64)
+            wire = HEADER_BYTES + 2 * int4.num_scales(quarter) + int4.code_bytes(quarter)
+            assert 3 * 48 / beside["gloo's words"] == pytest.approx(wire, rel=0.06)
+            assert f"A round's wires have {wire / 1000:.0f} kB there" in text
 
 
 def test_the_kernels_on_a_gpu_are_as_make_gpu_found_them() -> None:
     (path,) = re.findall(r"\((tests/gpu/results/nvidia[^)]*)\)", README)
+    text = README.replace("\n", " ")
     results = json.loads((ROOT / path).read_text(encoding="utf-8"))
     checks, hardware = {check["name"]: check for check in results["checks"]}, results["hardware"]
     assert all(check["passed"] for check in checks.values())
-    rows = [r for r in checks["kernels_timed"]["data"]["rows"] if r["backend"] == "triton" and r["numel"] == 1 << 28]
-    timed = {(f"`{r['op']}` {r['variant']}".strip(), r["dtype"]): r for r in rows}
+    ours = [r for r in checks["kernels_timed"]["data"]["rows"] if r["backend"] == "triton"]
+    timed = {(f"`{r['op']}` {r['variant']}".strip(), r["dtype"]): r for r in ours if r["numel"] == 1 << 28}
     shown = table("on an H200")
     assert len(shown) == 8
     for what, _, time, share, faster in shown:
@@ -297,6 +306,25 @@ def test_the_kernels_on_a_gpu_are_as_make_gpu_found_them() -> None:
         f"triton {hardware['triton']}, {results['date']}",
         f"covered {100 * overlap['fraction']:.0f} % of the time that rounds flew",
     ):
-        assert words in README
+        assert words in text
+    narrow = [row for (_, dtype), row in timed.items() if dtype == "bf16"]
+    shares = sorted(100 * row["copy_fraction"] for row in narrow if "gossip_adam" in row["op"])
+    adams = sorted(row["vs_adamw_fused"] for row in narrow if row["op"] == "accum_adam")
+    compiled = sorted((row["vs_compile"], row["op"]) for row in ours if row["vs_compile"])
+    ahead, behind = [pair for pair in compiled if pair[0] < 1], [pair for pair in compiled if pair[0] > 1]
+    assert {op for _, op in ahead} == {"mix", "accum_adam"}
+    assert not {op for _, op in behind} & {"mix", "accum_adam"}
+    assert len(behind) == 7
+    for words in (
+        (
+            f"In bf16 the gossip steps reach {shares[0]:.0f} to {shares[-1]:.0f} %, and `accum_adam` takes {adams[0]:.2f} to "
+            f"{adams[-1]:.2f} times as long as torch's fused AdamW"
+        ),
+        (
+            f"`torch.compile` takes {100 * ahead[0][0]:.0f} to {100 * ahead[-1][0]:.0f} % of the time of `mix` and `accum_adam`, "
+            f"and {behind[0][0]:.2f} to {behind[-1][0]:.2f} times that of the other seven"
+        ),
+    ):
+        assert words in text
     (calls,) = re.findall(r"specification's bytes in ([\d,]+) calls", README)
     assert f", {calls.replace(',', '')} calls" in checks["same_bytes_as_cpu"]["detail"]

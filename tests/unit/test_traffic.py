@@ -11,7 +11,7 @@ from dtrain.core import Flight
 from dtrain.link import Link
 from dtrain.topology.static import complete
 from dtrain.traffic import Traffic
-from dtrain.transport.base import ROUND, Inbox, Left, Tag, nobody
+from dtrain.transport.base import MERGE, ROUND, Inbox, Left, Tag, nobody
 
 
 class Posted:
@@ -34,8 +34,8 @@ class Posted:
         """Nothing is under way."""
 
 
-def posted(transport: Posted, wires: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
-    """What a round of three islands hands over, of wires that go to both others."""
+def posted(transport: Posted, wires: list[Tensor], fresh: list[Tensor], kind: int = ROUND) -> list[Tensor]:
+    """What a round of three islands, or another exchange, hands over of wires that go to both others."""
     traffic = Traffic(transport, torch.device("cpu"))
     link = Link(0, 3, complete(0, 0, 3))
 
@@ -47,12 +47,20 @@ def posted(transport: Posted, wires: list[Tensor], fresh: list[Tensor]) -> list[
         yield
 
     try:
-        flight = Flight(send(), link, kind=ROUND, index=0, bucket=0, step=1)
+        flight = Flight(send(), link, kind=kind, index=0, bucket=0, step=1)
         traffic.launch([flight])
         assert flight.error is None, flight.error
     finally:
         traffic.close(drain_s=1.0)
     return transport.wires
+
+
+def test_wires_beside_the_rounds_go_as_they_are_where_they_lie_right_and_else_are_brought_there_once() -> None:
+    kept = torch.full((8,), 2, dtype=torch.uint8)
+    assert all(wire is kept for wire in posted(Posted("cpu"), [kept], [], MERGE))
+    brought, again = posted(Posted("meta"), [kept], [], MERGE)
+    assert brought is again
+    assert brought.is_meta, "as a wire on a GPU is brought to the host"
 
 
 def test_a_fresh_wire_goes_as_it_is_and_another_as_one_copy_for_all() -> None:
