@@ -32,15 +32,16 @@ from tests.dist.job import (
 JOB = (*SMALL, "train.steps=150", "train.checkpoint_every=40", "sync.every=10", "sync.delay=5", "train.batch=4")
 
 
-def processes_of_island(launcher: int, island: int) -> list[int]:
-    mark = f"DTRAIN_ISLAND={island}".encode()
+def processes_of_island(launcher: int, island: int, *more: str) -> list[int]:
+    """``more``: other variables that they have."""
+    marks = {mark.encode() for mark in (f"DTRAIN_ISLAND={island}", *more)}
     found = []
     for pid in descendants(launcher):
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
-        if mark in environment:
+        if marks <= {*environment}:
             found.append(pid)
     return found
 
@@ -73,6 +74,22 @@ def test_a_killed_island_comes_back_and_everyone_goes_on(tmp_path: Path, calm: P
     assert "waiting for island 1" in said
     assert "island 1 was lost and is started again" in said
     assert_same_weights(calm, tmp_path / "lost")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_one_rank_of_two_that_is_killed_takes_its_island_back_and_everyone_goes_on(tmp_path: Path) -> None:
+    job = (*JOB, "islands.ranks=2")
+    undisturbed = run(tmp_path, "undisturbed", *job)
+    with started(tmp_path, "lost", *job) as process:
+        until(lambda: steps_written(tmp_path / "lost") >= 60, "60 lines of metrics")
+        (rank,) = processes_of_island(process.pid, 1, "RANK=1")
+        os.kill(rank, signal.SIGKILL)
+        process.wait(timeout=200)
+    said = (tmp_path / "lost.out").read_text()
+    assert process.returncode == 0, said + logs(tmp_path / "lost")
+    assert "island 1 was lost and is started again" in said
+    assert_same_weights(undisturbed, tmp_path / "lost")
 
 
 @pytest.mark.slow
