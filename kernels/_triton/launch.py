@@ -37,9 +37,14 @@ its gossip step by 3 to 11 %; but choco's, which hold two more states, are faste
 ELEMENTS_PER_WARP_OF_CHOCO = 256
 
 
-MOST_REGISTERS = {"step_kernel": 168, "topk_encode_kernel": 128, "topk_mix_kernel": 128}
+MOST_REGISTERS = {"step_kernel": 168, "encode_kernel": 128, "topk_encode_kernel": 128, "topk_mix_kernel": 128}
 """A thread's, on cuda. Left to itself ptxas spills two registers of some of these to seat one more program on an SM; told a
 limit, none. 168 seats 3 programs of 4 warps."""
+MOST_REGISTERS_OF_2_WARPS = MOST_REGISTERS | {"step_kernel": 176}
+"""With 168 one of these spills two."""
+LEAST_WAVES = {"encode_kernel": 2}
+"""On hip, of a SIMD. Left to itself LLVM spills four scalar registers of one of these to seat more waves than a tile's reads keep
+busy."""
 REGISTERS_OF_SM = 65536
 """A program that needs more does not start. Told a limit of registers, ptxas compiles it all the same; 16 warps have 128 a
 thread."""
@@ -101,8 +106,12 @@ def launch(kernel: Any, programs: int, num_warps: int, *arguments: Tensor | floa
 
 def options(name: str, num_warps: int, backend: str) -> dict[str, Any]:
     """What a kernel is compiled with, besides its constants. Multiply-adds are never fused unless a kernel says ``tl.fma``."""
-    fitting = REGISTERS_OF_SM // (32 * num_warps)
-    limit = {"maxnreg": min(MOST_REGISTERS[name], fitting)} if backend == "cuda" and name in MOST_REGISTERS else {}
+    most = MOST_REGISTERS_OF_2_WARPS if num_warps == 2 else MOST_REGISTERS
+    limit = dict[str, int]()
+    if backend == "cuda" and name in most:
+        limit = {"maxnreg": min(most[name], REGISTERS_OF_SM // (32 * num_warps))}
+    if backend == "hip" and name in LEAST_WAVES:
+        limit = {"waves_per_eu": LEAST_WAVES[name]}
     return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
 
 
