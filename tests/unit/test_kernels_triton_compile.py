@@ -77,6 +77,13 @@ def test_no_program_may_take_more_registers_than_an_sm_has() -> None:
     assert not [str(x) for x, registers in limited if registers * 32 * x.num_warps > 65536]
 
 
+def test_the_recorded_resources_are_of_what_is_launched() -> None:
+    rows = json.loads((ROOT / "tests/gpu/results/resources.json").read_text(encoding="utf-8"))["kernels"]
+    now = launches((64,), (4096,)) | few(launches((32, 4096), (64,)))
+    assert {(row["launch"], row["num_warps"]) for row in rows} == {(str(launch), launch.num_warps) for launch in now}
+    _check(rows)
+
+
 def test_a_second_compilation_of_one_name_would_be_seen() -> None:
     """Nothing but constants and pointers' types tells two compiled kernels apart, so their shown names do too."""
     found = launches((32, 64), (64, 4096))
