@@ -23,7 +23,13 @@ def complain(exit_status: int, message: str) -> int:
 
 
 def resumable(message: str, command: str, run_folder: Path, script: tuple[str, ...] = ()) -> str:
+    """Of a script nobody here knows what it has kept."""
+    from dtrain.checkpoint import newest_commit  # torch, which what was stopped had
+
     again = ["dtrain", *command.split(), str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])]
+    if not script:
+        kept = newest_commit(run_folder)
+        message += f", kept up to step {kept}" if kept is not None else ", and nothing is kept, as no checkpoint was due"
     return f"{message}; resume with: {shlex.join(again)}"
 
 

@@ -68,8 +68,9 @@ class Asked:
     words: tuple[str, ...]
 
     def again(self, *changes: str) -> str:
-        """The command that runs it with other answers."""
-        return shlex.join(["dtrain", "run", *self.words, *changes])
+        """The command that runs it with other answers, in the place of those that were typed."""
+        keys = {change.partition("=")[0] for change in changes}
+        return shlex.join(["dtrain", "run", *(word for word in self.words if word.partition("=")[0] not in keys), *changes])
 
     @property
     def ranks(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dtrain.config import Job, runs_a_script
 from dtrain.launch.checks import How, check_input, read_job, resolved, roundless, with_absolute_paths
+from dtrain.launch.left_out import left_out
 from dtrain.launch.resume import go_on, is_finished, remove, resumed_job, write_job
 
 # What --fresh removes, what a kill left behind among it; a person's own notes in a run folder stay. First what a resume would go
@@ -83,8 +84,8 @@ def open_run(job_path: Path, overrides: Sequence[str], choice: Choice, *, how: H
                 _hold(run, choice, held)  # and refuse what a launch that was quicker has left
             opened = _begin(run, job) if kept is None else Opened(kept, run, *go_on(run, kept))
         opened = replace(opened, text=text)
-        if kept is not None:
-            opened = replace(opened, notes=(*opened.notes, *_kept_note(job, kept)))
+        said = left_out(job_path, overrides, how) if kept is None else _kept_note(job, kept)
+        opened = replace(opened, notes=(*opened.notes, *said))
         if how != "script":
             opened = replace(opened, notes=(*opened.notes, *roundless(opened.job)))
         yield opened
