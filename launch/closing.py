@@ -24,11 +24,11 @@ def complain(exit_status: int, message: str) -> int:
 
 def resumable(message: str, command: str, run_folder: Path, script: tuple[str, ...] = ()) -> str:
     """Of a script nobody here knows what it has kept."""
-    from dtrain.checkpoint import newest_commit  # torch, which what was stopped had
-
     again = ["dtrain", *command.split(), str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])]
     if not script:
-        kept = newest_commit(run_folder)
+        # checkpoint.newest_commit, without torch: Ctrl-C may have broken its import off, and it is not imported twice.
+        marks = (run_folder / "checkpoints").glob("step_*/COMMIT")
+        kept = max((int(mark.parent.name.removeprefix("step_")) for mark in marks), default=None)
         message += f", kept up to step {kept}" if kept is not None else ", and nothing is kept, as no checkpoint was due"
     return f"{message}; resume with: {shlex.join(again)}"
 

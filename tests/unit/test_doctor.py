@@ -153,11 +153,6 @@ def test_gpus_are_held_against_what_the_job_needs(
     assert (found.state, found.remedy) == (state, remedy)
 
 
-def test_a_remedy_takes_the_place_of_what_was_typed() -> None:
-    typed = replace(asked(), words=("job.toml", "link.interface=eth7", "train.steps=9"))
-    assert typed.again("link.interface=eth0") == "dtrain run job.toml train.steps=9 link.interface=eth0"
-
-
 def test_a_torch_without_gloo_stops_a_job_and_one_for_cpus_leaves_a_gpu_idle() -> None:
     assert [f.state for f in doctor.backends(replace(CPU, gloo=False), None)] == ["fail", "ok"]
     (idle,) = doctor.gpus(CPU, None, driver="570.1")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dtrain import checkpoint
+from dtrain.config import parse_job
+from dtrain.launch import doctor
 from dtrain.launch.closing import resumable
 from dtrain.launch.left_out import left_out
 
@@ -63,3 +65,8 @@ def test_who_stops_a_run_learns_what_a_resume_goes_on_from(tmp_path: Path) -> No
     checkpoint.mark_commit(tmp_path, 4, 2)
     assert resumable("stopped at step 7", "run", tmp_path) == f"stopped at step 7, kept up to step 4; {again}"
     assert resumable("stopped at step 7", "run", tmp_path, ("a.py",)) == f"stopped at step 7; {again} -- a.py"
+
+
+def test_a_remedy_takes_the_place_of_what_was_typed() -> None:
+    typed = doctor.Asked(parse_job({}), ("job.toml", "link.interface=eth7", "train.steps=9"))
+    assert typed.again("link.interface=eth0") == "dtrain run job.toml train.steps=9 link.interface=eth0"
