@@ -6,7 +6,7 @@ import ast
 import json
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -211,6 +211,13 @@ def test_what_the_quickstart_reaches_is_what_was_measured() -> None:
     said = f"rounds wait {waits[0]:.2f} s at 10 Mbit/s, where bytes x 8 / rate says {says[0]:.2f} s, and {waits[1]:.2f} s"
     assert said in README
     assert waits[1] == pytest.approx(says[1], rel=1e-3)
+
+
+def test_how_soon_islands_train_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "tests/bench/results/first_step.json").read_text(encoding="utf-8"))["rows"]
+    two, sixteen = (median(row["first_step_s"]) for row in rows)
+    said = f"both islands have trained a step {two:.1f} s after the command (median of three), 16 islands after {sixteen:.1f} s"
+    assert said in README
 
 
 def test_the_speeds_are_those_that_were_measured() -> None:
