@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dtrain.launch.status import newest_commit
 from dtrain.launch.tables import table
 
 EXIT_USER_ERROR = 2
@@ -26,9 +27,7 @@ def resumable(message: str, command: str, run_folder: Path, script: tuple[str, .
     """Of a script nobody here knows what it has kept."""
     again = ["dtrain", *command.split(), str(run_folder / "job.toml"), "--resume", *(["--", *script] if script else [])]
     if not script:
-        # checkpoint.newest_commit, without torch: Ctrl-C may have broken its import off, and it is not imported twice.
-        marks = (run_folder / "checkpoints").glob("step_*/COMMIT")
-        kept = max((int(mark.parent.name.removeprefix("step_")) for mark in marks), default=None)
+        kept = newest_commit(run_folder)
         message += f", kept up to step {kept}" if kept is not None else ", and nothing is kept, as no checkpoint was due"
     return f"{message}; resume with: {shlex.join(again)}"
 

@@ -119,7 +119,7 @@ class Reader:
             phase="running" if running else "ended",
             how="" if running else _how(self.run, word),
             epoch=0 if word is None else word.epoch,
-            committed_step=_committed(self.run),
+            committed_step=newest_commit(self.run),
             quiet_s=max(0.0, time.time() - max(_changed(self.run))),
             islands=islands,
             merged=_with_the_end(self._merged.points(), self.run, part or 0),
@@ -304,8 +304,8 @@ def _how(run: Path, word: Word | None) -> str:
     return f"ended with exit status {word.exit_status}{': ' if word.message else ''}{word.message}"
 
 
-def _committed(run: Path) -> int | None:
-    """Without torch, which checkpoint.py imports."""
+def newest_commit(run: Path) -> int | None:
+    """Without torch, which checkpoint.py imports, and whose own import Ctrl-C may have broken off: it is not imported twice."""
     steps = [path.parent.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*/COMMIT")]
     return max(map(int, steps), default=None)
 
